@@ -1,4 +1,4 @@
-"""What is stored: bits, grouping and symmetry. `"W4A16-g128"` and `Scheme(bits=4, group_size=128)` are the same thing."""
+"""What is stored: bits, grouping and symmetry. `"W4A16-g128"` and `Scheme(bits=4, group_size=128)` are the same."""
 
 import math
 import re

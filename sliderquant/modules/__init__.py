@@ -1,0 +1,5 @@
+"""Inference layers on top of `sliderquant_kernels`."""
+
+from sliderquant.modules.linear import PackedLinear
+
+__all__ = ["PackedLinear"]

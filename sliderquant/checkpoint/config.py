@@ -1,0 +1,147 @@
+"""`quantization_config` in config.json: which linears are quantized, and how."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    QuantizationType,
+)
+from compressed_tensors.utils.match import match_name, match_targets
+
+from sliderquant._version import __version__
+from sliderquant.errors import CheckpointError, InputError
+from sliderquant.schemes import BITS, GROUP_SIZES, Scheme
+
+__all__ = ["FORMAT_VERSION", "SchemeLookup", "quantization_config", "sliderquant_entry"]
+
+FORMAT_VERSION = 1
+"""Of what sliderquant adds to the format of compressed-tensors; a reader refuses a larger one."""
+
+_PACKED = CompressionFormat.pack_quantized.value
+_SUPPORTED = (
+    f"sliderquant reads {_PACKED} with int weights of {', '.join(map(str, BITS))} bits, one scale per output channel or "
+    f"per group of {', '.join(map(str, GROUP_SIZES))}, and activations that are not quantized"
+)
+
+
+def sliderquant_entry() -> dict[str, Any]:
+    """The top-level key `sliderquant` of config.json. transformers and vLLM carry unknown keys of a model's
+    configuration along; inside `quantization_config` they may refuse them."""
+    return {"format_version": FORMAT_VERSION, "version": __version__}
+
+
+def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) -> dict[str, Any]:
+    """Build `quantization_config`.
+
+    Args:
+        schemes: the scheme of every quantized linear, by module name.
+        ignore: module names of the linears that are not quantized.
+    """
+    members: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        members.setdefault(scheme, []).append(name)
+    # One scheme goes by the class, as other tools write it; readers do not agree on what wins when a class and a name
+    # both match, so two schemes go by names alone.
+    groups = {
+        f"group_{index}": QuantizationScheme(
+            targets=["Linear"] if len(members) == 1 else names,
+            weights=QuantizationArgs(
+                num_bits=scheme.bits,
+                type=QuantizationType.INT,
+                symmetric=scheme.symmetric,
+                strategy=QuantizationStrategy.CHANNEL if scheme.group_size is None else QuantizationStrategy.GROUP,
+                group_size=scheme.group_size,
+                dynamic=False,
+            ),
+            format=CompressionFormat.pack_quantized,
+        )
+        for index, (scheme, names) in enumerate(members.items())
+    }
+    built = QuantizationConfig(
+        config_groups=groups,
+        format=_PACKED,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=list(ignore),
+    )
+    dumped = built.model_dump(mode="json")
+    return {key: value for key, value in dumped.items() if value is not None}
+
+
+class SchemeLookup:
+    """Which scheme `quantization_config` gives to a linear; for checkpoints of sliderquant and of other tools.
+
+    Raises:
+        CheckpointError: the configuration is not one that sliderquant reads; the message starts with `where`.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        method = config.get("quant_method")
+        if method != "compressed-tensors":
+            raise CheckpointError(f"{where}: quant_method is {method!r}, expected 'compressed-tensors'. {_SUPPORTED}")
+        try:
+            parsed = QuantizationConfig.model_validate(dict(config))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise CheckpointError(f"{where}: not a quantization_config of compressed-tensors: {error}") from error
+        if parsed.quantization_status != QuantizationStatus.COMPRESSED:
+            raise CheckpointError(
+                f"{where}: quantization_status is {parsed.quantization_status.value!r}, expected 'compressed': the "
+                "weights were not packed when this folder was saved"
+            )
+        if parsed.kv_cache_scheme is not None:
+            raise CheckpointError(f"{where}: kv_cache_scheme: a quantized KV cache is not supported; {_SUPPORTED}")
+        if config.get("transform_config"):
+            raise CheckpointError(f"{where}: transform_config: online rotations are not supported; {_SUPPORTED}")
+        self._ignore = parsed.ignore or []
+        self._groups: dict[str, tuple[list[str], Scheme]] = {}
+        for key, group in parsed.config_groups.items():
+            assert isinstance(group, QuantizationScheme)  # preset names are resolved by the library's validator
+            scheme = _read_group(group, parsed.format, f"{where}: config_groups.{key}")
+            self._groups[key] = (group.targets, scheme)
+        if not self._groups:
+            raise CheckpointError(f"{where}: config_groups is empty, expected one group or more")
+        # The library tells a class name from a module name by looking at a module.
+        self._linear = torch.nn.Linear(1, 1, device="meta")
+
+    @property
+    def explicit_names(self) -> list[str]:
+        """Targets that are neither class names nor patterns: linears that must be there."""
+        targets = [target for names, _ in self._groups.values() for target in names]
+        return [target for target in targets if "." in target and not target.startswith("re:")]
+
+    def find(self, name: str) -> Scheme | None:
+        """The scheme of the linear `name`; None: it is not to be quantized."""
+        if any(match_name(name, pattern) or pattern == "Linear" for pattern in self._ignore):
+            return None
+        every_target = [target for targets, _ in self._groups.values() for target in targets]
+        matches = match_targets(name, self._linear, every_target)
+        if not matches:
+            return None
+        return next(scheme for targets, scheme in self._groups.values() if matches[0] in targets)
+
+
+def _read_group(group: QuantizationScheme, outer_format: str, where: str) -> Scheme:
+    stored_as = getattr(group.format, "value", group.format) or outer_format
+    if stored_as != _PACKED:
+        raise CheckpointError(f"{where}.format is {stored_as!r}, expected {_PACKED!r}. {_SUPPORTED}")
+    for role in ("input_activations", "output_activations"):
+        if getattr(group, role) is not None:
+            raise CheckpointError(f"{where}.{role}: quantized activations are not supported; {_SUPPORTED}")
+    weights = group.weights
+    if weights is None or weights.type != QuantizationType.INT.value or weights.dynamic:
+        raise CheckpointError(f"{where}.weights: expected static integer weights; {_SUPPORTED}")
+    if weights.strategy not in (QuantizationStrategy.GROUP.value, QuantizationStrategy.CHANNEL.value):
+        raise CheckpointError(f"{where}.weights.strategy is {weights.strategy!r}, expected 'group' or 'channel'")
+    grouped = weights.strategy == QuantizationStrategy.GROUP.value
+    try:
+        return Scheme(weights.num_bits, weights.group_size if grouped else None, weights.symmetric)
+    except InputError as error:
+        raise CheckpointError(
+            f"{where}.weights: {weights.num_bits} bits, group_size {weights.group_size} is not supported; {_SUPPORTED}"
+        ) from error

@@ -1,0 +1,167 @@
+"""A checkpoint folder to a transformers model that runs on packed weights.
+
+The model is built without weights; every tensor then goes from the file to the device and, if it belongs to a quantized
+linear, into the layout of that device. No dense copy of a quantized weight is ever made: the peak is the packed model
+plus the codes of one layer.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from sliderquant.checkpoint.packing import PARTS, unpack
+from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
+from sliderquant.checkpoint.skeleton import build_skeleton, check_against_model, plain_config
+from sliderquant.errors import CheckpointError, InputError
+from sliderquant.modules.linear import PackedLinear
+
+__all__ = ["load"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    *,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load a quantized checkpoint: of sliderquant, or of another tool in compressed-tensors' `pack-quantized` format.
+
+    Args:
+        path: the checkpoint folder.
+        device: `"auto"` (a GPU when there is one), `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+        dtype: of scales, activations and all that is not quantized: `"auto"` (that of config.json), `"float32"`,
+            `"bfloat16"` or `"float16"`. The codes stay as they are.
+        attn_implementation: as in transformers: `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...
+
+    Returns:
+        The model in evaluation mode, without gradients; `generate`, `save_pretrained` and `torch.compile` work on it.
+
+    Raises:
+        InputError: the folder, device or dtype is not usable.
+        CheckpointError: the checkpoint is damaged, incomplete or inconsistent; see also `verify`.
+    """
+    target = _resolve_device(device)
+    checkpoint = read_checkpoint(path)
+    where = str(checkpoint.path)
+    config = plain_config(checkpoint.config, where)
+    wanted = _resolve_dtype(dtype, config.dtype)
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = build_skeleton(config, where, wanted, **kwargs)
+    check_against_model(checkpoint, model)
+
+    _fill_dense(model, checkpoint, target, wanted)
+    _fill_packed(model, checkpoint, target, wanted)
+    model.tie_weights(recompute_mapping=False)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta and not isinstance(module, PackedLinear):
+                module._buffers[name] = buffer.to(target)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise CheckpointError(f"{where}: no value for {', '.join(left[:3])}: the checkpoint is incomplete")
+
+    if (checkpoint.path / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    # For save_pretrained: the state_dict of the packed layers is what this configuration describes.
+    model.config.quantization_config = checkpoint.config["quantization_config"]
+    if "sliderquant" in checkpoint.config:
+        model.config.sliderquant = checkpoint.config["sliderquant"]
+    model.config._name_or_path = model.name_or_path = where
+    return model.requires_grad_(False).eval()
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device {device!r} is not understood: expected auto, cpu, cuda or cuda:N") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported: expected auto, cpu, cuda or cuda:N")
+    if resolved.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"device {str(device)!r}: this torch ({torch.__version__}) sees no CUDA GPU; use device='cpu', or install "
+                "a CUDA build of torch and a driver"
+            )
+        if resolved.index is not None and resolved.index >= torch.cuda.device_count():
+            raise InputError(f"device {str(device)!r}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
+    return resolved
+
+
+def _resolve_dtype(dtype: str | torch.dtype, stored: torch.dtype | str | None) -> torch.dtype:
+    if dtype == "auto":
+        dtype = stored if stored is not None else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise InputError(f"dtype {name!r} is not supported: expected auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _fill_dense(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Read all that is not quantized; the biases of quantized linears too."""
+    by_file = defaultdict(list)
+    packed = {f"{name}.{part}" for name in checkpoint.schemes for part in PARTS}
+    for key, stored in checkpoint.tensors.items():
+        if key not in packed:
+            by_file[stored.file].append(key)
+    for path, keys in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for key in keys:
+                module_name, _, name = key.rpartition(".")
+                try:
+                    module = model.get_submodule(module_name)
+                except AttributeError:
+                    continue  # a computed buffer of an old checkpoint: check_against_model let it pass
+                # A copy: a view of the file would be pulled from under the model when the file changes.
+                value = file.get_tensor(key)
+                if value.is_floating_point():
+                    value = value.to(device, _kept_dtype(model, key, dtype), copy=True)
+                else:
+                    value = value.to(device, copy=True)
+                if name in module._parameters:
+                    module._parameters[name] = nn.Parameter(value, requires_grad=False)
+                elif name in module._buffers and name not in module._non_persistent_buffers_set:
+                    module._buffers[name] = value
+
+
+def _kept_dtype(model: PreTrainedModel, key: str, dtype: torch.dtype) -> torch.dtype:
+    """transformers keeps some modules in fp32: those that a model lists, for fp16 or for any 16-bit dtype."""
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    return torch.float32 if kept & set(key.split(".")) else dtype
+
+
+def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    by_file = defaultdict(list)
+    for name in checkpoint.schemes:
+        by_file[checkpoint.tensors[f"{name}.weight_packed"].file].append(name)
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                parts = {part: tensor for part in PARTS if (tensor := _part(file, path, checkpoint, name, part)) is not None}
+                on_device = {part: tensor.to(device) for part, tensor in parts.items()}
+                parent_name, _, child = name.rpartition(".")
+                bias = model.get_submodule(name).bias
+                scheme = checkpoint.schemes[name]
+                linear = PackedLinear(unpack(on_device, scheme), scheme, bias, dtype=dtype)
+                setattr(model.get_submodule(parent_name), child, linear)
+
+
+def _part(file: safe_open, path: Path, checkpoint: Checkpoint, name: str, part: str) -> Tensor | None:
+    stored = checkpoint.tensors.get(f"{name}.{part}")
+    if stored is None:
+        return None
+    if stored.file == path:
+        return file.get_tensor(f"{name}.{part}")
+    with safe_open(stored.file, framework="pt") as other:  # a linear may straddle two files
+        return other.get_tensor(f"{name}.{part}")

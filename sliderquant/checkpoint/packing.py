@@ -1,0 +1,92 @@
+"""The `pack-quantized` tensors of compressed-tensors: what a quantized linear looks like on disk.
+
+A linear `[out, in]` of b bits and `groups` groups per row is stored as
+
+    weight_packed      int32 [out, ceil(in * b / 32)]      codes as a little-endian bit stream along `in`
+    weight_scale       float [out, groups]
+    weight_zero_point  int32 [ceil(out * b / 32), groups]  asymmetric only; codes as a bit stream along `out`
+    weight_shape       int64 [2]                           (out, in): the words may hold more codes than the weight
+
+Invariant: `unpack(pack(q, scheme), scheme) == q`, exactly.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from torch import Tensor
+
+from sliderquant.quantizer import QuantizedWeight
+from sliderquant.schemes import Scheme
+
+__all__ = ["PARTS", "pack", "packed_shapes", "unpack"]
+
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+"""The names of the tensors of a quantized linear, after the name of the linear and a dot."""
+
+# The library's packers work in int32, several times over: this bounds what a very large linear takes meanwhile.
+_CODES_AT_A_TIME = 1 << 24
+
+
+def packed_shapes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every stored part of a linear `[out_features, in_features]`."""
+    groups = scheme.groups(in_features)
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight_packed": (out_features, math.ceil(in_features * scheme.bits / 32)),
+        "weight_scale": (out_features, groups),
+        "weight_shape": (2,),
+    }
+    if not scheme.symmetric:
+        shapes["weight_zero_point"] = (math.ceil(out_features * scheme.bits / 32), groups)
+    return shapes
+
+
+def pack(quantized: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+    """The stored parts of a quantized weight, by name (`PARTS`; no `weight_zero_point` when symmetric)."""
+    codes, scale, zero_point = quantized
+    out_features, in_features = codes.shape
+    parts = {
+        "weight_packed": _by_rows(
+            lambda rows: pack_to_int32(_signed(rows, scheme), scheme.bits), codes, codes_per_row=in_features
+        ),
+        "weight_scale": scale.contiguous(),
+        "weight_shape": torch.tensor([out_features, in_features], dtype=torch.int64),
+    }
+    if zero_point is not None:
+        parts["weight_zero_point"] = pack_to_int32(_signed(zero_point, scheme), scheme.bits, packed_dim=0)
+    return parts
+
+
+def unpack(parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The exact inverse of `pack`, on the device of `weight_packed`."""
+    out_features, in_features = (int(size) for size in parts["weight_shape"])
+    codes = _by_rows(
+        lambda rows: _unsigned(
+            unpack_from_int32(rows, scheme.bits, torch.Size((rows.shape[0], in_features))), scheme
+        ),
+        parts["weight_packed"],
+        codes_per_row=in_features,
+    )
+    scale = parts["weight_scale"]
+    if scheme.symmetric:
+        return QuantizedWeight(codes, scale, None)
+    shape = torch.Size((out_features, scale.shape[1]))
+    zero_point = unpack_from_int32(parts["weight_zero_point"], scheme.bits, shape, packed_dim=0)
+    return QuantizedWeight(codes, scale, _unsigned(zero_point, scheme).contiguous())
+
+
+def _signed(codes: Tensor, scheme: Scheme) -> Tensor:
+    """uint8 0 .. 2^b - 1 -> int8 -2^(b-1) .. 2^(b-1) - 1, which is what the library packs."""
+    return (codes.to(torch.int16) - scheme.offset).to(torch.int8)
+
+
+def _unsigned(codes: Tensor, scheme: Scheme) -> Tensor:
+    return (codes.to(torch.int16) + scheme.offset).to(torch.uint8)
+
+
+def _by_rows(function: Callable[[Tensor], Tensor], tensor: Tensor, codes_per_row: int) -> Tensor:
+    rows = max(1, _CODES_AT_A_TIME // max(1, codes_per_row))
+    if tensor.shape[0] <= rows:
+        return function(tensor).contiguous()
+    return torch.cat([function(chunk) for chunk in tensor.split(rows)])

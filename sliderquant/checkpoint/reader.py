@@ -1,0 +1,241 @@
+"""A checkpoint folder, read and checked from its headers: no weight is read.
+
+Reads what sliderquant writes and what other tools write in the `pack-quantized` format of compressed-tensors.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sliderquant.checkpoint.config import FORMAT_VERSION, SchemeLookup
+from sliderquant.checkpoint.packing import packed_shapes
+from sliderquant.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME
+from sliderquant.errors import CheckpointError, InputError
+from sliderquant.schemes import Scheme
+
+__all__ = ["REPORT_NAME", "Checkpoint", "StoredTensor", "read_checkpoint"]
+
+REPORT_NAME = "sliderquant-report.json"
+
+_PART_DTYPES = {
+    "weight_packed": ("I32",),
+    "weight_scale": ("BF16", "F16", "F32"),
+    "weight_zero_point": ("I32",),
+    "weight_shape": ("I64", "I32"),
+}
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is, and its header: dtype as safetensors names it (`BF16`, `I32`, ...), shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    value: tuple[int, ...] | None = None  # of a weight_shape, which is as good as a header
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return torch.Size(self.shape).numel() * _DTYPE_BYTES.get(self.dtype, 1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds.
+
+    Attributes:
+        path: the folder.
+        config: config.json.
+        schemes: the scheme of every quantized linear, by module name, in the order of the names.
+        linear_shapes: `(out, in)` of every quantized linear.
+        tensors: every tensor of the safetensors files, by name.
+        format_version, version: of the sliderquant that wrote it; None when another tool did.
+        report: sliderquant-report.json, or None.
+        lookup: which linears the configuration quantizes.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    schemes: dict[str, Scheme]
+    linear_shapes: dict[str, tuple[int, int]]
+    tensors: dict[str, StoredTensor]
+    format_version: int | None
+    version: str | None
+    report: dict[str, Any] | None
+    lookup: SchemeLookup = field(repr=False)
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The safetensors files, in the order of their names."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read and check the headers of a quantized checkpoint folder.
+
+    Raises:
+        InputError: `path` is not a folder, or not one of a quantized model.
+        CheckpointError: the folder is damaged, incomplete, inconsistent, in a format that sliderquant does not read, or
+            from a newer sliderquant; the message names the file and the tensor.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    where = f"{folder / 'config.json'}: quantization_config"
+    entry = config.get("sliderquant") or {}
+    version = entry.get("format_version") if isinstance(entry, dict) else None
+    if version is not None and (not isinstance(version, int) or version > FORMAT_VERSION):
+        raise CheckpointError(
+            f"{folder}: written by a newer sliderquant (format {version}; this is {FORMAT_VERSION}): upgrade sliderquant"
+        )
+    lookup = SchemeLookup(config["quantization_config"], where)
+    tensors = _read_headers(folder)
+    schemes, linear_shapes = _check_linears(folder, tensors, lookup)
+    return Checkpoint(
+        path=folder,
+        config=config,
+        schemes=schemes,
+        linear_shapes=linear_shapes,
+        tensors=tensors,
+        format_version=version,
+        version=entry.get("version") if version is not None else None,
+        report=_read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else None,
+        lookup=lookup,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        hint = ""
+        if not folder.exists() and not folder.is_absolute() and str(folder).count("/") == 1:
+            hint = (
+                f"; if it is a model on the Hugging Face hub, download it first: hf download {folder} --local-dir FOLDER"
+            )
+        raise InputError(f"{folder}: {what}, expected the folder of a quantized checkpoint{hint}")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json: not a checkpoint folder, or an incomplete copy of one")
+    config = _read_json(folder / "config.json")
+    if not isinstance(config.get("quantization_config"), dict):
+        raise InputError(
+            f"{folder}: config.json has no quantization_config: this model is not quantized. Quantize it first with "
+            "`sliderquant quantize`, or load it with transformers.AutoModelForCausalLM.from_pretrained"
+        )
+    return config
+
+
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    index_path = folder / INDEX_NAME
+    weight_map: Mapping[str, str] | None = None
+    if index_path.exists():
+        weight_map = _read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index_path}: has no weight_map")
+        names = sorted(set(weight_map.values()))
+    else:
+        names = [WEIGHTS_NAME]
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        file_path = folder / name
+        if not file_path.is_file():
+            listed = f", which {INDEX_NAME} lists" if weight_map is not None else ""
+            raise CheckpointError(f"{file_path}: missing{listed}: an incomplete copy; copy or download it again")
+        try:
+            with safe_open(file_path, framework="pt") as file:
+                for key in file.keys():
+                    header = file.get_slice(key)
+                    if weight_map is not None and weight_map.get(key) != name:
+                        continue
+                    value = tuple(file.get_tensor(key).tolist()) if key.endswith(".weight_shape") else None
+                    tensors[key] = StoredTensor(file_path, header.get_dtype(), tuple(header.get_shape()), value)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{file_path}: truncated, or its header is damaged ({error}); copy or download it again"
+            ) from error
+    for key, name in (weight_map or {}).items():
+        if key not in tensors:
+            raise CheckpointError(f"{folder / name}: tensor {key} is missing, which {INDEX_NAME} lists in this file")
+    return tensors
+
+
+def _check_linears(
+    folder: Path, tensors: Mapping[str, StoredTensor], lookup: SchemeLookup
+) -> tuple[dict[str, Scheme], dict[str, tuple[int, int]]]:
+    names = [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]
+    for name in lookup.explicit_names:
+        if f"{name}.weight_packed" not in tensors:
+            raise CheckpointError(
+                f"{folder}: tensor {name}.weight_packed is missing: config.json names {name} as a quantized linear"
+            )
+    if not names:
+        raise CheckpointError(f"{folder}: no tensor ends in .weight_packed, but config.json says the model is quantized")
+    schemes: dict[str, Scheme] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name in sorted(names):
+        scheme = lookup.find(name)
+        if scheme is None:
+            raise CheckpointError(
+                f"{tensors[name + '.weight_packed'].file}: tensor {name}.weight_packed is packed, but the "
+                "quantization_config of config.json does not quantize this layer"
+            )
+        shapes[name] = _check_linear(name, tensors, scheme, folder)
+        schemes[name] = scheme
+    return schemes, shapes
+
+
+def _check_linear(
+    name: str, tensors: Mapping[str, StoredTensor], scheme: Scheme, folder: Path
+) -> tuple[int, int]:
+    def stored(part: str) -> StoredTensor:
+        key = f"{name}.{part}"
+        if key not in tensors:
+            raise CheckpointError(f"{folder}: tensor {key} is missing: config.json says that {name} is {scheme}")
+        found = tensors[key]
+        if found.dtype not in _PART_DTYPES[part]:
+            expected = " or ".join(_PART_DTYPES[part])
+            raise CheckpointError(f"{found.file}: tensor {key} has dtype {found.dtype}, expected {expected}")
+        return found
+
+    shape_tensor = stored("weight_shape")
+    if shape_tensor.shape != (2,):
+        raise CheckpointError(
+            f"{shape_tensor.file}: tensor {name}.weight_shape has shape {list(shape_tensor.shape)}, expected [2]"
+        )
+    out_features, in_features = shape_tensor.value or (0, 0)
+    if out_features < 1 or in_features < 1 or not scheme.fits(in_features):
+        raise CheckpointError(
+            f"{shape_tensor.file}: tensor {name}.weight_shape says [{out_features}, {in_features}], which config.json's "
+            f"{scheme} does not divide"
+        )
+    for part, expected in packed_shapes(scheme, out_features, in_features).items():
+        found = stored(part)
+        if found.shape != expected:
+            raise CheckpointError(
+                f"{found.file}: tensor {name}.{part} has shape {list(found.shape)}, expected {list(expected)}: "
+                f"weight_shape is [{out_features}, {in_features}] and config.json says {scheme}"
+            )
+    for unexpected in ("weight_zero_point", "weight_g_idx", "weight"):
+        key = f"{name}.{unexpected}"
+        if key in tensors and not (unexpected == "weight_zero_point" and not scheme.symmetric):
+            raise CheckpointError(
+                f"{tensors[key].file}: tensor {key} should not be there: config.json says that {name} is {scheme}, "
+                "packed, in the order of the inputs"
+            )
+    return out_features, in_features

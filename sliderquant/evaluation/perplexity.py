@@ -1,0 +1,102 @@
+"""Perplexity, by the protocol of the published tables.
+
+A running text (WikiText-2: the raw test lines joined by blank lines) is tokenized once with the tokenizer's defaults
+and cut into non-overlapping blocks of `seqlen` tokens; the tail is dropped. Each block's loss is the mean cross-entropy
+of its seqlen - 1 shifted tokens, and perplexity = exp(mean over the blocks). Text in documents (C4): 256 random crops
+of `seqlen` tokens from documents that are long enough, seed 0.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from sliderquant.calibration.blocks import consecutive_blocks, document_crops
+from sliderquant.calibration.text import read_text
+from sliderquant.errors import InputError
+
+__all__ = ["Perplexity", "default_seqlen", "perplexity"]
+
+_LONGEST_BLOCK = 2048
+_DOCUMENT_CROPS = 256
+_TOKENS_AT_ONCE = 2048  # logits of a batch are the largest tensor: tokens x vocabulary in fp32
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and the protocol that it was measured by."""
+
+    value: float
+    dataset: str
+    seqlen: int
+    blocks: int
+    tokens: int
+    tokenizer: str
+    dtype: str
+    device: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def protocol(self) -> str:
+        """One line that says how the value was measured."""
+        return (
+            f"{self.dataset}: {self.blocks} blocks of {self.seqlen} tokens ({self.tokens} tokens), tokenizer "
+            f"{self.tokenizer}, {self.dtype} on {self.device}"
+        )
+
+
+def default_seqlen(config: Any) -> int:
+    """2048 tokens, or the model's maximum when that is shorter."""
+    return min(_LONGEST_BLOCK, int(config.max_position_embeddings))
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    source: str,
+    seqlen: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Perplexity:
+    """Perplexity of a causal language model on a text source (see `sliderquant.calibration.text`).
+
+    Args:
+        seqlen: tokens per block; None: `default_seqlen`.
+        progress: called with (blocks done, blocks in all).
+
+    Raises:
+        InputError: the text is missing, or shorter than one block; seqlen is out of the model's range.
+    """
+    longest = int(model.config.max_position_embeddings)
+    seqlen = default_seqlen(model.config) if seqlen is None else seqlen
+    if not 2 <= seqlen <= longest:
+        raise InputError(f"seqlen {seqlen}: expected 2 to {longest}, the longest that the model takes")
+    text = read_text(source, "evaluation")
+    if text.running:
+        blocks = consecutive_blocks(text.documents[0], tokenizer, seqlen, source)
+    else:
+        blocks = document_crops(text, tokenizer, _DOCUMENT_CROPS, seqlen, random.Random(0))
+    device = model.device
+    losses: list[float] = []
+    for batch in blocks.split(max(1, _TOKENS_AT_ONCE // seqlen)):
+        ids = batch.to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        token_losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses += token_losses.view(len(ids), -1).double().mean(dim=1).tolist()
+        progress(len(losses), len(blocks))
+    return Perplexity(
+        value=math.exp(sum(losses) / len(losses)),
+        dataset=source,
+        seqlen=seqlen,
+        blocks=len(blocks),
+        tokens=blocks.numel(),
+        tokenizer=f"{type(tokenizer).__name__} of {len(tokenizer)} tokens",
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device.type,
+    )

@@ -1,0 +1,183 @@
+"""Named methods as data: a window plan, what is learned, and the hyper-parameters.
+
+Every field of `Settings` can be set by name: `--set epochs=10 --set windows.shallow=2`, a YAML file, or `settings=`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sliderquant.errors import InputError
+
+__all__ = ["METHODS", "LearningRates", "Method", "Settings", "WindowSettings", "method_named", "parse_overrides"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class WindowSettings(_Frozen):
+    """The inter-layer schedule, see `sliderquant.windows.schedule`."""
+
+    shallow: int = Field(4, ge=0, description="layers in the expanding ramp at the start")
+    deep: int = Field(4, ge=0, description="layers in the contracting ramp at the end")
+    size: int = Field(2, ge=1, description="layers in a middle window")
+    stride: int = Field(1, ge=1, description="layers by which a middle window slides")
+
+    @model_validator(mode="after")
+    def _stride_within_size(self) -> "WindowSettings":
+        if self.stride > self.size:
+            raise ValueError(
+                f"windows.stride={self.stride} would skip layers: it must not exceed windows.size={self.size}"
+            )
+        return self
+
+
+class LearningRates(_Frozen):
+    """AdamW's learning rates per sample of a batch; the rate used is this times the batch size."""
+
+    low_rank: float = Field(5e-4, ge=0, description="of A and B")
+    clipping: float = Field(1e-2, ge=0, description="of the clipping logits")
+
+
+class Settings(_Frozen):
+    """The hyper-parameters of a learned method; the defaults are the published ones for weight-only schemes."""
+
+    epochs: int = Field(60, ge=1, description="passes over the calibration samples per window, split over the stages")
+    batch_size: int = Field(3, ge=1, description="samples per step")
+    gamma: float = Field(0.5, gt=0, le=1, description="share of input channels per intra-layer stage; 1: one stage")
+    stage_order: Literal["sweep", "window"] = Field(
+        "sweep", description="sweep: each stage slides over the whole model; window: all stages inside each window"
+    )
+    rank: int = Field(4, ge=0, description="rank of the low-rank term; 0: none")
+    clipping: bool = Field(True, description="learn the clipping of every group's range")
+    clipping_start: float = Field(4.0, description="clipping logits at the start; sigmoid(4) = 0.982")
+    windows: WindowSettings = WindowSettings()
+    learning_rates: LearningRates = LearningRates()
+    matmul: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of matrix products while refining; auto: bfloat16 where the device has units for it"
+    )
+    retries: int = Field(
+        4, ge=0, description="restarts of a window after a non-finite loss, the rates halved each time"
+    )
+    stream_memory_gb: float = Field(8.0, gt=0, description="activations beyond this are kept in files, not in memory")
+
+    @property
+    def stages(self) -> tuple[float, ...]:
+        """The shares of the input channels that are quantized in each stage, ascending to 1."""
+        count = max(round(1 / self.gamma), 1)
+        return tuple((i + 1) / count for i in range(count))
+
+    def epochs_of_stage(self, stage: int) -> int:
+        """The epochs split evenly over the stages; the later ones get what does not divide."""
+        count = len(self.stages)
+        return self.epochs // count + (stage >= count - self.epochs % count)
+
+
+@dataclass(frozen=True)
+class Method:
+    """`settings` None: nothing is learned and no calibration text is needed."""
+
+    name: str
+    summary: str
+    settings: Settings | None
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("rtn", "round to nearest over each group's full range", None),
+        Method("sliderquant", "sliding windows with low-rank terms and learned clipping", Settings()),
+    )
+}
+
+
+def method_named(name: str) -> Method:
+    """Raises InputError with the names there are."""
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def parse_overrides(config: Path | None, assignments: list[str]) -> dict[str, Any]:
+    """Nested overrides from a YAML file and from `key=value` assignments, which win over the file.
+
+    Raises:
+        InputError: the file is missing or not a mapping, or an assignment has no `=`.
+    """
+    overrides: dict[str, Any] = {}
+    if config is not None:
+        try:
+            loaded = yaml.safe_load(config.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"--config {config}: cannot be read ({error.strerror}); expected a YAML file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"--config {config}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(loaded, dict):
+            raise InputError(f"--config {config}: expected a mapping of settings such as `epochs: 10`")
+        overrides = loaded
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {assignment!r}: expected key=value, for example epochs=10 or windows.shallow=2")
+        target = overrides
+        *parents, leaf = key.strip().split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise InputError(f"--set {assignment!r}: {parent} is a value, it has no keys of its own")
+        try:
+            target[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {assignment!r}: the value cannot be read") from error
+    return overrides
+
+
+def with_overrides(method: Method, overrides: Mapping[str, Any]) -> Settings | None:
+    """The method's settings with nested `overrides`, for example `{"epochs": 10, "windows": {"shallow": 2}}`.
+
+    Raises:
+        InputError: an unknown key or an unusable value; the message lists the keys there are.
+    """
+    if method.settings is None:
+        if overrides:
+            raise InputError(f"method {method.name} has no settings, but {', '.join(overrides)} was set: leave it out")
+        return None
+    merged = _merged(method.settings.model_dump(), overrides)
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise InputError(_explained(error)) from error
+
+
+def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """Every key that can be set, nested ones with dots."""
+    names = []
+    for name, field in model.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            names += setting_names(nested, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _merged(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in overrides.items():
+        inner = result.get(key)
+        result[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def _explained(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {key!r}: expected one of {', '.join(setting_names())}"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"setting {key or 'windows'}: {reason}, got {first['input']!r}" if key else f"settings: {reason}"

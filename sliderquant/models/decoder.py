@@ -1,0 +1,115 @@
+"""A model's parts, put together one decoder layer at a time: the whole model is never in memory."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from sliderquant.errors import InputError
+from sliderquant.models.source import ModelSource
+
+__all__ = ["Decoder", "LayerInputs"]
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What enters the decoder layers besides hidden states: keyword arguments for each layer, for a batch of 1, that
+    broadcast over a batch (positions, rotary embeddings, attention mask)."""
+
+    arguments: tuple[dict[str, Any], ...]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: keeps what it was called with, and passes the hidden states on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+        # Models pick a mask for each layer by such attributes of the layer (full or sliding attention).
+        for name in ("attention_type", "layer_type", "is_causal", "layer_idx"):
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+class Decoder:
+    """The model of `source` on the meta device; its layers are made real one at a time, in fp32."""
+
+    def __init__(self, source: ModelSource, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.source, self.device = source, device
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+        self.model.eval()
+        self.layers: nn.ModuleList = self.model.get_submodule(source.family.layers)  # type: ignore[assignment]
+
+    def check_names(self) -> None:
+        """Every weight of every layer is in the files, with the shape that the architecture gives it.
+
+        Raises:
+            InputError: naming the first tensor that is not.
+        """
+        shapes = self.source.shapes
+        for name, parameter in self.layers.named_parameters():
+            full = f"{self.source.family.layers}.{name}"
+            if full not in shapes:
+                raise InputError(f"{self.source.name}: tensor {full} is missing from the safetensors files")
+            if shapes[full][0] != tuple(parameter.shape):
+                raise InputError(
+                    f"{self.source.name}: tensor {full} has shape {list(shapes[full][0])}, but config.json makes it "
+                    f"{list(parameter.shape)}"
+                )
+
+    def layer(self, index: int) -> nn.Module:
+        """Decoder layer `index` with its weights, fp32, on the device."""
+        layer = copy.deepcopy(self.layers[index])
+        prefix = f"{self.source.family.layers}.{index}."
+        weights = {
+            name: self.source.tensor(prefix + name).to(self.device, torch.float32) for name in layer.state_dict()
+        }
+        layer.load_state_dict(weights, assign=True)
+        return layer.requires_grad_(False).to(self.device)
+
+    @torch.no_grad()
+    def embed(self, blocks: Tensor) -> tuple[Iterator[Tensor], LayerInputs]:
+        """Run what comes before the first layer.
+
+        Args:
+            blocks: token ids int64 `[samples, seqlen]`.
+
+        Returns:
+            the hidden states fp32 `[1, seqlen, hidden]` of each sample in turn, and what else the layers are given.
+        """
+        base = self.model.get_submodule(self.source.family.base)
+        embedding = copy.deepcopy(base.get_input_embeddings())  # type: ignore[operator]
+        name = f"{self.source.family.base}.{self._embedding_name(base)}.weight"
+        embedding.weight = nn.Parameter(self.source.tensor(name).to(self.device, torch.float32), requires_grad=False)
+        recorders = nn.ModuleList(_Recorder(layer) for layer in self.layers)
+        parent_name, _, attribute = self.source.family.layers.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        original_norm = getattr(base, "norm", None)
+        setattr(parent, attribute, recorders)
+        if original_norm is not None:
+            base.norm = nn.Identity()
+        try:
+            hidden = embedding(blocks[:1].to(self.device))
+            base(inputs_embeds=hidden, use_cache=False)
+        finally:
+            setattr(parent, attribute, self.layers)
+            if original_norm is not None:
+                base.norm = original_norm
+        inputs = LayerInputs(tuple(dict(recorder.arguments) for recorder in recorders))  # type: ignore[arg-type]
+        return (embedding(row[None].to(self.device)) for row in blocks), inputs
+
+    @staticmethod
+    def _embedding_name(base: nn.Module) -> str:
+        embedding = base.get_input_embeddings()  # type: ignore[operator]
+        return next(name for name, module in base.named_modules() if module is embedding)

@@ -1,0 +1,34 @@
+"""What a family of models calls its parts: data, one small file per family."""
+
+from dataclasses import dataclass
+
+__all__ = ["Family"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps what is quantized.
+
+    Attributes:
+        model_types: the `model_type`s of config.json that are built this way.
+        architectures: the classes for causal language modelling, as config.json names them.
+        base: module that maps token ids to the last hidden states.
+        layers: list of decoder layers.
+        linears: the linear layers inside a decoder layer, in the order of the data flow.
+        head: the output projection, which stays in 16 bits.
+    """
+
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    base: str = "model"
+    layers: str = "model.layers"
+    linears: tuple[str, ...] = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+    head: str = "lm_head"

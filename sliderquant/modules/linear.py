@@ -1,0 +1,195 @@
+"""A linear layer whose weight stays packed: a thin module over `sliderquant_kernels`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, dequantize, weight_only_linear
+from torch import Tensor, nn
+
+from sliderquant.checkpoint.packing import PARTS, pack, unpack
+from sliderquant.errors import InputError
+from sliderquant.quantizer import QuantizedWeight
+from sliderquant.schemes import Scheme
+
+__all__ = ["PackedLinear"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PackedLinear(nn.Module):
+    """`y = x @ dequantize(weight)^T + bias`, without the dense weight in memory.
+
+    The layout of the packed weight belongs to a device and a dtype: moving the module packs it again, and its codes are
+    never cast. `state_dict` does not depend on the layout: it holds the tensors of the checkpoint format, so that what
+    `save_pretrained` writes is a checkpoint.
+
+    Attributes:
+        in_features, out_features: sizes of the dense weight `[out, in]`.
+        scheme: how the weight is quantized.
+        layout: how it is packed in memory.
+        dtype: of the scales and of the computation: float32, bfloat16 or float16.
+        bias: `[out]` or None.
+    """
+
+    packed_weight: Tensor
+    packed_scale: Tensor
+    packed_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        quantized: QuantizedWeight,
+        scheme: Scheme,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Pack a quantized weight for the device that it is on.
+
+        Args:
+            quantized: codes uint8 `[out, in]`, scale `[out, groups]`, zero_point uint8 `[out, groups]` or None.
+            bias: `[out]`.
+            dtype: None: that of the scale.
+
+        Raises:
+            InputError: the dtype is not one that it computes in.
+        """
+        super().__init__()
+        self.out_features, self.in_features = quantized.codes.shape
+        self.scheme = scheme
+        self._store(quantized, quantized.scale.dtype if dtype is None else dtype)
+        self.bias = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().to(self.device, self.dtype), requires_grad=False)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        quantized: QuantizedWeight,
+        scheme: Scheme,
+        bias: Tensor | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "PackedLinear":
+        """Move a quantized weight to `device` (None: where it is) and pack it there; the rest is as in `__init__`."""
+        moved = QuantizedWeight(*(None if part is None else part.to(device) for part in quantized))  # type: ignore[arg-type]
+        return cls(moved, scheme, bias, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed weight is."""
+        return self.packed_weight.device
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed tensors, as the kernels take them."""
+        return PackedWeight(self.packed_weight, self.packed_scale, self.packed_zero_point)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight `[out, in]`, made anew at every access: model code that reads `linear.weight`, or its dtype
+        or device, gets what it expects."""
+        return self.dequantize()
+
+    def quantized(self) -> QuantizedWeight:
+        """The codes, scales (in `dtype`) and zero-points."""
+        codes, scale, zero_point = self.layout.unpack(self.packed)
+        return QuantizedWeight(codes, scale.to(self.dtype), None if self.scheme.symmetric else zero_point)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight `[out, in]` in `dtype`; None: the dtype of the module."""
+        return dequantize(self.packed, self.layout, self.dtype if dtype is None else dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., in]` in `dtype` -> `[..., out]`."""
+        return weight_only_linear(x, self.packed, self.layout, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.scheme.bits}, group_size={self.scheme.group_size}, symmetric={self.scheme.symmetric}"
+        )
+
+    def _store(self, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
+        if dtype not in _DTYPES:
+            expected = ", ".join(str(known) for known in _DTYPES)
+            raise InputError(f"dtype {dtype}: a packed linear computes in {expected}; its codes cannot be cast")
+        codes, scale, zero_point = quantized
+        self.dtype = dtype
+        self.layout: WeightLayout = choose_layout(
+            self.scheme.bits,
+            self.out_features,
+            self.in_features,
+            self.scheme.group_size,
+            self.scheme.symmetric,
+            codes.device,
+            dtype,
+        )
+        packed = self.layout.pack(codes, scale.to(dtype), zero_point)
+        # Not persistent: what is saved is the checkpoint format, see _save_to_state_dict.
+        self.register_buffer("packed_weight", packed.weight, persistent=False)
+        self.register_buffer("packed_scale", packed.scale, persistent=False)
+        self.register_buffer("packed_zero_point", packed.zero_point, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """What `.to`, `.half`, `.cuda` and the like call: pack again for a new device or dtype."""
+        before = torch.empty(1, dtype=self.dtype, device=self.device)
+        after = fn(before)
+        if after.is_meta or self.device.type == "meta":
+            moved = {name: None if buffer is None else fn(buffer) for name, buffer in self._buffers.items()}
+        elif (after.dtype, after.device) != (before.dtype, before.device):
+            codes, scale, zero_point = self.quantized()
+            zero_point = None if zero_point is None else fn(zero_point)
+            self._store(QuantizedWeight(fn(codes), fn(scale), zero_point), after.dtype)
+            moved = dict(self._buffers)
+        else:
+            # A layout may hold its scales in another dtype than the module's, which a cast must not touch.
+            moved = {name: _same_dtype(fn, buffer) for name, buffer in self._buffers.items()}
+        # The bias is an ordinary parameter.
+        self._buffers = {}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers = moved
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for part, tensor in pack(self.quantized(), self.scheme).items():
+            destination[prefix + part] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [part for part in PARTS if not (part == "weight_zero_point" and self.scheme.symmetric)]
+        missing = [prefix + name for name in names if prefix + name not in state_dict]
+        rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if missing:
+            missing_keys += missing
+            return
+        shape = tuple(state_dict[prefix + "weight_shape"].tolist())
+        if shape != (self.out_features, self.in_features):
+            error_msgs.append(
+                f"{prefix}weight_shape is {list(shape)}, expected [{self.out_features}, {self.in_features}]"
+            )
+            return
+        parts = {name: state_dict[prefix + name].to(self.device) for name in names}
+        self._store(unpack(parts, self.scheme), self.dtype)
+
+
+def _same_dtype(fn: Callable[[Tensor], Tensor], buffer: Tensor | None) -> Tensor | None:
+    if buffer is None:
+        return None
+    moved = fn(buffer)
+    return moved if moved.dtype == buffer.dtype else buffer

@@ -1,0 +1,170 @@
+"""What a quantization run is going to do, worked out from headers alone before any long work starts."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sliderquant.errors import InputError
+from sliderquant.methods import Method, Settings
+from sliderquant.models.source import ModelSource
+from sliderquant.schemes import Scheme
+from sliderquant.windows import Window, schedule
+
+__all__ = ["Plan", "make_plan"]
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, settled.
+
+    Attributes:
+        schemes: full name of every linear that is quantized -> its scheme, in the order of the layers.
+        settings: None for a method that learns nothing.
+        windows: empty for a method that learns nothing.
+        steps: optimizer steps of the whole run.
+        memory_bytes: estimated peak of the run's own tensors, on the device where layers are refined.
+        host_memory_bytes: estimated peak of the run's own tensors in host memory.
+        disk_bytes: size of the checkpoint's tensors.
+        source_bytes: size of the model's tensors as they are now.
+    """
+
+    source: ModelSource
+    scheme: Scheme
+    schemes: dict[str, Scheme]
+    method: Method
+    settings: Settings | None
+    windows: tuple[Window, ...]
+    samples: int
+    seqlen: int
+    steps: int
+    memory_bytes: int
+    host_memory_bytes: int
+    disk_bytes: int
+    source_bytes: int
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Weights of two dimensions that stay as they are: embeddings and the head."""
+        shapes = self.source.shapes
+        quantized = {f"{name}.weight" for name in self.schemes}
+        return tuple(name for name, (shape, _) in shapes.items() if len(shape) == 2 and name not in quantized)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for the report and for `--dry-run`."""
+        return {
+            "model": self.source.name,
+            "scheme": str(self.scheme),
+            "method": self.method.name,
+            "settings": None if self.settings is None else self.settings.model_dump(),
+            "layers": self.source.num_layers,
+            "windows": [{"layers": list(window.layers), "phase": window.phase} for window in self.windows],
+            "quantized": dict(Counter(f"{name.split('.', 3)[-1]}: {scheme}" for name, scheme in self.schemes.items())),
+            "kept": list(self.kept),
+            "samples": self.samples,
+            "seqlen": self.seqlen,
+            "steps": self.steps,
+            "memory_bytes": self.memory_bytes,
+            "host_memory_bytes": self.host_memory_bytes,
+            "disk_bytes": self.disk_bytes,
+            "source_bytes": self.source_bytes,
+        }
+
+
+def make_plan(
+    source: ModelSource,
+    scheme: Scheme,
+    method: Method,
+    settings: Settings | None,
+    samples: int,
+    seqlen: int,
+    per_channel_fallback: bool = False,
+) -> Plan:
+    """Settle a run.
+
+    Args:
+        per_channel_fallback: linears whose input size the group size does not divide get one scale per channel, where
+            the whole model would be refused otherwise.
+
+    Raises:
+        InputError: the group size does not divide some linear's input size; samples or seqlen out of range.
+    """
+    if samples < 1:
+        raise InputError(f"samples {samples}: expected at least 1")
+    if not 2 <= seqlen <= source.max_positions:
+        raise InputError(f"seqlen {seqlen}: expected 2 to {source.max_positions}, the longest that the model takes")
+    shapes = source.shapes
+    schemes = _schemes(source, shapes, scheme, per_channel_fallback)
+    windows: tuple[Window, ...] = ()
+    steps = 0
+    if settings is not None:
+        windows = schedule(source.num_layers, **settings.windows.model_dump())
+        steps = len(windows) * settings.epochs * math.ceil(samples / settings.batch_size)
+    layer_weights = max(
+        sum(math.prod(shapes[f"{name}.weight"][0]) for name in source.linear_names(layer))
+        for layer in range(source.num_layers)
+    )
+    device_bytes, host_bytes = _memory(source, schemes, settings, windows, samples, seqlen, layer_weights)
+    source_bytes = sum(size for _, size in shapes.values())
+    quantized = [(name, shapes[f"{name}.weight"]) for name in schemes]
+    disk = source_bytes - sum(size for _, (_, size) in quantized)
+    scale_bytes = torch.finfo(source.dtype).bits // 8
+    disk += sum(schemes[name].stored_bytes(*shape, scale_bytes) for name, (shape, _) in quantized)
+    return Plan(
+        source, scheme, schemes, method, settings, windows, samples, seqlen, steps, device_bytes, host_bytes, disk,
+        source_bytes,
+    )  # fmt: skip
+
+
+def _schemes(
+    source: ModelSource, shapes: dict[str, tuple[tuple[int, ...], int]], scheme: Scheme, per_channel_fallback: bool
+) -> dict[str, Scheme]:
+    found: dict[str, Scheme] = {}
+    misfits: dict[str, int] = {}
+    for layer in range(source.num_layers):
+        for name in source.linear_names(layer):
+            if f"{name}.weight" not in shapes:
+                raise InputError(f"{source.name}: tensor {name}.weight is missing from the safetensors files")
+            in_features = shapes[f"{name}.weight"][0][1]
+            found[name] = scheme
+            if not scheme.fits(in_features):
+                misfits[name.split(".", 3)[-1]] = in_features
+                found[name] = scheme.per_channel()
+    if misfits and not per_channel_fallback:
+        sizes = {shapes[f"{name}.weight"][0][1] for name in found}
+        working = [f"g{size}" for size in scheme.fitting_group_sizes(math.gcd(*sizes))]
+        listed = ", ".join(f"{name} ({size} inputs)" for name, size in misfits.items())
+        raise InputError(
+            f"scheme {scheme}: groups of {scheme.group_size} do not divide the inputs of {listed}; sizes that divide "
+            f"every layer of this model: {', '.join(working) or 'none'}; or quantize per channel "
+            f"({scheme.per_channel()}), or only these layers per channel with --per-channel-fallback"
+        )
+    return found
+
+
+def _memory(
+    source: ModelSource,
+    schemes: dict[str, Scheme],
+    settings: Settings | None,
+    windows: tuple[Window, ...],
+    samples: int,
+    seqlen: int,
+    layer_weights: int,
+) -> tuple[int, int]:
+    """Bytes on the device and on the host. A layer that is refined holds, in fp32, its weights, their refined and their
+    fake-quantized values, what the quantizer keeps for its backward pass (two tensors) and the gradients of both; and
+    the activations of a batch that autograd keeps, some 16 hidden and 5 intermediate vectors a token."""
+    config = source.config
+    if settings is None:
+        return 4 * layer_weights * 4, 4 * layer_weights * 4
+    largest = max(len(window) for window in windows)
+    activations = settings.batch_size * seqlen * (16 * config.hidden_size + 5 * config.intermediate_size)
+    device = largest * 4 * (7 * layer_weights + activations)
+    stream = samples * seqlen * config.hidden_size * 4
+    in_memory = 3 * stream if stream <= settings.stream_memory_gb * _GB / 3 else 0
+    embedding = config.vocab_size * config.hidden_size * 4
+    return device, device + in_memory + embedding
