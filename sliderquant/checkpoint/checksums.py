@@ -1,4 +1,4 @@
-"""`sliderquant-checksums.json`: the SHA-256 of every file of a checkpoint, and of every tensor, to name what is damaged.
+"""`sliderquant-checksums.json`: SHA-256 of every file of a checkpoint, and of every tensor to name what is damaged.
 
     {"algorithm": "sha256", "files": {path: digest}, "tensors": {path: {tensor: digest}}, "self": digest}
 
@@ -29,7 +29,7 @@ def file_digest(path: Path) -> str:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of the bytes of a tensor as safetensors stores them; its shape and dtype are in the digest of the file."""
+    """SHA-256 of the bytes of a tensor as safetensors stores them; the digest of the file covers shape and dtype."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return hashlib.sha256(flat.view(uint8).numpy().data).hexdigest()
 
@@ -87,8 +87,9 @@ def _locate(path: Path, name: str, tensors: Mapping[str, str] | None) -> list[st
         return [f"{name}: changed or damaged: its SHA-256 is not the recorded one"]
     try:
         with safe_open(path, framework="pt") as file:
+            present = set(file.keys())
             damaged = [
-                key for key in tensors if key not in file.keys() or tensor_digest(file.get_tensor(key)) != tensors[key]
+                key for key in tensors if key not in present or tensor_digest(file.get_tensor(key)) != tensors[key]
             ]
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         return [f"{name}: damaged header, or truncated: {error}"]

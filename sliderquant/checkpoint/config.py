@@ -26,8 +26,8 @@ FORMAT_VERSION = 1
 
 _PACKED = CompressionFormat.pack_quantized.value
 _SUPPORTED = (
-    f"sliderquant reads {_PACKED} with int weights of {', '.join(map(str, BITS))} bits, one scale per output channel or "
-    f"per group of {', '.join(map(str, GROUP_SIZES))}, and activations that are not quantized"
+    f"sliderquant reads {_PACKED} with int weights of {', '.join(map(str, BITS))} bits, one scale per output channel "
+    f"or per group of {', '.join(map(str, GROUP_SIZES))}, and activations that are not quantized"
 )
 
 

@@ -54,11 +54,11 @@ def load(
     wanted = _resolve_dtype(dtype, config.dtype)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = build_skeleton(config, where, wanted, **kwargs)
-    check_against_model(checkpoint, model)
+    absent = check_against_model(checkpoint, model)
 
     _fill_dense(model, checkpoint, target, wanted)
     _fill_packed(model, checkpoint, target, wanted)
-    model.tie_weights(recompute_mapping=False)
+    model.tie_weights(missing_keys=absent, recompute_mapping=False)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta and not isinstance(module, PackedLinear):
@@ -71,8 +71,6 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     # For save_pretrained: the state_dict of the packed layers is what this configuration describes.
     model.config.quantization_config = checkpoint.config["quantization_config"]
-    if "sliderquant" in checkpoint.config:
-        model.config.sliderquant = checkpoint.config["sliderquant"]
     model.config._name_or_path = model.name_or_path = where
     return model.requires_grad_(False).eval()
 
@@ -89,8 +87,8 @@ def _resolve_device(device: str | torch.device) -> torch.device:
     if resolved.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(
-                f"device {str(device)!r}: this torch ({torch.__version__}) sees no CUDA GPU; use device='cpu', or install "
-                "a CUDA build of torch and a driver"
+                f"device {str(device)!r}: this torch ({torch.__version__}) sees no CUDA GPU; use device='cpu', or "
+                "install a CUDA build of torch and a driver"
             )
         if resolved.index is not None and resolved.index >= torch.cuda.device_count():
             raise InputError(f"device {str(device)!r}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
@@ -148,7 +146,9 @@ def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.d
     for path, names in by_file.items():
         with safe_open(path, framework="pt") as file:
             for name in names:
-                parts = {part: tensor for part in PARTS if (tensor := _part(file, path, checkpoint, name, part)) is not None}
+                parts = {
+                    part: tensor for part in PARTS if (tensor := _part(file, path, checkpoint, name, part)) is not None
+                }
                 on_device = {part: tensor.to(device) for part, tensor in parts.items()}
                 parent_name, _, child = name.rpartition(".")
                 bias = model.get_submodule(name).bias

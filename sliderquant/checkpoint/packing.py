@@ -62,9 +62,7 @@ def unpack(parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """The exact inverse of `pack`, on the device of `weight_packed`."""
     out_features, in_features = (int(size) for size in parts["weight_shape"])
     codes = _by_rows(
-        lambda rows: _unsigned(
-            unpack_from_int32(rows, scheme.bits, torch.Size((rows.shape[0], in_features))), scheme
-        ),
+        lambda rows: _unsigned(unpack_from_int32(rows, scheme.bits, torch.Size((rows.shape[0], in_features))), scheme),
         parts["weight_packed"],
         codes_per_row=in_features,
     )

@@ -4,13 +4,13 @@ Reads what sliderquant writes and what other tools write in the `pack-quantized`
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from sliderquant.checkpoint.config import FORMAT_VERSION, SchemeLookup
@@ -42,9 +42,14 @@ class StoredTensor:
     value: tuple[int, ...] | None = None  # of a weight_shape, which is as good as a header
 
     @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Size on disk."""
-        return torch.Size(self.shape).numel() * _DTYPE_BYTES.get(self.dtype, 1)
+        return self.count * _DTYPE_BYTES.get(self.dtype, 1)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     version = entry.get("format_version") if isinstance(entry, dict) else None
     if version is not None and (not isinstance(version, int) or version > FORMAT_VERSION):
         raise CheckpointError(
-            f"{folder}: written by a newer sliderquant (format {version}; this is {FORMAT_VERSION}): upgrade sliderquant"
+            f"{folder}: written by a newer sliderquant (format {version}; this is {FORMAT_VERSION}): upgrade "
+            "sliderquant"
         )
     lookup = SchemeLookup(config["quantization_config"], where)
     tensors = _read_headers(folder)
@@ -126,9 +132,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         what = "is a file" if folder.exists() else "does not exist"
         hint = ""
         if not folder.exists() and not folder.is_absolute() and str(folder).count("/") == 1:
-            hint = (
-                f"; if it is a model on the Hugging Face hub, download it first: hf download {folder} --local-dir FOLDER"
-            )
+            hint = f"; download a model of the Hugging Face hub first: hf download {folder} --local-dir FOLDER"
         raise InputError(f"{folder}: {what}, expected the folder of a quantized checkpoint{hint}")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json: not a checkpoint folder, or an incomplete copy of one")
@@ -159,7 +163,7 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file_path}: missing{listed}: an incomplete copy; copy or download it again")
         try:
             with safe_open(file_path, framework="pt") as file:
-                for key in file.keys():
+                for key in sorted(file.keys()):
                     header = file.get_slice(key)
                     if weight_map is not None and weight_map.get(key) != name:
                         continue
@@ -185,7 +189,9 @@ def _check_linears(
                 f"{folder}: tensor {name}.weight_packed is missing: config.json names {name} as a quantized linear"
             )
     if not names:
-        raise CheckpointError(f"{folder}: no tensor ends in .weight_packed, but config.json says the model is quantized")
+        raise CheckpointError(
+            f"{folder}: no tensor ends in .weight_packed, but config.json says the model is quantized"
+        )
     schemes: dict[str, Scheme] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for name in sorted(names):
@@ -200,9 +206,7 @@ def _check_linears(
     return schemes, shapes
 
 
-def _check_linear(
-    name: str, tensors: Mapping[str, StoredTensor], scheme: Scheme, folder: Path
-) -> tuple[int, int]:
+def _check_linear(name: str, tensors: Mapping[str, StoredTensor], scheme: Scheme, folder: Path) -> tuple[int, int]:
     def stored(part: str) -> StoredTensor:
         key = f"{name}.{part}"
         if key not in tensors:
@@ -221,8 +225,8 @@ def _check_linear(
     out_features, in_features = shape_tensor.value or (0, 0)
     if out_features < 1 or in_features < 1 or not scheme.fits(in_features):
         raise CheckpointError(
-            f"{shape_tensor.file}: tensor {name}.weight_shape says [{out_features}, {in_features}], which config.json's "
-            f"{scheme} does not divide"
+            f"{shape_tensor.file}: tensor {name}.weight_shape says [{out_features}, {in_features}], which "
+            f"{scheme} of config.json does not divide"
         )
     for part, expected in packed_shapes(scheme, out_features, in_features).items():
         found = stored(part)

@@ -56,11 +56,14 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def check_against_model(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+def check_against_model(checkpoint: Checkpoint, model: PreTrainedModel) -> set[str]:
     """Check that the tensors of a checkpoint are those of the model, no more and no less, in its shapes.
 
     Args:
         model: dense, from `build_skeleton`.
+
+    Returns:
+        The names of the parameters that the checkpoint does not hold because they are tied to others.
 
     Raises:
         CheckpointError: naming the first of the tensors that are missing, unexpected or of another shape.
@@ -77,8 +80,8 @@ def check_against_model(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
             )
         if (module.out_features, module.in_features) != (out_features, in_features):
             raise CheckpointError(
-                f"{file}: tensor {name}.weight_shape is [{out_features}, {in_features}], but by config.json the layer is "
-                f"[{module.out_features}, {module.in_features}]"
+                f"{file}: tensor {name}.weight_shape is [{out_features}, {in_features}], but by config.json the "
+                f"layer is [{module.out_features}, {module.in_features}]"
             )
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     packed = {f"{name}.weight" for name in checkpoint.schemes}
@@ -105,12 +108,12 @@ def check_against_model(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         )
     absent = expected.keys() - dense.keys() - packed
     # A tied tensor may be stored under either of its names.
-    for target, source in model.all_tied_weights_keys.items():
-        if not {target, source} <= absent:
-            absent = absent - {target, source}
-    missing = sorted(key for key in absent if not _ignored(key, model._keys_to_ignore_on_load_missing or ()))
+    pairs = [{target, source} for target, source in model.all_tied_weights_keys.items()]
+    tied = {key for pair in pairs if not pair <= absent for key in pair & absent}
+    missing = sorted(absent - tied)
     if missing:
         raise CheckpointError(f"{checkpoint.path}: {_some(missing)} missing: the checkpoint is incomplete")
+    return tied
 
 
 def _belongs(key: str, schemes: Iterable[str]) -> bool:

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, dequantize, weight_only_linear
 from torch import Tensor, nn
 
 from sliderquant.checkpoint.packing import PARTS, pack, unpack
 from sliderquant.errors import InputError
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.schemes import Scheme
+from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, dequantize, weight_only_linear
 
 __all__ = ["PackedLinear"]
 
@@ -172,9 +172,7 @@ class PackedLinear(nn.Module):
         names = [part for part in PARTS if not (part == "weight_zero_point" and self.scheme.symmetric)]
         missing = [prefix + name for name in names if prefix + name not in state_dict]
         rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if missing:
             missing_keys += missing
             return

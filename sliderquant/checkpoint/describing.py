@@ -1,0 +1,111 @@
+"""What is in a checkpoint, as data: for `sliderquant inspect`."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sliderquant.checkpoint.checksums import CHECKSUMS_NAME
+from sliderquant.checkpoint.packing import PARTS
+from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
+
+__all__ = ["Description", "describe"]
+
+_PART_LABELS = dict(zip(PARTS, ("packed weights", "scales", "zero-points", "shapes"), strict=True))
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` finds.
+
+    Attributes:
+        path: the folder.
+        architecture: class of the model.
+        schemes: by scheme (`W4A16-g128`), the number of linears.
+        layers: by kind of linear (`q_proj`, `down_proj`, ...), the number of quantized ones.
+        bytes_by_part: bytes on disk of packed weights, scales, zero-points, shapes, and of what is not quantized:
+            embeddings, output head, norms, other.
+        total_bytes: of all tensors.
+        disk_bytes: of all files of the folder.
+        quantized_weights, weights: numbers of weights that are quantized, and of all.
+        quantized_bits_per_weight: with scales and zero-points, of the quantized weights alone.
+        bits_per_weight: of the whole model.
+        written_by: version of sliderquant, or None for another tool.
+        method: from the report, or None.
+        perplexity: from the report; empty if it has none.
+        has_checksums, has_report: whether the folder has those files.
+    """
+
+    path: str
+    architecture: str
+    schemes: dict[str, int]
+    layers: dict[str, int]
+    bytes_by_part: dict[str, int]
+    total_bytes: int
+    disk_bytes: int
+    quantized_weights: int
+    weights: int
+    quantized_bits_per_weight: float
+    bits_per_weight: float
+    written_by: str | None
+    method: str | None
+    perplexity: dict[str, Any]
+    has_checksums: bool
+    has_report: bool
+
+
+def describe(path: str | Path) -> Description:
+    """Describe a quantized checkpoint from its headers.
+
+    Raises:
+        InputError, CheckpointError: as `read_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path)
+    by_part, dense_weights = _sizes(checkpoint)
+    quantized_weights = sum(out * inputs for out, inputs in checkpoint.linear_shapes.values())
+    quantized_bytes = sum(by_part.get(label, 0) for label in _PART_LABELS.values())
+    total_bytes = sum(by_part.values())
+    report = checkpoint.report or {}
+    method, perplexity = report.get("method"), report.get("perplexity")
+    return Description(
+        path=str(checkpoint.path),
+        architecture=", ".join(checkpoint.config.get("architectures") or [str(checkpoint.config.get("model_type"))]),
+        schemes=dict(Counter(str(scheme) for scheme in checkpoint.schemes.values())),
+        layers=dict(Counter(name.rpartition(".")[2] for name in checkpoint.schemes)),
+        bytes_by_part=by_part,
+        total_bytes=total_bytes,
+        disk_bytes=sum(file.stat().st_size for file in checkpoint.path.rglob("*") if file.is_file()),
+        quantized_weights=quantized_weights,
+        weights=quantized_weights + dense_weights,
+        quantized_bits_per_weight=8 * quantized_bytes / quantized_weights,
+        bits_per_weight=8 * total_bytes / (quantized_weights + dense_weights),
+        written_by=checkpoint.version,
+        method=method.get("name") if isinstance(method, dict) else method,
+        perplexity=perplexity if isinstance(perplexity, dict) else {},
+        has_checksums=(checkpoint.path / CHECKSUMS_NAME).is_file(),
+        has_report=checkpoint.report is not None,
+    )
+
+
+def _sizes(checkpoint: Checkpoint) -> tuple[dict[str, int], int]:
+    """Bytes by part, and the number of weights that are not quantized."""
+    by_part: Counter[str] = Counter()
+    dense_weights = 0
+    for key, stored in checkpoint.tensors.items():
+        name, _, part = key.rpartition(".")
+        if name in checkpoint.schemes and part in _PART_LABELS:
+            by_part[_PART_LABELS[part]] += stored.bytes
+            continue
+        by_part[_kind(key)] += stored.bytes
+        dense_weights += stored.count
+    return dict(by_part), dense_weights
+
+
+def _kind(key: str) -> str:
+    if "embed" in key or key.endswith("wte.weight"):
+        return "embeddings"
+    if key.startswith("lm_head."):
+        return "output head"
+    if "norm" in key:
+        return "norms"
+    return "other"

@@ -1,0 +1,296 @@
+"""Writing a checkpoint folder: streamed, atomic, the same bytes for the same inputs.
+
+Everything goes to a hidden folder next to the final one, which a rename makes visible at the end. Whatever goes wrong
+before that, nothing is left behind and an older checkpoint of the same name is untouched.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from sliderquant.checkpoint.card import CardInfo, render_card
+from sliderquant.checkpoint.checksums import write_checksums
+from sliderquant.checkpoint.config import quantization_config, sliderquant_entry
+from sliderquant.checkpoint.packing import pack, unpack
+from sliderquant.checkpoint.reader import REPORT_NAME, read_checkpoint
+from sliderquant.checkpoint.shards import ShardWriter, disk_full, free_bytes
+from sliderquant.checkpoint.skeleton import build_skeleton, check_against_model, linear_names, plain_config
+from sliderquant.errors import CheckpointError, InputError
+from sliderquant.quantizer import QuantizedWeight, dequantize
+from sliderquant.schemes import Scheme
+
+__all__ = ["CheckpointWriter"]
+
+_CARRIED_OVER = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+class CheckpointWriter:
+    """Writes one checkpoint; a context manager.
+
+        with CheckpointWriter(out) as writer:
+            for each linear: writer.add_quantized(name, quantized, scheme, trained)
+            for each other tensor: writer.add_tensor(name, tensor)
+            writer.finish(config, source, report, card)
+
+    Leaving the context without `finish`, by an exception, Ctrl-C or SIGTERM, removes what was written. At most one
+    shard is in memory.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        overwrite: bool = False,
+        max_shard_bytes: int = 5_000_000_000,
+        estimated_bytes: int | None = None,
+    ) -> None:
+        """Check that the checkpoint can be written, before any work.
+
+        Args:
+            out: the folder to make; its parents are made too.
+            overwrite: replace a quantized checkpoint (and nothing else) that is there.
+            max_shard_bytes: no file gets larger, unless a single tensor is.
+            estimated_bytes: what the checkpoint will take, if known.
+
+        Raises:
+            InputError: `out` exists, is not replaceable or not writable, or the disk has not `estimated_bytes` free.
+        """
+        self.out = Path(out).resolve()
+        _check_replaceable(self.out, overwrite)
+        if max_shard_bytes < 1:
+            raise InputError(f"max_shard_bytes is {max_shard_bytes}, expected a positive number of bytes")
+        free = free_bytes(self.out.parent)
+        if estimated_bytes is not None and estimated_bytes > free:
+            raise InputError(
+                f"{self.out}: the checkpoint needs about {estimated_bytes / 1e9:.3g} GB, but only {free / 1e9:.3g} GB "
+                "are free; free some space or choose another folder"
+            )
+        self._overwrite = overwrite
+        self._max_shard_bytes = max_shard_bytes
+        self._estimated_bytes = estimated_bytes or 0
+        self._schemes: dict[str, Scheme] = {}
+        self._folder: Path | None = None
+        self._shards: ShardWriter | None = None
+        self._old_handler: Any = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=self.out.parent))
+        except OSError as error:
+            raise InputError(f"{self.out}: cannot write there: {error.strerror}") from error
+        self._folder.chmod(0o755)  # mkdtemp makes it private
+        self._shards = ShardWriter(self._folder, self._max_shard_bytes)
+        # A terminated process would leave the partial folder behind. A handler of the program's own goes first.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._old_handler = signal.signal(signal.SIGTERM, _exit_on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        handled, self._old_handler = self._old_handler, None
+        if handled is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = self._shards = None
+        if handled is not None:
+            signal.signal(signal.SIGTERM, handled)
+
+    def add_quantized(self, name: str, quantized: QuantizedWeight, scheme: Scheme, trained: Tensor) -> None:
+        """Pack and write the weight of a linear, after checking that what is read back is what was trained.
+
+        Args:
+            name: of the linear: `model.layers.0.mlp.down_proj`.
+            quantized: codes uint8 `[out, in]`, scale `[out, groups]`, zero_point uint8 `[out, groups]` or None.
+            scheme: how it is quantized.
+            trained: the dequantized weight, fp32 `[out, in]`.
+
+        Raises:
+            CheckpointError: the packed weight is not, bit for bit, the trained one; or the disk is full.
+        """
+        parts = pack(quantized, scheme)
+        stored = dequantize(unpack(parts, scheme), scheme)
+        if stored.shape != trained.shape or not torch.equal(stored, trained.to(stored.device, torch.float32)):
+            raise CheckpointError(
+                f"layer {name}: the packed weight is not the trained one ({_difference(stored, trained)}): the weight "
+                f"was not on the grid of {scheme} with scales in {quantized.scale.dtype}"
+            )
+        for part, tensor in parts.items():
+            self.add_tensor(f"{name}.{part}", tensor)
+        self._schemes[name] = scheme
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor as it is: embeddings, norms, biases, the output head.
+
+        Raises:
+            CheckpointError: there is a tensor of this name already, or the disk is full.
+        """
+        if self._shards is None:
+            raise RuntimeError("CheckpointWriter is used inside `with`, and not after finish()")
+        self._shards.add(name, tensor)
+
+    def finish(
+        self,
+        config: PretrainedConfig | dict[str, Any],
+        source: str | Path,
+        report: Mapping[str, Any] | None = None,
+        card: CardInfo | None = None,
+    ) -> Path:
+        """Write all that is not tensors, check the whole, and make it visible as `out`.
+
+        Args:
+            config: of the model; a `quantization_config` in it is replaced.
+            source: local folder of the original model, whose tokenizer, chat template, generation configuration and
+                licence are carried over.
+            report: becomes sliderquant-report.json.
+            card: what the model card says.
+
+        Returns:
+            `out`.
+
+        Raises:
+            CheckpointError: the tensors are not those of the model, or the disk is full.
+        """
+        if self._folder is None or self._shards is None:
+            raise RuntimeError("CheckpointWriter is used inside `with`, and not after finish()")
+        if not self._schemes:
+            raise CheckpointError(f"{self.out}: no quantized linear was written")
+        folder, shards = self._folder, self._shards
+        with disk_full(self.out, max(self._estimated_bytes, shards.total_bytes)):
+            digests = shards.finish()
+            _carry_over(Path(source), folder)
+            _write_json(folder / "config.json", self._full_config(config))
+            _write_json(folder / REPORT_NAME, dict(report or {}))
+            text = render_card(card or CardInfo(), self._schemes, shards.total_bytes)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+            _check_written(folder)
+            write_checksums(folder, digests)
+            for path in [*folder.rglob("*"), folder]:
+                _sync(path)
+        self._publish(folder)
+        return self.out
+
+    def _full_config(self, config: PretrainedConfig | dict[str, Any]) -> dict[str, Any]:
+        full = dict(config) if isinstance(config, dict) else json.loads(config.to_json_string(use_diff=True))
+        full.pop("_name_or_path", None)
+        model = build_skeleton(plain_config(full, "config"), "config", torch.float32)
+        full.setdefault("architectures", None)
+        full["architectures"] = full["architectures"] or [type(model).__name__]
+        ignore = [name for name in linear_names(model) if name not in self._schemes]
+        full["quantization_config"] = quantization_config(self._schemes, ignore)
+        full["sliderquant"] = sliderquant_entry()
+        return full
+
+    def _publish(self, folder: Path) -> None:
+        """Rename the folder to `out`; an old checkpoint steps aside first and comes back if that fails."""
+        _check_replaceable(self.out, self._overwrite)  # hours may have passed
+        aside = None
+        if self.out.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old-", dir=self.out.parent))
+        try:
+            if aside is not None:
+                os.rename(self.out, aside / "old")
+            os.rename(folder, self.out)
+            self._folder = self._shards = None
+        except BaseException:
+            if aside is not None and (aside / "old").exists() and not self.out.exists():
+                os.rename(aside / "old", self.out)
+            raise
+        finally:
+            if aside is not None and self.out.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+        _sync(self.out.parent)
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not overwrite:
+        raise InputError(f"{out} exists already; choose another folder, or ask for it to be overwritten")
+    # Replacing removes the whole folder: never one that holds something else, such as the original model.
+    if not out.is_dir():
+        raise InputError(f"{out} is a file, expected a folder; remove it or choose another folder")
+    if not any(out.iterdir()):
+        return
+    try:
+        quantized = "quantization_config" in json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        quantized = False
+    if not quantized:
+        raise InputError(
+            f"{out} is not a quantized checkpoint and is not overwritten; remove it or choose another folder"
+        )
+
+
+def _check_written(folder: Path) -> None:
+    checkpoint = read_checkpoint(folder)
+    where = str(folder)
+    check_against_model(checkpoint, build_skeleton(plain_config(checkpoint.config, where), where, torch.float32))
+
+
+def _carry_over(source: Path, folder: Path) -> None:
+    if not source.is_dir():
+        raise InputError(f"source {source}: expected the local folder of the original model")
+    for pattern in _CARRIED_OVER:
+        for path in sorted(source.glob(pattern)):
+            target = folder / path.relative_to(source)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems do not sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _difference(stored: Tensor, trained: Tensor) -> str:
+    if stored.shape != trained.shape:
+        return f"shapes {list(stored.shape)} and {list(trained.shape)}"
+    off = stored != trained.to(stored.device, torch.float32)
+    worst = (stored - trained.to(stored.device, torch.float32)).abs().max().item()
+    return f"{int(off.sum())} of {off.numel()} weights differ, by up to {worst:.3g}"
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
