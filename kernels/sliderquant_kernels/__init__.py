@@ -1,1 +1,14 @@
-"""Low-bit linear operators."""
+"""Fused low-bit matmuls: weights of 2, 3, 4 or 8 bits times fp16, bf16 or fp32 activations, on CUDA and on CPUs.
+
+    layout = choose_layout(4, n, k, 128, True, x.device, x.dtype)
+    packed = layout.pack(codes, scale)
+    y = weight_only_linear(x, packed, layout)
+
+Depends on torch, and on triton for CUDA. `reference` says what is computed, `inspect` compiles the kernels for GPUs
+that are not there.
+"""
+
+from .layout import PackedWeight, WeightLayout, choose_layout
+from .weight_only import dequantize, weight_only_linear
+
+__all__ = ["PackedWeight", "WeightLayout", "choose_layout", "dequantize", "weight_only_linear"]

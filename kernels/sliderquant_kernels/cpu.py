@@ -1,0 +1,73 @@
+"""The ops on a CPU: torch's int4 and int8 matmuls where they are faster, dequantization otherwise.
+
+No second dense copy is kept: what must be dequantized is dequantized a few rows at a time on every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from . import bits as bitpack
+from . import cpu_int4
+from .layout import WeightLayout
+
+# As in cpu_int4: beyond this, dequantizing once is cheaper than torch's int8 matmul, whose time grows with the tokens.
+MAX_INT8_TOKENS = 24
+_CHUNK_WEIGHTS = 1 << 21
+
+
+def weight_only_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, layout: WeightLayout
+) -> Tensor:
+    """x `[..., K]` -> `[..., N]`, contiguous. Arguments have been validated."""
+    shape = x.shape[:-1]
+    x = x.reshape(-1, layout.k).contiguous()
+    if layout.kind == "cpu_int4" and x.shape[0]:
+        y = cpu_int4.matmul(x, weight, scale, layout.group_size, layout.symmetric)
+    elif layout.kind == "cpu_int8" and 0 < x.shape[0] <= MAX_INT8_TOKENS:
+        y = torch.ops.aten._weight_int8pack_mm(x, weight, scale.view(-1))
+    else:
+        y = x.new_empty(x.shape[0], layout.n)
+        if x.shape[0]:
+            for rows, w in _dequantized_chunks(weight, scale, zero_point, layout, x.dtype):
+                y[:, rows] = linear(x, w)
+    if bias is not None:
+        y.add_(bias)
+    return y.view(*shape, layout.n) if len(shape) != 1 else y
+
+
+def dequantize(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: WeightLayout, dtype: torch.dtype
+) -> Tensor:
+    """The weight `[N, K]` in `dtype`, rounded once. Arguments have been validated."""
+    if layout.kind == "cpu_int4":
+        return cpu_int4.dequantize(weight, scale, layout.symmetric, dtype)
+    out = torch.empty(layout.n, layout.k, dtype=dtype)
+    compute = dtype if dtype == scale.dtype else torch.float32
+    for rows, w in _dequantized_chunks(weight, scale, zero_point, layout, compute):
+        out[rows] = w
+    return out
+
+
+def _dequantized_chunks(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: WeightLayout, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their weights `[rows, K]` in `dtype`). Every dtype holds the integer q - z: one rounding, by the scale."""
+    half = 2 ** (layout.bits - 1)
+    step = max(1, _CHUNK_WEIGHTS // layout.k)
+    for start in range(0, layout.n, step):
+        rows = slice(start, min(start + step, layout.n))
+        if layout.kind == "cpu_int8":
+            centred = weight[rows]
+        else:
+            codes = bitpack.unpack_rows(weight[rows], layout.bits, layout.k, planar=True)
+            # q - 2^(b-1) as int8: torch converts int8 to bf16 in vectors, uint8 it does not.
+            centred = (codes ^ 0x80).view(torch.int8) if layout.bits == 8 else codes.view(torch.int8).sub_(half)
+        w = centred.to(dtype).view(centred.shape[0], layout.groups, -1)
+        if zero_point is not None:
+            w.sub_(zero_point[rows].to(dtype).sub_(half).unsqueeze(-1))
+        yield rows, w.mul_(scale[rows].to(dtype).unsqueeze(-1)).view(centred.shape)

@@ -1,0 +1,284 @@
+"""How a quantized weight lies in memory for one device: frozen descriptions which can pack and unpack.
+
+A layout is chosen once per weight and device (`choose_layout`), packs codes, scales and zero points into tensors, and
+is handed to the ops together with them. Packed tensors are for the machine that packed them: store codes, scales and
+zero points, or another tool's format, and pack when loading.
+
+| kind       | device | what                                                                | bits per weight |
+|------------|--------|---------------------------------------------------------------------|-----------------|
+| `triton`   | cuda   | rows of interleaved bits, see `bits.pack_rows`                      | b               |
+| `cpu_int4` | cpu    | torch's int4 container, bf16 only, see `cpu_int4`                   | 4, b = 2, 3, 4  |
+| `cpu_int8` | cpu    | int8 rows for `_weight_int8pack_mm`, bf16, symmetric, per channel   | 8, b = 8        |
+| `cpu_bits` | cpu    | rows of planar bits, dequantized on every call                      | b               |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import bits as bitpack
+from . import cpu_int4
+
+GROUP_SIZES = (32, 64, 128)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# A kind's version changes whenever its bytes would be read differently.
+VERSIONS = {"triton": 1, "cpu_int4": 1, "cpu_int8": 1, "cpu_bits": 1}
+INT8_MULTIPLE = 16
+
+
+class PackedWeight(NamedTuple):
+    """The tensors of one packed weight; their shapes and dtypes are in `WeightLayout.specs`."""
+
+    weight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of a packed tensor; dtype None means the activations' dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """One weight `[n, k]` of `bits`-bit codes in the memory order `kind`, of that kind's `version`.
+
+    `group_size` is 32, 64, 128, or None for one scale per output channel. Raises ValueError for what no kernel
+    computes.
+    """
+
+    kind: str
+    bits: int
+    n: int
+    k: int
+    group_size: int | None
+    symmetric: bool
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in VERSIONS:
+            raise ValueError(
+                f"kind: expected one of {', '.join(VERSIONS)}, got {self.kind!r}; take it from choose_layout"
+            )
+        if self.version != VERSIONS[self.kind]:
+            raise ValueError(
+                f"version: expected {VERSIONS[self.kind]} for kind {self.kind!r}, got {self.version}; "
+                "repack the weight with this version of sliderquant_kernels"
+            )
+        _check_scheme(self.bits, self.n, self.k, self.group_size)
+        if self.kind == "cpu_int4" and not cpu_int4.fits(self.bits, self.n, self.k, self.group_size):
+            raise ValueError(
+                f"kind: 'cpu_int4' needs 2, 3 or 4 bits, n a multiple of {cpu_int4.ROW_MULTIPLE} and k of 32, "
+                f"got bits={self.bits}, n={self.n}, k={self.k}; use choose_layout or 'cpu_bits'"
+            )
+        if self.kind == "cpu_int8" and not _int8_fits(self.bits, self.n, self.k, self.group_size, self.symmetric):
+            raise ValueError(
+                f"kind: 'cpu_int8' needs 8 bits, per channel, symmetric, n and k multiples of {INT8_MULTIPLE}, got "
+                f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}, n={self.n}, k={self.k}; "
+                "use choose_layout or 'cpu_bits'"
+            )
+
+    @property
+    def groups(self) -> int:
+        """Scales per output channel, G."""
+        return 1 if self.group_size is None else self.k // self.group_size
+
+    @property
+    def device_type(self) -> str:
+        """The device type whose op reads this layout."""
+        return "cuda" if self.kind == "triton" else "cpu"
+
+    def pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> PackedWeight:
+        """Pack codes `[N, K]` uint8, scale `[N, G]` fp16/bf16/fp32 (finite, > 0), zero_point `[N, G]` uint8 or None.
+
+        Raises ValueError or TypeError for anything else, and for codes or zero points beyond 2^bits - 1.
+        """
+        self._check_pack(codes, scale, zero_point)
+        if self.kind == "cpu_int4":
+            weight, fused = cpu_int4.pack(codes, scale, zero_point, self.bits, self.group_size)
+            return PackedWeight(weight, fused, None)
+        if self.kind == "cpu_int8":
+            return PackedWeight((codes ^ 0x80).view(torch.int8), scale.contiguous(), None)
+        weight = bitpack.pack_rows(codes, self.bits, planar=self.kind == "cpu_bits")
+        return PackedWeight(weight, scale.contiguous(), None if zero_point is None else zero_point.contiguous())
+
+    def unpack(self, packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The exact inverse of `pack`: codes `[N, K]` uint8, scale `[N, G]`, zero_point `[N, G]` uint8 or None."""
+        weight, scale, zero_point = packed
+        self.check_packed(packed)
+        if self.kind == "cpu_int4":
+            codes, scale, zero_point = cpu_int4.unpack(weight, scale, self.bits, self.group_size)
+            return codes, scale, None if self.symmetric else zero_point
+        if self.kind == "cpu_int8":
+            return weight.view(torch.uint8) ^ 0x80, scale, None
+        codes = bitpack.unpack_rows(weight, self.bits, self.k, planar=self.kind == "cpu_bits")
+        return codes.contiguous(), scale, zero_point
+
+    def metadata(self) -> dict[str, Any]:
+        """The fields as plain data, for `from_metadata`."""
+        return asdict(self)
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any]) -> WeightLayout:
+        """The layout that `metadata` describes. Raises ValueError for another version, kind or set of fields."""
+        fields = set(cls.__dataclass_fields__)
+        if set(metadata) != fields:
+            raise ValueError(f"metadata: expected the fields {sorted(fields)}, got {sorted(metadata)}")
+        return cls(**metadata)
+
+    def specs(self) -> tuple[TensorSpec, TensorSpec, TensorSpec | None]:
+        """What the packed weight, scale and zero_point must look like."""
+        return _specs(self.kind, self.bits, self.n, self.k, self.group_size, self.symmetric)
+
+    def bytes(self, scale_dtype: torch.dtype = torch.bfloat16) -> int:
+        """Memory of the packed tensors."""
+        total = 0
+        for spec in self.specs():
+            if spec is not None:
+                total += math.prod(spec.shape) * (spec.dtype or scale_dtype).itemsize
+        return total
+
+    def check_packed(self, packed: PackedWeight) -> None:
+        """Raise ValueError or TypeError, naming the tensor, unless `packed` has this layout's shapes and dtypes."""
+        for name, tensor, spec in zip(PackedWeight._fields, packed, self.specs(), strict=True):
+            if (tensor is None) != (spec is None):
+                raise ValueError(
+                    f"{name}: expected {'None' if spec is None else 'a tensor'} for kind {self.kind!r} with "
+                    f"symmetric={self.symmetric}, got {'None' if tensor is None else 'a tensor'}; pack with layout.pack"
+                )
+            if tensor is None or spec is None:
+                continue
+            if tuple(tensor.shape) != spec.shape:
+                raise ValueError(
+                    f"{name}: expected shape {spec.shape} for this layout, got {tuple(tensor.shape)}; "
+                    "pack with the layout that is passed to the op"
+                )
+            if tensor.dtype != spec.dtype and (spec.dtype is not None or tensor.dtype not in DTYPES):
+                wanted = spec.dtype or "float16, bfloat16 or float32"
+                raise TypeError(f"{name}: expected dtype {wanted}, got {tensor.dtype}; pack with layout.pack")
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}: expected a contiguous tensor, got strides {tensor.stride()}; call contiguous()"
+                )
+
+    def _check_pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+        top = 2**self.bits - 1
+        _check_codes("codes", codes, (self.n, self.k), top)
+        if tuple(scale.shape) != (self.n, self.groups):
+            raise ValueError(f"scale: expected shape {(self.n, self.groups)}, got {tuple(scale.shape)}")
+        if scale.dtype not in DTYPES:
+            raise TypeError(f"scale: expected float16, bfloat16 or float32, got {scale.dtype}; convert it")
+        if self.kind in ("cpu_int4", "cpu_int8") and scale.dtype != torch.bfloat16:
+            raise TypeError(
+                f"scale: kind {self.kind!r} expects bfloat16, got {scale.dtype}; "
+                "pass the dtype of the activations to choose_layout, which then takes 'cpu_bits'"
+            )
+        # The container stores up to 8 scales as the zero; a scale beyond this could not be restored.
+        limit = torch.finfo(scale.dtype).max / (8 if self.kind == "cpu_int4" else 1)
+        if not bool(((scale > 0) & (scale <= limit)).all()):
+            raise ValueError(f"scale: expected values above 0 and up to {limit:.3g}, got zero, negative, huge or NaN")
+        if (zero_point is None) != self.symmetric:
+            raise ValueError(
+                f"zero_point: expected {'None' if self.symmetric else 'a tensor'} with symmetric={self.symmetric}, "
+                f"got {'None' if zero_point is None else 'a tensor'}; choose the layout for the weight's symmetry"
+            )
+        if zero_point is not None:
+            _check_codes("zero_point", zero_point, (self.n, self.groups), top)
+        devices = {t.device for t in (codes, scale, zero_point) if t is not None}
+        if len(devices) != 1:
+            raise ValueError(
+                f"codes, scale, zero_point: expected one device, got {sorted(map(str, devices))}; move them"
+            )
+        if self.device_type == "cpu" and codes.device.type != "cpu":
+            raise ValueError(
+                f"codes: kind {self.kind!r} packs on the cpu, got {codes.device}; "
+                "call choose_layout with the device of the activations, or move the codes to the cpu"
+            )
+
+
+def choose_layout(
+    bits: int,
+    n: int,
+    k: int,
+    group_size: int | None,
+    symmetric: bool,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> WeightLayout:
+    """The layout for a weight `[n, k]` that multiplies activations of `dtype` on `device`.
+
+    A pure function of its arguments and, on a CPU, of its instruction set. On CUDA it is the Triton layout. On a CPU
+    with bf16 activations, 2, 3 and 4 bits go into torch's int4 container wherever n is a multiple of 16 and k of 32
+    (2 and 3 bits then take the memory of 4) and symmetric per-channel 8 bits into its int8 matmul; the rest, with fp16 and fp32
+    activations, is kept at its own width and dequantized on every call.
+
+    Raises ValueError for an unsupported width, grouping, shape or device, TypeError for an unsupported dtype.
+    """
+    _check_scheme(bits, n, k, group_size)
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected float16, bfloat16 or float32, got {dtype}; convert the activations")
+    device_type = torch.device(device).type
+    if device_type == "cuda":
+        kind = "triton"
+    elif device_type != "cpu":
+        raise ValueError(f"device: expected cuda or cpu, got {device_type!r}; move the model to one of them")
+    elif dtype == torch.bfloat16 and cpu_int4.fits(bits, n, k, group_size) and cpu_int4.is_fast():
+        kind = "cpu_int4"
+    elif (
+        dtype == torch.bfloat16
+        and _int8_fits(bits, n, k, group_size, symmetric)
+        and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    ):
+        kind = "cpu_int8"
+    else:
+        kind = "cpu_bits"
+    return WeightLayout(kind, bits, n, k, group_size, symmetric, VERSIONS[kind])
+
+
+def _int8_fits(bits: int, n: int, k: int, group_size: int | None, symmetric: bool) -> bool:
+    # torch's int8 matmul reads past the end of rows that are not a multiple of its vectors: wrong results and crashes.
+    return bits == 8 and group_size is None and symmetric and n % INT8_MULTIPLE == 0 and k % INT8_MULTIPLE == 0
+
+
+def _check_scheme(bits: int, n: int, k: int, group_size: int | None) -> None:
+    if bits not in bitpack.SUPPORTED_BITS:
+        raise ValueError(f"bits: expected 2, 3, 4 or 8, got {bits}; choose another scheme")
+    for name, size in (("n", n), ("k", k)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size: expected 32, 64, 128 or None (per channel), got {group_size}")
+    if group_size is not None and k % group_size:
+        raise ValueError(f"k: expected a multiple of group_size={group_size}, got {k}; use a smaller group or None")
+
+
+def _check_codes(name: str, tensor: Tensor, shape: tuple[int, int], top: int) -> None:
+    if tensor.dtype != torch.uint8:
+        raise TypeError(f"{name}: expected dtype torch.uint8, got {tensor.dtype}; convert it")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.numel() and int(tensor.max()) > top:
+        raise ValueError(f"{name}: expected values in 0..{top}, got {int(tensor.max())}; quantize to this many bits")
+
+
+@lru_cache(maxsize=1024)
+def _specs(
+    kind: str, bits: int, n: int, k: int, group_size: int | None, symmetric: bool
+) -> tuple[TensorSpec, TensorSpec, TensorSpec | None]:
+    if kind == "cpu_int4":
+        group = cpu_int4.op_group_size(k, group_size)
+        assert group is not None
+        return TensorSpec((n, k // 2), torch.uint8), TensorSpec((k // group, n, 2), torch.bfloat16), None
+    groups = 1 if group_size is None else k // group_size
+    if kind == "cpu_int8":
+        return TensorSpec((n, k), torch.int8), TensorSpec((n, 1), torch.bfloat16), None
+    zero_point = None if symmetric else TensorSpec((n, groups), torch.uint8)
+    return TensorSpec((n, bitpack.row_bytes(k, bits)), torch.uint8), TensorSpec((n, groups), None), zero_point

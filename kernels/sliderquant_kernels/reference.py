@@ -1,0 +1,34 @@
+"""The oracle: what every op computes, in a few lines of fp64 torch, from the codes themselves and never from a packing.
+
+    weight[n, k] = (codes[n, k] - zero_point[n, k // group]) * scale[n, k // group]
+    y[m, n]      = sum_k x[m, k] * weight[n, k] + bias[n]
+
+Without zero points the weight is symmetric: zero_point = 2^(bits - 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """Codes `[N, K]` uint8, scale `[N, G]`, zero_point `[N, G]` uint8 or None -> weight `[N, K]` fp64."""
+    group_size = codes.shape[1] // scale.shape[1]
+    scale = scale.double().repeat_interleave(group_size, dim=1)
+    if zero_point is None:
+        return (codes.double() - 2 ** (bits - 1)) * scale
+    return (codes.double() - zero_point.double().repeat_interleave(group_size, dim=1)) * scale
+
+
+def weight_only_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, bias: Tensor | None = None
+) -> Tensor:
+    """x `[..., K]` times the dequantized weight, plus bias `[N]` -> `[..., N]` fp64."""
+    y = x.double() @ dequantize(codes, scale, zero_point, bits).t()
+    return y if bias is None else y + bias.double()
+
+
+def magnitude(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """sum_k |x| |weight| `[..., N]` fp64: what rounding errors of a dot product are proportional to."""
+    return torch.matmul(x.double().abs(), dequantize(codes, scale, zero_point, bits).abs().t())

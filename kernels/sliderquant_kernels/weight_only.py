@@ -1,0 +1,189 @@
+"""The weight-only ops: schema, validation, registration, and the functions that users call.
+
+`torch.ops.sliderquant_kernels.weight_only_linear` and `.dequantize` take tensors and the fields of a layout, so that
+they can be traced; the functions of the same names here take a `PackedWeight` and a `WeightLayout`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .layout import DTYPES, VERSIONS, PackedWeight, WeightLayout
+
+_FIELDS = "str kind, int bits, int n, int k, int group_size, bool symmetric"
+# Not torch.library.custom_op: its Python wrappers cost more than everything else here does for one token on a CPU.
+_library = torch.library.Library("sliderquant_kernels", "DEF")
+_library.define(
+    f"weight_only_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, {_FIELDS}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"dequantize(Tensor weight, Tensor scale, Tensor? zero_point, {_FIELDS}, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def weight_only_linear(x: Tensor, packed: PackedWeight, layout: WeightLayout, bias: Tensor | None = None) -> Tensor:
+    """x times the transposed packed weight, plus bias.
+
+    Args:
+        x: activations `[..., K]`, fp16, bf16 or fp32, any strides, possibly empty.
+        packed: what `layout.pack` returned, with scales of x's dtype, on x's device.
+        layout: the layout that packed the weight.
+        bias: `[N]` of x's dtype, or None.
+
+    Returns:
+        `[..., N]` of x's dtype, contiguous. Accumulated in fp32; deterministic.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or strides do not fit the layout.
+        NotImplementedError: when a gradient is asked of the result.
+    """
+    _check_types(packed, layout)
+    return torch.ops.sliderquant_kernels.weight_only_linear.default(
+        x, packed[0], packed[1], packed[2], bias, *_fields(layout)
+    )
+
+
+def dequantize(packed: PackedWeight, layout: WeightLayout, dtype: torch.dtype) -> Tensor:
+    """The weight `[N, K]` as `dtype` (fp16, bf16, fp32): (codes - zero_point) * scale, rounded once.
+
+    Raises ValueError or TypeError when a tensor does not fit the layout, NotImplementedError for gradients.
+    """
+    _check_types(packed, layout)
+    return torch.ops.sliderquant_kernels.dequantize.default(
+        packed[0], packed[1], packed[2], *_fields(layout), dtype=dtype
+    )
+
+
+def _fields(layout: WeightLayout) -> tuple[str, int, int, int, int, bool]:
+    # 0 stands for None: `int?` arguments cannot be told from 0 by every tracer.
+    return layout.kind, layout.bits, layout.n, layout.k, layout.group_size or 0, layout.symmetric
+
+
+def _check_types(packed: Any, layout: Any) -> None:
+    if not isinstance(layout, WeightLayout):
+        raise TypeError(f"layout: expected a WeightLayout, got {type(layout).__name__}; use choose_layout")
+    if not isinstance(packed, tuple) or len(packed) != 3:
+        raise TypeError(f"packed: expected a PackedWeight, got {type(packed).__name__}; use layout.pack")
+
+
+@lru_cache(maxsize=1024)
+def _layout(kind: str, bits: int, n: int, k: int, group_size: int, symmetric: bool) -> WeightLayout:
+    return WeightLayout(kind, bits, n, k, group_size or None, symmetric, VERSIONS.get(kind, 0))
+
+
+def _checked_layout(weight: Tensor, scale: Tensor, zero_point: Tensor | None, *fields: Any) -> WeightLayout:
+    layout = _layout(*fields)
+    layout.check_packed(PackedWeight(weight, scale, zero_point))
+    device = weight.device
+    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(
+                f"{name}: expected device {device} like weight, got {tensor.device}; move the packed weight"
+            )
+    # Meta tensors pass: they stand for either device while tracing.
+    if device.type not in (layout.device_type, "meta"):
+        raise ValueError(
+            f"weight: kind {layout.kind!r} runs on {layout.device_type}, got tensors on {device}; "
+            f"unpack, and repack for the device with choose_layout(..., device={device.type!r})"
+        )
+    return layout
+
+
+def _check_x(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, layout: WeightLayout) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: expected float16, bfloat16 or float32, got {x.dtype}; convert it")
+    if x.ndim < 1 or x.shape[-1] != layout.k:
+        raise ValueError(f"x: expected shape [..., {layout.k}], got {tuple(x.shape)}; check the layer's input size")
+    if scale.dtype != x.dtype:
+        raise TypeError(
+            f"x: expected dtype {scale.dtype} like scale, got {x.dtype}; convert x, or repack with scales of x's dtype"
+        )
+    if x.device != weight.device:
+        raise ValueError(
+            f"x: expected device {weight.device} like weight, got {x.device}; move x, or unpack and repack the weight "
+            "for the device with choose_layout"
+        )
+    if bias is not None:
+        if tuple(bias.shape) != (layout.n,):
+            raise ValueError(
+                f"bias: expected shape ({layout.n},), got {tuple(bias.shape)}; it has one value per output"
+            )
+        if bias.dtype != x.dtype:
+            raise TypeError(f"bias: expected dtype {x.dtype} like x, got {bias.dtype}; convert it")
+        if bias.device != x.device:
+            raise ValueError(f"bias: expected device {x.device} like x, got {bias.device}; move it")
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected float16, bfloat16 or float32, got {dtype}")
+
+
+def _triton() -> Any:
+    # Imported on the first CUDA call: the package is usable on machines that have no Triton.
+    try:
+        from . import weight_only_triton
+    except ImportError as error:
+        raise ImportError("weight-only ops on CUDA need the package triton; install it or run on the CPU") from error
+    return weight_only_triton
+
+
+def _linear_cpu(x, weight, scale, zero_point, bias, kind, bits, n, k, group_size, symmetric):
+    layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
+    _check_x(x, weight, scale, bias, layout)
+    return cpu.weight_only_linear(x, weight, scale, zero_point, bias, layout)
+
+
+def _linear_cuda(x, weight, scale, zero_point, bias, kind, bits, n, k, group_size, symmetric):
+    layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
+    _check_x(x, weight, scale, bias, layout)
+    bias = None if bias is None else bias.contiguous()
+    return _triton().weight_only_linear(x, weight, scale, zero_point, bias, layout)
+
+
+def _linear_fake(x, weight, scale, zero_point, bias, kind, bits, n, k, group_size, symmetric):
+    layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
+    _check_x(x, weight, scale, bias, layout)
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _dequantize_cpu(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric, dtype):
+    _check_dtype(dtype)
+    layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
+    return cpu.dequantize(weight, scale, zero_point, layout, dtype)
+
+
+def _dequantize_cuda(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric, dtype):
+    _check_dtype(dtype)
+    layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
+    return _triton().dequantize(weight, scale, zero_point, layout, dtype)
+
+
+def _dequantize_fake(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric, dtype):
+    _check_dtype(dtype)
+    _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
+    return weight.new_empty(n, k, dtype=dtype)
+
+
+def _no_backward(ctx, grad):
+    raise NotImplementedError(
+        "sliderquant_kernels ops are for inference and have no backward; call them under torch.no_grad(), or "
+        "train on the dense weight that dequantize returns, detached"
+    )
+
+
+for _name, _on_cpu, _on_cuda, _fake in (
+    ("weight_only_linear", _linear_cpu, _linear_cuda, _linear_fake),
+    ("dequantize", _dequantize_cpu, _dequantize_cuda, _dequantize_fake),
+):
+    _library.impl(_name, _on_cpu, "CPU")
+    _library.impl(_name, _on_cuda, "CUDA")
+    torch.library.register_fake(f"sliderquant_kernels::{_name}", _fake, lib=_library)
+    torch.library.register_autograd(f"sliderquant_kernels::{_name}", _no_backward, lib=_library)
