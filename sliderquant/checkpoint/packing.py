@@ -69,8 +69,9 @@ def unpack(parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     scale = parts["weight_scale"]
     if scheme.symmetric:
         return QuantizedWeight(codes, scale, None)
-    shape = torch.Size((out_features, scale.shape[1]))
-    zero_point = unpack_from_int32(parts["weight_zero_point"], scheme.bits, shape, packed_dim=0)
+    # Turned by hand, with strides of its own: the library's packed_dim=0 fails on a single row of words.
+    words = parts["weight_zero_point"].T.clone(memory_format=torch.contiguous_format)
+    zero_point = unpack_from_int32(words, scheme.bits, torch.Size((scale.shape[1], out_features))).T
     return QuantizedWeight(codes, scale, _unsigned(zero_point, scheme).contiguous())
 
 

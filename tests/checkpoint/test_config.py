@@ -1,0 +1,120 @@
+import pytest
+from compressed_tensors.quantization import QuantizationConfig
+
+from sliderquant.checkpoint.config import SchemeLookup, quantization_config
+from sliderquant.errors import CheckpointError
+from sliderquant.schemes import Scheme
+
+GROUPED, CHANNEL = Scheme(3, 64, symmetric=True), Scheme(3)
+BASE = quantization_config({"model.layers.0.mlp.up_proj": GROUPED}, ["lm_head"])
+
+
+def with_weights(**changes: object) -> dict:
+    weights = BASE["config_groups"]["group_0"]["weights"] | changes
+    return BASE | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_round_trip(bits: int, group_size: int | None, symmetric: bool) -> None:
+    scheme = Scheme(bits, group_size, symmetric)
+    config = quantization_config({"a.b": scheme}, ["lm_head"])
+    parsed = QuantizationConfig.model_validate(config)
+    assert quantization_config({"a.b": scheme}, parsed.ignore) == config
+    assert parsed.model_dump(mode="json").items() >= config.items()
+    lookup = SchemeLookup(config, "here")
+    assert lookup.find("model.layers.7.mlp.up_proj") == scheme
+    assert lookup.find("lm_head") is None
+
+
+def test_what_is_written_is_what_the_format_says() -> None:
+    assert BASE == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": "pack-quantized",
+                "input_activations": None,
+                "output_activations": None,
+                "weights": {
+                    "num_bits": 3,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": 64,
+                    "dynamic": False,
+                },
+            }
+        },
+    }
+
+
+def test_two_schemes_go_by_name() -> None:
+    config = quantization_config({"a.up": GROUPED, "a.down": CHANNEL, "b.up": GROUPED}, [])
+    assert [group["targets"] for group in config["config_groups"].values()] == [["a.up", "b.up"], ["a.down"]]
+    lookup = SchemeLookup(config, "here")
+    assert [lookup.find(name) for name in ("a.up", "a.down", "b.up", "b.down")] == [GROUPED, CHANNEL, GROUPED, None]
+    assert lookup.explicit_names == ["a.up", "b.up", "a.down"]
+
+
+def test_configurations_of_other_tools() -> None:
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    narrow = weights | {"num_bits": 8, "strategy": "channel", "group_size": None, "actorder": "static"}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "version": "0.9.4",
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "ignore": ["lm_head", "re:.*gate$"],
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None},
+            "group_1": {"targets": ["re:.*down_proj$"], "weights": narrow},
+        },
+    }
+    lookup = SchemeLookup(config, "here")
+    assert lookup.find("model.layers.0.mlp.up_proj") == Scheme(4, 128, symmetric=True)
+    assert lookup.find("model.layers.0.mlp.down_proj") == Scheme(8, None, symmetric=True)
+    assert lookup.find("model.layers.0.mlp.gate") is None
+    assert lookup.explicit_names == []
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BASE | {"quant_method": "gptq"}, "quant_method is 'gptq', expected 'compressed-tensors'"),
+        (BASE | {"quantization_status": "frozen"}, "quantization_status is 'frozen', expected 'compressed'"),
+        (BASE | {"config_groups": {}}, "config_groups is empty"),
+        (BASE | {"config_groups": {"group_0": {"targets": "x"}}}, "not a quantization_config"),
+        (BASE | {"transform_config": {"config_groups": {"R3": {}}}}, "online rotations are not supported"),
+        (BASE | {"kv_cache_scheme": {"num_bits": 8}}, "quantized KV cache is not supported"),
+        (
+            BASE | {"format": "int-quantized", "config_groups": with_weights()["config_groups"]},
+            "config_groups.group_0.format is 'int-quantized', expected 'pack-quantized'",
+        ),
+        (with_weights(num_bits=5), "5 bits, group_size 64 is not supported"),
+        (with_weights(group_size=16), "3 bits, group_size 16 is not supported"),
+        (with_weights(type="float", num_bits=8), "expected static integer weights"),
+        (with_weights(strategy="tensor", group_size=None), "strategy is 'tensor', expected 'group' or 'channel'"),
+        (
+            BASE
+            | {
+                "config_groups": {
+                    "group_0": BASE["config_groups"]["group_0"]
+                    | {"input_activations": {"num_bits": 8, "strategy": "token", "dynamic": True}}
+                }
+            },
+            "input_activations: quantized activations are not supported",
+        ),
+    ],
+)
+def test_what_is_not_supported_says_so(config: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        SchemeLookup(config, "folder/config.json")
+    assert str(caught.value).startswith("folder/config.json")

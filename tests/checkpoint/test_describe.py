@@ -1,0 +1,96 @@
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from sliderquant.checkpoint import CardInfo, describe
+from sliderquant.checkpoint.card import render_card
+from sliderquant.schemes import Scheme
+
+Tiny = Callable[..., SimpleNamespace]
+
+
+def test_describe(tiny: Tiny) -> None:
+    folder = tiny("W4A16-g64", down_proj="W2A16").path
+    found = describe(folder)
+    assert found.architecture == "LlamaForCausalLM"
+    assert found.schemes == {"W4A16-g64": 12, "W2A16": 2}
+    assert found.layers["down_proj"] == found.layers["q_proj"] == 2
+    down, gate_up, qo, kv = 128 * 256, 2 * 256 * 128, 2 * 128 * 128, 2 * 64 * 128
+    assert found.quantized_weights == 2 * (down + gate_up + qo + kv)
+    dense = 2 * 64 * 128 + 5 * 128
+    assert found.weights == found.quantized_weights + dense
+    expected = 2 * (down / 4 + (gate_up + qo + kv) / 2)
+    assert found.bytes_by_part["packed weights"] == expected
+    assert found.bytes_by_part["scales"] == 2 * 4 * (128 + (gate_up + qo + kv) // 64)
+    assert found.bytes_by_part["zero-points"] == 2 * (128 // 4 + (gate_up + qo + kv) // 64 // 2)
+    assert found.bytes_by_part["embeddings"] == found.bytes_by_part["output head"] == 64 * 128 * 4
+    assert found.bytes_by_part["norms"] == 5 * 128 * 4
+    assert found.total_bytes == sum(found.bytes_by_part.values())
+    packed = sum(found.bytes_by_part[part] for part in ("packed weights", "scales", "zero-points", "shapes"))
+    assert found.quantized_bits_per_weight == pytest.approx(8 * packed / found.quantized_weights)
+    assert found.bits_per_weight == pytest.approx(8 * found.total_bytes / found.weights)
+    assert found.disk_bytes > found.total_bytes
+    assert (found.method, found.perplexity, found.has_report, found.has_checksums) == ("rtn", {"text": 8.5}, True, True)
+    json.dumps(asdict(found))
+
+
+def test_describe_without_report(tiny: Tiny) -> None:
+    folder = tiny().path
+    (folder / "sliderquant-report.json").unlink()
+    (folder / "sliderquant-checksums.json").unlink()
+    found = describe(folder)
+    assert (found.method, found.perplexity, found.has_report, found.has_checksums) == (None, {}, False, False)
+
+
+SYMMETRIC, ASYMMETRIC = Scheme(4, 128, symmetric=True), Scheme(2, 128)
+
+
+def test_card() -> None:
+    info = CardInfo(
+        base_model="meta-llama/Llama-3.2-1B",
+        license="llama3.2",
+        method="SliderQuant",
+        command="sliderquant quantize meta-llama/Llama-3.2-1B",
+        perplexity={"WikiText2": (9.75, 11.5), "C4": (None, 14.25)},
+    )
+    text = render_card(info, {"a": SYMMETRIC, "b": SYMMETRIC}, 10**9)
+    front, body = text.split("---\n")[1:]
+    data = yaml.safe_load(front)
+    assert data["base_model"] == "meta-llama/Llama-3.2-1B"
+    assert data["license"] == "llama3.2"
+    assert data["base_model_relation"] == "quantized"
+    for part in (
+        "# Llama-3.2-1B W4A16-g128-sym\n",
+        "| W4A16-g128-sym | 2 linear layers |",
+        "| weights on disk | 1.0 GB |",
+        "| WikiText2 | 9.750 | 11.500 |\n| C4 | - | 14.250 |",
+        "sliderquant quantize meta-llama/Llama-3.2-1B",
+        "sliderquant.load(",
+        "vllm serve",
+        'AutoModelForCausalLM.from_pretrained("MODEL")',
+    ):
+        assert part in body
+    assert "dequantize=True" not in body
+    assert "Humming" not in body
+
+
+def test_card_of_an_asymmetric_model() -> None:
+    text = render_card(CardInfo(), {"a": ASYMMETRIC}, 1)
+    assert "CompressedTensorsConfig(dequantize=True)" in text
+    assert "2-bit weights need a vLLM with the Humming backend" in text
+
+
+def test_card_of_a_model_that_transformers_cannot_read() -> None:
+    text = render_card(CardInfo(), {"a": ASYMMETRIC, "b": Scheme(2)}, 1)
+    assert "it cannot read\nthis one" in text
+    assert "dequantize=True" not in text
+
+
+def test_card_names_no_path_of_this_machine() -> None:
+    text = render_card(CardInfo(base_model="/home/someone/models/x"), {"a": SYMMETRIC}, 1)
+    assert "someone" not in text
+    assert "base_model" not in text

@@ -1,0 +1,83 @@
+"""The stored tensors against a bit stream written out with numpy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sliderquant.checkpoint import packing
+from sliderquant.checkpoint.packing import pack, packed_shapes, unpack
+from sliderquant.quantizer import QuantizedWeight
+from sliderquant.schemes import Scheme
+
+BITS = (2, 3, 4, 8)
+
+
+def oracle(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [rows, n] -> int32 [rows, ceil(n * bits / 32)]: code i of a row starts at bit i * bits, low bit first."""
+    rows, count = codes.shape
+    stream = ((codes[..., None] >> np.arange(bits)) & 1).astype(np.uint8).reshape(rows, count * bits)
+    padded = np.pad(stream, ((0, 0), (0, -count * bits % 32)))
+    return np.packbits(padded, axis=1, bitorder="little").view("<i4")
+
+
+def random_weight(scheme: Scheme, out: int, inputs: int, seed: int) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    groups = scheme.groups(inputs)
+
+    def codes(*shape: int) -> torch.Tensor:
+        return torch.randint(0, scheme.levels + 1, shape, generator=generator, dtype=torch.uint8)
+
+    zero_point = None if scheme.symmetric else codes(out, groups)
+    return QuantizedWeight(codes(out, inputs), torch.rand(out, groups, generator=generator).bfloat16(), zero_point)
+
+
+def check(scheme: Scheme, out: int, inputs: int, seed: int) -> None:
+    weight = random_weight(scheme, out, inputs, seed)
+    parts = pack(weight, scheme)
+    assert {name: tuple(part.shape) for name, part in parts.items()} == packed_shapes(scheme, out, inputs)
+    assert parts["weight_packed"].dtype == torch.int32
+    np.testing.assert_array_equal(parts["weight_packed"].numpy(), oracle(weight.codes.numpy(), scheme.bits))
+    assert parts["weight_shape"].tolist() == [out, inputs]
+    assert parts["weight_shape"].dtype == torch.int64
+    if weight.zero_point is not None:
+        expected = oracle(weight.zero_point.numpy().T.copy(), scheme.bits).T
+        assert parts["weight_zero_point"].dtype == torch.int32
+        np.testing.assert_array_equal(parts["weight_zero_point"].numpy(), expected)
+    for name, before, after in zip(QuantizedWeight._fields, weight, unpack(parts, scheme), strict=True):
+        assert (before is None) == (after is None), name
+        if before is not None:
+            assert after.dtype == before.dtype, name
+            assert torch.equal(after, before), name
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    bits=st.sampled_from(BITS),
+    symmetric=st.booleans(),
+    out=st.integers(1, 70),
+    inputs=st.integers(1, 100),
+    seed=st.integers(0, 2**31),
+)
+def test_per_channel(bits: int, symmetric: bool, out: int, inputs: int, seed: int) -> None:
+    check(Scheme(bits, None, symmetric), out, inputs, seed)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    bits=st.sampled_from(BITS),
+    symmetric=st.booleans(),
+    out=st.integers(1, 70),
+    groups=st.integers(1, 5),
+    size=st.sampled_from((32, 64, 128)),
+    seed=st.integers(0, 2**31),
+)
+def test_grouped(bits: int, symmetric: bool, out: int, groups: int, size: int, seed: int) -> None:
+    check(Scheme(bits, size, symmetric), out, groups * size, seed)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_large_weights_are_packed_by_rows(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_CODES_AT_A_TIME", 1000)
+    check(Scheme(bits), 23, 99, seed=1)
