@@ -1,5 +1,28 @@
-"""SliderQuant: quantize a language model to 2, 3, 4 or 8 bits, and run it."""
+"""SliderQuant: quantize a language model to 2, 3, 4 or 8 bits, and run it.
+
+result = sliderquant.quantize("meta-llama/Llama-3.1-8B", "llama-w4", scheme="W4A16-g128")
+model = sliderquant.load("llama-w4")
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from sliderquant._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from sliderquant.checkpoint.loading import load
+    from sliderquant.pipeline import evaluate, plan, quantize
+
+__all__ = ["__version__", "evaluate", "load", "plan", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import: only when something is used, so that `--help` is quick.
+    if name == "load":
+        from sliderquant.checkpoint.loading import load
+
+        return load
+    if name in ("evaluate", "plan", "quantize"):
+        from sliderquant import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

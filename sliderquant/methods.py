@@ -180,4 +180,4 @@ def _explained(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown setting {key!r}: expected one of {', '.join(setting_names())}"
     reason = first["msg"].removeprefix("Value error, ")
-    return f"setting {key or 'windows'}: {reason}, got {first['input']!r}" if key else f"settings: {reason}"
+    return f"setting {key!r}: {reason}, got {first['input']!r}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.methods import Settings
 from sliderquant.models.decoder import Decoder
-from sliderquant.plan import Plan
+from sliderquant.planning import Plan
 from sliderquant.progress import Progress
 from sliderquant.refine import RefinedLinear, generator_for, refined_linears
 from sliderquant.train import WindowLayers, train_stage

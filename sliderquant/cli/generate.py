@@ -1,0 +1,70 @@
+"""sliderquant generate: text from a quantized checkpoint."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sliderquant.cli.errors import DeviceOption, QuietOption, VerboseOption, reported
+
+__all__ = ["command"]
+
+
+@reported
+def command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a quantized checkpoint.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at the most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens up to this.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not use the model's chat template.")] = False,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Generate text from PROMPT with a quantized model."""
+    import time
+
+    import torch
+    from transformers import AutoTokenizer, TextStreamer
+
+    from sliderquant.checkpoint.loading import load
+    from sliderquant.errors import InputError
+
+    if not prompt:
+        raise InputError("PROMPT is empty: expected text to go on from")
+    model = load(checkpoint, device=device, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    if tokenizer.chat_template and not raw:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        print(prompt, end="", flush=True)
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    length = inputs["input_ids"].shape[1]
+    longest = model.config.max_position_embeddings
+    if length >= longest:
+        raise InputError(f"PROMPT has {length} tokens: expected fewer than {longest}, the longest that the model takes")
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
+    torch.manual_seed(seed)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    written = model.generate(
+        **inputs,
+        max_new_tokens=min(max_new_tokens, longest - length),
+        streamer=streamer,
+        pad_token_id=pad,
+        **sampling,
+    )
+    seconds = time.perf_counter() - start
+    if not quiet:
+        tokens = written.shape[1] - length
+        print(f"{tokens} tokens, {tokens / seconds:.1f} a second on {model.device.type}", file=sys.stderr)

@@ -1,0 +1,31 @@
+"""The plan of a run, as `--dry-run` prints it."""
+
+from collections import Counter
+
+from sliderquant.planning import Plan
+
+__all__ = ["print_plan"]
+
+
+def print_plan(plan: Plan) -> None:
+    """Print what would be done, what would be kept, and what it would take."""
+    kinds = Counter(f"{name.split('.', 3)[-1]} {scheme}" for name, scheme in plan.schemes.items())
+    print(f"model       {plan.source.name}: {plan.source.num_layers} layers, {plan.source_bytes / 1e9:.3f} GB")
+    print(f"scheme      {plan.scheme}")
+    print(f"method      {plan.method.name}: {plan.method.summary}")
+    print("quantized   " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
+    print("kept        " + ", ".join(plan.kept) + ", norms and biases")
+    if plan.settings is not None:
+        settings = plan.settings
+        shares = ", ".join(
+            f"{share:.0%} for {settings.epochs_of_stage(stage)} epochs" for stage, share in enumerate(settings.stages)
+        )
+        print(f"calibration {plan.samples} samples of {plan.seqlen} tokens, batches of {settings.batch_size}")
+        print(f"windows     {' '.join(map(str, plan.windows))}")
+        print(f"stages      {shares} of the input channels; stage order: {settings.stage_order}")
+        print(f"steps       {plan.steps}")
+    print(
+        f"memory      about {plan.memory_bytes / 1e9:.2f} GB where layers are refined, "
+        f"{plan.host_memory_bytes / 1e9:.2f} GB of host memory"
+    )
+    print(f"disk        {plan.disk_bytes / 1e9:.3f} GB")

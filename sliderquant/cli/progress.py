@@ -1,0 +1,165 @@
+"""What a long run shows: bars on a terminal, a plain line now and then elsewhere, nothing with -q."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from sliderquant.progress import Progress
+
+if TYPE_CHECKING:
+    from sliderquant.walk import WindowReport
+
+__all__ = ["shown_progress"]
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def shown_progress(quiet: bool, verbose: bool = False) -> "Bars | Lines | Silent":
+    """The right kind for where stderr goes; a context manager."""
+    if quiet:
+        return Silent()
+    if sys.stderr.isatty():
+        return Bars(verbose)
+    return Lines(verbose)
+
+
+def _window_line(report: "WindowReport") -> str:
+    layers = report.layers
+    named = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+    line = f"{named}, {report.fraction:.0%} of the channels: loss {report.losses[0]:.4g} -> {report.losses[-1]:.4g}"
+    return line + _trouble(report)
+
+
+def _trouble(report: "WindowReport") -> str:
+    if not report.converged:
+        return f"; not finite in {report.retries + 1} attempts: the window was left as it was"
+    if report.retries:
+        return f"; {report.retries} restarts after a non-finite loss, rates x {report.rate_scale:g}"
+    return ""
+
+
+class Silent(Progress):
+    """Shows nothing."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class Bars(Progress):
+    """Live bars of rich: optimizer steps with the loss, layers written, blocks evaluated."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+        self.console = Console(stderr=True)
+        self.bars = RichProgress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+        )
+        self.tasks: dict[str, int] = {}
+        self.label = ""
+
+    def __enter__(self) -> "Bars":
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def _update(
+        self, name: str, total: int, done: int | None = None, advance: int | None = None, note: str = ""
+    ) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=total, note=note)
+        self.bars.update(self.tasks[name], total=total, completed=done, advance=advance, note=note)  # type: ignore[arg-type]
+        if done is not None and done >= total:
+            self.bars.remove_task(self.tasks.pop(name))  # type: ignore[arg-type]
+
+    def run_started(self, steps: int) -> None:
+        self.steps, self.done = steps, 0
+
+    def window_started(self, label: str) -> None:
+        self.label = label
+
+    def epoch_done(self, steps: int, loss: float) -> None:
+        self.done += steps
+        self._update("refining steps", self.steps, done=self.done, note=f"{self.label} loss {loss:.4g}")
+
+    def window_done(self, report: "WindowReport") -> None:
+        if self.verbose or report.retries:
+            self.console.print(_window_line(report), markup=False, highlight=False)
+
+    def layer_written(self, done: int, total: int) -> None:
+        self._update("layers written", total, done=done)
+
+    def evaluated(self, done: int, total: int) -> None:
+        self._update("blocks measured", total, done=done)
+
+    def message(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+
+class Lines(Progress):
+    """Plain lines on stderr, at most one every few seconds for what repeats."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+        self.label, self.last = "", 0.0
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def _print(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < _SECONDS_BETWEEN_LINES:
+            return False
+        self.last = now
+        return True
+
+    def run_started(self, steps: int) -> None:
+        self.steps, self.done, self.start = steps, 0, time.monotonic()
+
+    def window_started(self, label: str) -> None:
+        self.label = label
+
+    def epoch_done(self, steps: int, loss: float) -> None:
+        self.done += steps
+        if self._due():
+            left = (time.monotonic() - self.start) / self.done * (self.steps - self.done)
+            self._print(f"step {self.done} of {self.steps}, window {self.label}, loss {loss:.4g}, {left:.0f} s left")
+
+    def window_done(self, report: "WindowReport") -> None:
+        if self.verbose or report.retries:
+            self._print(_window_line(report))
+
+    def layer_written(self, done: int, total: int) -> None:
+        if done == total:
+            self._print(f"{total} layers written")
+
+    def evaluated(self, done: int, total: int) -> None:
+        if done < total and self._due():
+            self._print(f"measured {done} of {total} blocks")
+
+    def message(self, text: str) -> None:
+        self._print(text)

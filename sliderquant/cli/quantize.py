@@ -1,0 +1,85 @@
+"""sliderquant quantize: a model in, a quantized checkpoint out."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sliderquant.cli.errors import DeviceOption, QuietOption, VerboseOption, reported
+
+__all__ = ["command"]
+
+_METHODS = "rtn or sliderquant"
+
+
+@reported
+def command(
+    model: Annotated[str, typer.Argument(help="Local folder, or id on the Hugging Face hub.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the checkpoint to write.")] = None,
+    scheme: Annotated[str, typer.Option(help="W{2,3,4,8}A16[-g32|-g64|-g128][-sym].")] = "W4A16-g128",
+    method: Annotated[str, typer.Option(help=_METHODS)] = "sliderquant",
+    calibration: Annotated[
+        str, typer.Option(help="wikitext2, c4, stdlib, or a text or .jsonl file; FILE[:1000000] takes a part.")
+    ] = "wikitext2",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens of a sample.", show_default="2048, or the model's maximum")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of crops, order and start values.")] = 2,
+    device: DeviceOption = "auto",
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, for example epochs=10 or windows.shallow=4.")
+    ] = None,
+    perplexity: Annotated[
+        str | None, typer.Option(help="Measure perplexity on this text before and after: wikitext2, c4 or a file.")
+    ] = None,
+    per_channel_fallback: Annotated[
+        bool, typer.Option("--per-channel-fallback", help="Layers that the group does not divide: per channel.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Quantize MODEL and write a checkpoint that sliderquant, vLLM and transformers read."""
+    from sliderquant import pipeline
+    from sliderquant.cli.plan import print_plan
+    from sliderquant.cli.progress import shown_progress
+    from sliderquant.errors import InputError
+    from sliderquant.methods import parse_overrides
+
+    settings = parse_overrides(config, set_ or [])
+    if dry_run:
+        print_plan(pipeline.plan(model, scheme, method, settings, samples, seqlen, per_channel_fallback))
+        return
+    if output is None:
+        raise InputError("missing option -o OUT: the folder of the checkpoint to write")
+    with shown_progress(quiet, verbose) as progress:
+        result = pipeline.quantize(
+            model,
+            output,
+            scheme=scheme,
+            method=method,
+            settings=settings,
+            calibration=calibration,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            device=device,
+            perplexity_on=perplexity,
+            overwrite=overwrite,
+            per_channel_fallback=per_channel_fallback,
+            progress=progress,
+            command=shlex.join(["sliderquant", *sys.argv[1:]]),
+        )
+    report = result.report
+    before, after = report["source_bytes"], report["disk_bytes"]
+    print(
+        f"{result.path}: {report['scheme']} by {report['method']}, {after / 1e6:.1f} MB from {before / 1e6:.1f} MB, "
+        f"{report['seconds']['total']:.0f} s"
+    )
+    if result.perplexity is not None:
+        print(f"perplexity: {result.perplexity['before']:.4f} -> {result.perplexity['after']:.4f}")

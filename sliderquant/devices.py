@@ -1,0 +1,67 @@
+"""Which device a run uses, and how much memory it took."""
+
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sliderquant.errors import InputError
+
+__all__ = ["deterministic", "machine", "peak_memory", "resolve_device"]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`auto` is the first CUDA device when there is one, else the CPU.
+
+    Raises:
+        InputError: CUDA is asked for where there is none, or the name is not a device.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r}: not a device; expected auto, cpu, cuda or cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r}: not supported; expected auto, cpu, cuda or cuda:N")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        built = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+        raise InputError(f"device {device!r}: {built}; use device 'cpu' or 'auto'")
+    if found.type == "cuda" and found.index is not None and found.index >= torch.cuda.device_count():
+        raise InputError(f"device {device!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return found
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes: the peak resident memory of the process, and on CUDA the peak that PyTorch allocated on the device."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What a report says about the machine."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+    return {"device": f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"}
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within it CUDA takes its deterministic algorithms; on a CPU PyTorch's own are, for a given number of threads."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

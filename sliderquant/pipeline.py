@@ -1,0 +1,334 @@
+"""From a model to a checkpoint: the functions that a user calls."""
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sliderquant._version import __version__
+from sliderquant.baselines.rtn import rtn_layer
+from sliderquant.calibration.blocks import random_blocks
+from sliderquant.calibration.text import check_source, read_text
+from sliderquant.checkpoint import CardInfo, CheckpointWriter
+from sliderquant.checkpoint.loading import load
+from sliderquant.devices import deterministic, machine, peak_memory, resolve_device
+from sliderquant.errors import InputError
+from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
+from sliderquant.methods import method_named, with_overrides
+from sliderquant.models.decoder import Decoder
+from sliderquant.models.source import ModelSource, open_model
+from sliderquant.planning import Plan, make_plan
+from sliderquant.progress import Progress
+from sliderquant.quantizer import QuantizedWeight
+from sliderquant.refine import refined_linears
+from sliderquant.schemes import Scheme
+from sliderquant.train import matmul_dtype
+from sliderquant.walk import WindowReport, refine_model
+
+__all__ = ["QuantizeResult", "evaluate", "plan", "quantize"]
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """A finished run.
+
+    Attributes:
+        path: folder of the checkpoint.
+        plan: what was done.
+        report: the contents of sliderquant-report.json.
+    """
+
+    path: Path
+    plan: Plan
+    report: dict[str, Any]
+
+    def load(self, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
+        """The quantized model, ready to generate: `sliderquant.load(self.path, ...)`."""
+        return load(self.path, device=device, dtype=dtype)
+
+    @property
+    def perplexity(self) -> dict[str, float] | None:
+        """`before` and `after`, when they were asked for."""
+        measured = self.report["perplexity"]
+        return None if measured is None else {name: measured[name]["value"] for name in ("before", "after")}
+
+
+def plan(
+    model: str | Path,
+    scheme: str | Scheme = "W4A16-g128",
+    method: str = "sliderquant",
+    settings: Mapping[str, Any] | None = None,
+    samples: int = 128,
+    seqlen: int | None = None,
+    per_channel_fallback: bool = False,
+) -> Plan:
+    """What `quantize` with the same arguments would do. Reads headers only.
+
+    Raises:
+        InputError: as `quantize`.
+    """
+    return _plan(open_model(model), scheme, method, settings, samples, seqlen, per_channel_fallback)
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    scheme: str | Scheme = "W4A16-g128",
+    method: str = "sliderquant",
+    settings: Mapping[str, Any] | None = None,
+    calibration: str = "wikitext2",
+    samples: int = 128,
+    seqlen: int | None = None,
+    seed: int = 2,
+    device: str | torch.device = "auto",
+    perplexity_on: str | None = None,
+    overwrite: bool = False,
+    per_channel_fallback: bool = False,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> QuantizeResult:
+    """Quantize a causal language model and write a checkpoint.
+
+    Args:
+        model: local folder, or id on the Hugging Face hub.
+        output: folder to write; it appears only when it is complete.
+        scheme: for example `"W4A16-g128"`, see `sliderquant.schemes`.
+        method: a name from `sliderquant.methods.METHODS`.
+        settings: hyper-parameters that differ from the method's, nested: `{"epochs": 10, "windows": {"shallow": 2}}`.
+        calibration: text to calibrate on, see `sliderquant.calibration.text`.
+        samples: calibration samples.
+        seqlen: tokens of a sample; None: 2048, or the model's maximum when that is shorter.
+        seed: of the calibration crops, the order of the samples and the low-rank start. The same seed on the same
+            machine gives a bit-identical checkpoint.
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"cuda:N"`.
+        perplexity_on: text to measure perplexity on before and after; None: not measured.
+        overwrite: replace a checkpoint in `output`.
+        per_channel_fallback: linears whose input size the group does not divide get one scale per channel.
+        progress: is told how far the run is.
+        command: the command line, for the model card.
+
+    Raises:
+        InputError: something in the arguments or files is not usable; before any long work.
+        CheckpointError: the checkpoint could not be written.
+    """
+    progress = progress or Progress()
+    started = time.perf_counter()
+    target = resolve_device(device)
+    source = open_model(model)
+    settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback)
+    needs_text = settled.settings is not None
+    for text in ([calibration] if needs_text else []) + ([perplexity_on] if perplexity_on else []):
+        check_source(text)
+    tokenizer = source.tokenizer()
+    writer = CheckpointWriter(output, overwrite=overwrite, estimated_bytes=settled.disk_bytes)
+    blocks = None
+    if needs_text:
+        blocks = random_blocks(read_text(calibration, "calibration"), tokenizer, samples, settled.seqlen, seed)
+    decoder = Decoder(source, target)
+    decoder.check_names()
+    if target.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(target)
+    times: dict[str, float] = {}
+    measured: dict[str, Perplexity] = {}
+    with writer:
+        if perplexity_on:
+            progress.message(f"perplexity of the original on {perplexity_on}")
+            with _timed(times, "evaluate_before"):
+                measured["before"] = _original_perplexity(source, tokenizer, perplexity_on, seqlen, target, progress)
+        progress.run_started(settled.steps)
+        with _timed(times, "refine"), deterministic(target):
+            windows = _run(settled, decoder, blocks, seed, target, writer, progress)
+        with _timed(times, "write"):
+            _copy_the_rest(settled, writer)
+            folder = writer.write_model(source.config, source.folder)
+        if perplexity_on:
+            progress.message(f"perplexity of the packed model on {perplexity_on}")
+            with _timed(times, "evaluate_after"):
+                packed = load(folder, device=target, dtype=_evaluation_dtype(source.dtype, target))
+                measured["after"] = perplexity(packed, tokenizer, perplexity_on, seqlen, progress.evaluated)
+                del packed
+        times["total"] = time.perf_counter() - started
+        report = {
+            **settled.as_dict(),
+            "calibration": calibration if needs_text else None,
+            "seed": seed,
+            "matmul": None if settled.settings is None else _name(matmul_dtype(settled.settings, target)),
+            "training": [window.as_dict() for window in windows],
+            "perplexity": {name: result.as_dict() for name, result in measured.items()} or None,
+            "seconds": {name: round(seconds, 3) for name, seconds in times.items()},
+            "peak_memory_bytes": peak_memory(target),
+            "machine": machine(target),
+            "versions": _versions(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        card = CardInfo(
+            base_model=source.name,
+            method=method,
+            command=command or "",
+            perplexity={perplexity_on: (measured["before"].value, measured["after"].value)} if perplexity_on else {},
+        )
+        path = writer.publish(report, card)
+    return QuantizeResult(path, settled, report)
+
+
+def evaluate(
+    model: str | Path,
+    perplexity_on: str = "wikitext2",
+    seqlen: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a checkpoint of ours, or of an original model.
+
+    Args:
+        model: folder of a quantized checkpoint; or folder or hub id of an original model.
+        perplexity_on: text, see `sliderquant.calibration.text`.
+        seqlen: tokens per block; None: 2048, or the model's maximum when that is shorter.
+        dtype: of the arithmetic; `"auto"`: the model's own on CUDA and float32 on the CPU.
+
+    Raises:
+        InputError: the model or the text is not usable.
+        CheckpointError: the checkpoint is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    progress = progress or Progress()
+    check_source(perplexity_on)
+    target = resolve_device(device)
+    folder = Path(model).expanduser()
+    if is_quantized(folder):
+        stored = torch.float16 if target.type == "cuda" else torch.float32
+        packed = load(folder, device=target, dtype=_evaluation_dtype(stored, target) if dtype == "auto" else dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return perplexity(packed, tokenizer, perplexity_on, seqlen, progress.evaluated)
+    source = open_model(model)
+    return _original_perplexity(source, source.tokenizer(), perplexity_on, seqlen, target, progress, dtype)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the folder's config.json has a quantization configuration."""
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _plan(
+    source: ModelSource,
+    scheme: str | Scheme,
+    method: str,
+    settings: Mapping[str, Any] | None,
+    samples: int,
+    seqlen: int | None,
+    per_channel_fallback: bool,
+) -> Plan:
+    chosen = method_named(method)
+    length = default_seqlen(source.config) if seqlen is None else seqlen
+    return make_plan(
+        source,
+        Scheme.parse(scheme),
+        chosen,
+        with_overrides(chosen, settings or {}),
+        samples,
+        length,
+        per_channel_fallback,
+    )
+
+
+def _run(
+    settled: Plan,
+    decoder: Decoder,
+    blocks: torch.Tensor | None,
+    seed: int,
+    device: torch.device,
+    writer: CheckpointWriter,
+    progress: Progress,
+) -> list[WindowReport]:
+    """Quantize every layer and hand it to the writer, in order."""
+    source = settled.source
+
+    def write(index: int, quantized: Mapping[str, tuple[QuantizedWeight, torch.Tensor]]) -> None:
+        for name, (stored, trained) in quantized.items():
+            on_host = QuantizedWeight(*(None if part is None else part.cpu() for part in stored))  # type: ignore[arg-type]
+            writer.add_quantized(name, on_host, settled.schemes[name], trained.cpu())
+        progress.layer_written(index + 1, source.num_layers)
+
+    def emit(index: int, layer: nn.Module) -> None:
+        prefix = f"{source.family.layers}.{index}."
+        write(index, {prefix + name: linear.merge() for name, linear in refined_linears(layer).items()})
+
+    if blocks is None:
+        for index in range(source.num_layers):
+            write(index, rtn_layer(source, index, settled.schemes, device))
+        return []
+    return refine_model(settled, decoder, blocks, seed, device, emit, progress)
+
+
+def _copy_the_rest(settled: Plan, writer: CheckpointWriter) -> None:
+    """Everything that is not a quantized weight goes into the checkpoint as it is."""
+    quantized = {f"{name}.weight" for name in settled.schemes}
+    for name in settled.source.files:
+        # Early Llama checkpoints store this constant in every layer; no model reads it any more.
+        if name not in quantized and not name.endswith("rotary_emb.inv_freq"):
+            writer.add_tensor(name, settled.source.tensor(name))
+
+
+def _original_perplexity(
+    source: ModelSource,
+    tokenizer: Any,
+    text: str,
+    seqlen: int | None,
+    device: torch.device,
+    progress: Progress,
+    dtype: str | torch.dtype = "auto",
+) -> Perplexity:
+    from transformers import AutoModelForCausalLM
+
+    wanted = _evaluation_dtype(source.dtype, device) if dtype == "auto" else _dtype(dtype)
+    original = AutoModelForCausalLM.from_pretrained(source.folder, dtype=wanted).to(device).eval()
+    return perplexity(original, tokenizer, text, seqlen, progress.evaluated)
+
+
+def _evaluation_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The model's own dtype on CUDA. float32 on the CPU, where half precision saves little and costs digits."""
+    return stored if device.type == "cuda" else torch.float32
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(f"dtype {dtype!r}: expected auto, float32, float16 or bfloat16")
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _versions() -> dict[str, str]:
+    import compressed_tensors
+    import transformers
+
+    return {
+        "sliderquant": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "compressed_tensors": compressed_tensors.__version__,
+    }
+
+
+@contextmanager
+def _timed(times: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - start

@@ -1,0 +1,75 @@
+"""What tests share: small random models that are made here, and the folder with larger material, where there is one."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_MODEL = ROOT / "sliderquant" / "assets" / "demo-llama-5m"
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    return DEMO_MODEL
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with the texts and models that do not belong into the project."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"needs the folder {SHARED} with data/ and models/, which is not part of the project")
+    return SHARED
+
+
+def make_llama(
+    folder: Path, dtype: str = "bfloat16", seed: int = 0, model_type: str = "llama", **changes: object
+) -> Path:
+    """A tiny random causal language model of a family, saved as a user would have it, with the demo's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 2048,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **changes,
+    }
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+        else:
+            torch.nn.init.normal_(parameter, 0, 0.08)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, grouped-query attention, tied embeddings, bf16."""
+    return make_llama(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few thousand tokens of running text."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = (
+        f"Item {i} of the list holds {i * 37 % 101} apples and {i * 53 % 89} pears; return it." for i in range(400)
+    )
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path

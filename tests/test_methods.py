@@ -1,0 +1,105 @@
+import pytest
+
+from sliderquant.errors import InputError
+from sliderquant.methods import METHODS, Settings, method_named, parse_overrides, setting_names, with_overrides
+
+
+def test_defaults_are_the_published_ones():
+    settings = Settings()
+    assert (settings.epochs, settings.batch_size, settings.gamma, settings.rank) == (60, 3, 0.5, 4)
+    assert settings.clipping_start == 4.0
+    assert settings.windows.model_dump() == {"shallow": 4, "deep": 4, "size": 2, "stride": 1}
+    assert settings.learning_rates.model_dump() == {"low_rank": 5e-4, "clipping": 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("gamma", "stages"), [(1, (1.0,)), (0.5, (0.5, 1.0)), (0.25, (0.25, 0.5, 0.75, 1.0)), (1 / 3, (1 / 3, 2 / 3, 1.0))]
+)
+def test_gamma_gives_the_stages(gamma, stages):
+    assert Settings(gamma=gamma).stages == stages
+
+
+@pytest.mark.parametrize(("epochs", "gamma"), [(10, 0.5), (7, 0.25), (1, 0.5), (60, 1)])
+def test_epochs_are_split_over_the_stages(epochs, gamma):
+    settings = Settings(epochs=epochs, gamma=gamma)
+    split = [settings.epochs_of_stage(stage) for stage in range(len(settings.stages))]
+    assert sum(split) == epochs
+    assert max(split) - min(split) <= 1
+
+
+def test_every_setting_is_reachable_by_name():
+    values = {
+        "epochs": 7,
+        "batch_size": 5,
+        "gamma": 0.25,
+        "stage_order": "window",
+        "rank": 2,
+        "clipping": False,
+        "clipping_start": 3.5,
+        "windows.shallow": 1,
+        "windows.deep": 2,
+        "windows.size": 4,
+        "windows.stride": 3,
+        "learning_rates.low_rank": 1e-4,
+        "learning_rates.clipping": 2e-3,
+        "matmul": "float32",
+        "retries": 1,
+        "stream_memory_gb": 0.5,
+    }
+    assert set(values) == set(setting_names())
+    changed = with_overrides(METHODS["sliderquant"], parse_overrides(None, [f"{k}={v}" for k, v in values.items()]))
+    for key, value in values.items():
+        found = changed
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert found == value
+
+
+def test_a_file_is_read_and_assignments_win(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("epochs: 10\nwindows:\n  shallow: 2\n  deep: 2\n")
+    settings = with_overrides(
+        METHODS["sliderquant"], parse_overrides(path, ["windows.deep=3", "learning_rates.low_rank=1e-3"])
+    )
+    assert (settings.epochs, settings.windows.shallow, settings.windows.deep) == (10, 2, 3)
+    assert settings.learning_rates.low_rank == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("epoch=3", "unknown setting 'epoch': expected one of epochs, .*windows.shallow"),
+        ("windows.width=3", "unknown setting 'windows.width'"),
+        ("epochs=many", "setting 'epochs': .*got 'many'"),
+        ("epochs=0", "setting 'epochs': .*greater than or equal to 1"),
+        ("gamma=0", "setting 'gamma'"),
+        ("gamma=.nan", "setting 'gamma'"),
+        ("windows.stride=3", "must not exceed windows.size"),
+        ("windows=3", "setting 'windows'"),
+        ("epochs", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("epochs.of=3", "unknown setting|setting 'epochs'"),
+        ("stage_order=both", "setting 'stage_order'"),
+    ],
+)
+def test_bad_settings_are_named(assignment, message):
+    with pytest.raises(InputError, match=message):
+        with_overrides(METHODS["sliderquant"], parse_overrides(None, [assignment]))
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"missing\.yaml: cannot be read"):
+        parse_overrides(tmp_path / "missing.yaml", [])
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(InputError, match=r"list\.yaml: expected a mapping"):
+        parse_overrides(tmp_path / "list.yaml", [])
+    (tmp_path / "broken.yaml").write_text("epochs: [1\n")
+    with pytest.raises(InputError, match=r"broken\.yaml: not valid YAML"):
+        parse_overrides(tmp_path / "broken.yaml", [])
+
+
+def test_unknown_method_and_settings_for_a_method_without_any():
+    with pytest.raises(InputError, match="unknown method 'gtpq': expected one of rtn, sliderquant"):
+        method_named("gtpq")
+    with pytest.raises(InputError, match="method rtn has no settings, but epochs was set"):
+        with_overrides(METHODS["rtn"], {"epochs": 3})

@@ -1,0 +1,159 @@
+"""The quantizer against an oracle in fp64 NumPy for values, and against autograd for gradients."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from sliderquant.quantizer import clipped_grid, dequantize, fake_quantize, quantize, round_to_nearest
+from sliderquant.schemes import BITS, Scheme
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+schemes = st.builds(Scheme, st.sampled_from(BITS), st.sampled_from((None, 32, 64)), st.booleans())
+weights = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 5), st.sampled_from((64, 128))),
+    elements=st.floats(-8, 8, width=32, allow_subnormal=False),
+)
+
+
+def oracle(weight, scheme, dtype):
+    """Round to nearest, group by group, as the module's docstring defines it."""
+    values = np.empty_like(weight, dtype=np.float64)
+    near_tie = np.empty_like(weight, dtype=bool)
+    size = scheme.group_size or weight.shape[1]
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], size):
+            group = weight[row, start : start + size].astype(np.float64)
+            low, high = min(group.min(), 0.0), max(group.max(), 0.0)
+            if scheme.symmetric:
+                wide = max(-low, high) / ((2**scheme.bits - 1) / 2)
+                zero = 2 ** (scheme.bits - 1)
+            else:
+                wide = (high - low) / (2**scheme.bits - 1)
+            tiny = torch.finfo(dtype).smallest_normal
+            scale = torch.tensor(max(wide, tiny) if wide > 0 else 1.0, dtype=torch.float32).to(dtype).double().item()
+            if not scheme.symmetric:
+                zero = np.clip(np.round(-low / scale), 0, 2**scheme.bits - 1)
+            zero_ties = not scheme.symmetric and is_near_tie(-low / scale)
+            near_tie[row, start : start + size] = is_near_tie(group / scale) | zero_ties
+            codes = np.clip(np.round(group / scale) + zero, 0, 2**scheme.bits - 1)
+            values[row, start : start + size] = (codes - zero) * scale
+    return values, near_tie
+
+
+def is_near_tie(steps):
+    """fp32 and fp64 may round a number close to a half to different sides."""
+    return np.abs(np.abs(steps - np.floor(steps)) - 0.5) < 1e-4
+
+
+@given(weights, schemes, st.sampled_from(DTYPES))
+@settings(max_examples=150, deadline=None)
+def test_rounding_agrees_with_the_oracle(weight, scheme, dtype):
+    stored = round_to_nearest(torch.from_numpy(weight), scheme, dtype)
+    got = dequantize(stored, scheme).double().numpy()
+    want, near_tie = oracle(weight, scheme, dtype)
+    step = stored.scale.double().numpy().repeat(weight.shape[1] // stored.scale.shape[1], axis=1)
+    error = np.abs(got - want)
+    # The scale itself may differ in the last bit of fp32, 2^-24 relative, and a code is up to 255 of it.
+    assert (error[~near_tie] <= 1e-4 * step[~near_tie]).all()
+    assert (error <= 1.001 * step).all()
+
+
+@given(weights, schemes, st.sampled_from(DTYPES))
+@settings(max_examples=100, deadline=None)
+def test_what_is_stored_is_on_the_grid_and_is_what_was_trained(weight, scheme, dtype):
+    weight = torch.from_numpy(weight)
+    groups = scheme.groups(weight.shape[1])
+    clip = torch.randn(2, weight.shape[0], groups, generator=torch.Generator().manual_seed(0)) + 2
+    trained = fake_quantize(weight, clip[0], clip[1], scheme, dtype)
+    grid = clipped_grid(weight, clip[0], clip[1], scheme, dtype)
+    stored = quantize(weight, grid, scheme, dtype)
+    assert torch.equal(dequantize(stored, scheme), trained)
+    assert stored.codes.dtype == torch.uint8
+    assert stored.codes.max() <= scheme.levels
+    assert stored.scale.dtype == dtype
+    assert (stored.scale > 0).all()
+    assert torch.equal(stored.scale.float(), grid.scale)
+    assert (stored.zero_point is None) == scheme.symmetric
+    if stored.zero_point is not None:
+        assert stored.zero_point.max() <= scheme.levels
+
+
+@given(weights, st.sampled_from(BITS), st.sampled_from(DTYPES))
+@settings(max_examples=60, deadline=None)
+def test_zero_is_always_on_the_grid(weight, bits, dtype):
+    weight = torch.from_numpy(weight).abs()  # a range that does not hold 0 by itself
+    weight[:, 0] = 0
+    assert (dequantize(round_to_nearest(weight, Scheme(bits), dtype), Scheme(bits))[:, 0] == 0).all()
+
+
+@given(weights, schemes)
+@settings(max_examples=60, deadline=None)
+def test_rounding_twice_changes_nothing(weight, scheme):
+    once = dequantize(round_to_nearest(torch.from_numpy(weight), scheme, torch.float32), scheme)
+    again = dequantize(round_to_nearest(once, scheme, torch.float32), scheme)
+    if not scheme.symmetric:  # a symmetric grid may lose its widest level, and with it the range
+        assert torch.allclose(again, once, rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_of_zeros_stays_zero():
+    for scheme in (Scheme(2), Scheme(4, 32), Scheme(8, 32, symmetric=True)):
+        for dtype in DTYPES:
+            stored = round_to_nearest(torch.zeros(3, 64), scheme, dtype)
+            assert (dequantize(stored, scheme) == 0).all()
+            assert stored.scale.isfinite().all()
+
+
+def straight_through(rounding, x):
+    return x + (rounding(x) - x).detach()
+
+
+def autograd_oracle(weight, clip_low, clip_high, scheme, dtype):
+    """The same function written plainly, with rounding passed straight through, differentiated by autograd."""
+    groups = scheme.groups(weight.shape[1])
+    grouped = weight.view(weight.shape[0], groups, -1)
+    low = grouped.amin(-1).clamp(max=0) * torch.sigmoid(clip_low)
+    high = grouped.amax(-1).clamp(min=0) * torch.sigmoid(clip_high)
+    if scheme.symmetric:
+        wide = torch.maximum(-low, high) / (scheme.levels / 2)
+    else:
+        wide = (high - low) / scheme.levels
+    scale = straight_through(lambda x: x.to(dtype).to(x.dtype), wide)[..., None]
+    if scheme.symmetric:
+        zero = torch.full_like(scale, scheme.offset)
+    else:
+        zero = torch.round(-low[..., None] / scale).detach().clamp(0, scheme.levels)
+    codes = (straight_through(torch.round, grouped / scale) + zero).clamp(0, scheme.levels)
+    return ((codes - zero) * scale).view_as(weight)
+
+
+@pytest.mark.parametrize("name", ["W2A16", "W3A16-g32", "W4A16-g64-sym", "W8A16", "W2A16-g32-sym"])
+def test_gradients_agree_with_autograd(name):
+    scheme = Scheme.parse(name)
+    generator = torch.Generator().manual_seed(1)
+    shape = (7, scheme.groups(128))
+    leaves = [torch.randn(7, 128, generator=generator)] + [torch.randn(shape, generator=generator) for _ in range(2)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    upstream = torch.randn(7, 128, generator=generator)
+    got = torch.autograd.grad(fake_quantize(*leaves, scheme, torch.bfloat16), leaves, upstream)
+    want = torch.autograd.grad(autograd_oracle(*leaves, scheme, torch.bfloat16), leaves, upstream)
+    for mine, theirs in zip(got, want, strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+        assert theirs.norm() > 0
+
+
+def test_gradients_of_a_one_sided_group():
+    """A range extended to hold 0 does not pull the weight at its end."""
+    scheme = Scheme(3)
+    leaves = [torch.rand(4, 64) + 0.5, torch.randn(4, 1), torch.randn(4, 1)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    upstream = torch.randn(4, 64)
+    got = torch.autograd.grad(fake_quantize(*leaves, scheme, torch.bfloat16), leaves, upstream)
+    want = torch.autograd.grad(autograd_oracle(*leaves, scheme, torch.bfloat16), leaves, upstream)
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)

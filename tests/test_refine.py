@@ -1,0 +1,114 @@
+import pytest
+import torch
+
+from sliderquant.methods import Settings
+from sliderquant.quantizer import dequantize, round_to_nearest
+from sliderquant.refine import RefinedLinear, generator_for, refined_linears
+from sliderquant.schemes import Scheme
+
+
+def make(scheme="W3A16-g32", out_features=24, in_features=64, bias=True, **settings):
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(3))
+    return RefinedLinear(
+        weight,
+        torch.randn(out_features) if bias else None,
+        Scheme.parse(scheme),
+        torch.bfloat16,
+        Settings(**settings),
+        generator_for(2, "layer"),
+    )
+
+
+def test_without_the_quantizer_it_is_the_original_layer():
+    linear, x = make(), torch.randn(5, 64)
+    linear.quantized = False
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
+
+
+def test_nothing_learned_and_no_clipping_is_round_to_nearest():
+    linear = make(rank=0, clipping=False)
+    stored, trained = linear.merge()
+    expected = round_to_nearest(linear.weight, linear.scheme, torch.bfloat16)
+    assert torch.equal(stored.codes, expected.codes)
+    assert torch.equal(trained, dequantize(expected, linear.scheme))
+
+
+def test_the_low_rank_term_starts_at_zero_and_is_scaled_by_its_rank():
+    linear = make(rank=4)
+    assert torch.equal(linear.refined_weight(), linear.weight)
+    assert linear.low_rank_a.abs().max() <= 1 / 64**0.5  # Kaiming-uniform, a = sqrt(5)
+    assert linear.low_rank_a.std().item() == pytest.approx(1 / (3 * 64) ** 0.5, rel=0.15)
+    with torch.no_grad():
+        linear.low_rank_b.normal_()
+    expected = linear.weight + linear.low_rank_b @ linear.low_rank_a / 4
+    assert torch.allclose(linear.refined_weight(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_a_stage_quantizes_the_first_channels_only(fraction):
+    linear = make()
+    with torch.no_grad():
+        linear.low_rank_b.normal_()
+    full = linear.effective_weight()
+    linear.fraction = fraction
+    passed = round(64 * fraction)
+    weight = linear.effective_weight()
+    assert torch.equal(weight[:, :passed], full[:, :passed])
+    assert torch.equal(weight[:, passed:], linear.refined_weight()[:, passed:])
+    if fraction < 1:
+        assert not torch.equal(weight, full)
+
+
+def test_frozen_computes_the_same_and_forgets_afterwards():
+    linear, x = make(), torch.randn(5, 64)
+    before = linear(x)
+    with linear.frozen():
+        assert torch.equal(linear(x), before)
+        with torch.no_grad():
+            linear.clip_low.fill_(-1)
+        assert torch.equal(linear(x), before)
+    assert not torch.equal(linear(x), before)
+
+
+@pytest.mark.parametrize("scheme", ["W2A16", "W3A16-g32-sym", "W4A16-g64", "W8A16"])
+def test_the_merge_is_what_was_trained(scheme):
+    linear = make(scheme)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.normal_()
+    stored, trained = linear.merge()
+    assert torch.equal(trained, linear.effective_weight())
+    assert torch.equal(dequantize(stored, linear.scheme), trained)
+
+
+def test_everything_learned_gets_a_gradient_and_the_weight_none():
+    linear = make()
+    with torch.no_grad():
+        linear.low_rank_b.normal_(0, 0.01)
+    linear(torch.randn(6, 64)).square().sum().backward()
+    assert {name for name, _ in linear.named_parameters()} == {"low_rank_a", "low_rank_b", "clip_low", "clip_high"}
+    assert all(parameter.grad.abs().sum() > 0 for parameter in linear.parameters())
+
+
+def test_learned_and_restore():
+    linear = make()
+    kept = linear.learned()
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.add_(1)
+    linear.restore(kept)
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in linear.named_parameters())
+
+
+def test_generators_depend_on_the_seed_and_the_name_alone():
+    def draw(*what):
+        return torch.rand(3, generator=generator_for(*what)).tolist()
+
+    assert draw(2, "a") == draw(2, "a")
+    assert draw(2, "a") != draw(3, "a")
+    assert draw(2, "a") != draw(2, "b")
+
+
+def test_refined_linears_are_found_by_name():
+    module = torch.nn.ModuleDict({"inner": torch.nn.Sequential(make()), "other": torch.nn.Linear(2, 2)})
+    assert list(refined_linears(module)) == ["inner.0"]

@@ -1,0 +1,149 @@
+import pytest
+import torch
+from torch import nn
+
+from sliderquant.calibration.streams import ActivationStream
+from sliderquant.errors import SliderQuantError
+from sliderquant.methods import Settings
+from sliderquant.refine import RefinedLinear, generator_for
+from sliderquant.schemes import Scheme
+from sliderquant.train import WindowLayers, matmul_dtype, train_stage
+
+CPU = torch.device("cpu")
+SAMPLES, SEQLEN, HIDDEN = 7, 8, 32
+
+
+class Layer(nn.Module):
+    """A stand-in for a decoder layer: a refined linear with a residual; `poison` makes chosen calls not finite."""
+
+    def __init__(self, settings, number, poison=lambda call: 1.0):
+        super().__init__()
+        weight = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(number)) / HIDDEN**0.5
+        self.linear = RefinedLinear(weight, None, Scheme(2), torch.bfloat16, settings, generator_for(0, number))
+        self.calls, self.poison = 0, poison
+
+    def forward(self, hidden, gain):
+        if self.training_call():
+            hidden = hidden * self.poison(self.calls)
+        return hidden + gain * self.linear(hidden)
+
+    def training_call(self):
+        self.calls += torch.is_grad_enabled()
+        return torch.is_grad_enabled()
+
+
+def window(settings, layers=2, poison=lambda call: 1.0):
+    return WindowLayers([Layer(settings, i, poison) for i in range(layers)], [{"gain": 1.0}] * layers)
+
+
+def streams(layers):
+    inputs = ActivationStream(SAMPLES, SEQLEN, HIDDEN, memory_limit=1e9)
+    inputs.fill(torch.randn(SAMPLES, 1, SEQLEN, HIDDEN, generator=torch.Generator().manual_seed(9)))
+    targets = inputs.like()
+    layers.set(quantized=False)
+    layers.walk(inputs, Settings(matmul="float32"), CPU, into=targets)
+    return inputs, targets
+
+
+def train(layers, settings, epochs=6, fraction=1.0, **kwargs):
+    inputs, targets = streams(layers)
+    steps = []
+    result = train_stage(
+        layers,
+        inputs,
+        targets,
+        fraction,
+        epochs,
+        settings,
+        2,
+        "[0]",
+        CPU,
+        lambda n, loss: steps.append((n, loss)),
+        **kwargs,
+    )
+    return result, steps
+
+
+def state(layers):
+    return [tensor for linear in layers.linears() for tensor in linear.learned().values()]
+
+
+def test_training_reduces_the_loss_and_reports_each_epoch():
+    settings = Settings(matmul="float32")
+    layers = window(settings)
+    result, steps = train(layers, settings, epochs=40)
+    assert result.losses[-1] < 0.8 * result.losses[0]
+    assert [count for count, _ in steps] == [3] * 40  # 7 samples in batches of 3
+    assert [loss for _, loss in steps] == result.losses
+    assert (result.retries, result.rate_scale, result.converged) == (0, 1.0, True)
+
+
+def test_the_walk_without_the_quantizer_is_the_full_precision_window():
+    layers = window(Settings(matmul="float32"))
+    inputs, targets = streams(layers)
+    hidden = inputs.data.clone()
+    for layer in layers.layers:
+        hidden = hidden + hidden @ layer.linear.weight.T
+    assert torch.allclose(targets.data, hidden, atol=1e-5)
+
+
+def test_same_seed_same_bits_and_another_seed_others():
+    settings = Settings(matmul="float32")
+    runs = []
+    for seed in (2, 2, 3):
+        layers = window(settings)
+        inputs, targets = streams(layers)
+        train_stage(layers, inputs, targets, 1.0, 2, settings, seed, "[0]", CPU, lambda n, loss: None)
+        runs.append(state(layers))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
+
+
+def test_a_non_finite_loss_rolls_back_halves_the_rates_and_tries_again():
+    settings = Settings(matmul="float32", retries=4)
+    layers = window(settings, layers=1, poison=lambda call: float("nan") if call in (2, 7) else 1.0)
+    result, _ = train(layers, settings)
+    assert (result.retries, result.rate_scale, result.converged) == (2, 0.25, True)
+    assert len(result.losses) == 6
+    # The same as a run that starts with a quarter of the rates: nothing of the failed attempts is left.
+    quarter = settings.model_copy(
+        update={
+            "learning_rates": settings.learning_rates.model_copy(
+                update={name: rate / 4 for name, rate in settings.learning_rates.model_dump().items()}
+            )
+        }
+    )
+    clean = window(quarter, layers=1)
+    train(clean, quarter)
+    assert all(torch.equal(a, b) for a, b in zip(state(layers), state(clean), strict=True))
+
+
+def test_a_window_that_never_works_is_left_as_it_was():
+    settings = Settings(matmul="float32", retries=2)
+    layers = window(settings, layers=1, poison=lambda call: float("inf"))
+    before = state(layers)
+    result, _ = train(layers, settings)
+    assert (result.retries, result.converged) == (2, False)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(layers), strict=True))
+
+
+def test_activations_that_are_not_finite_are_an_error():
+    settings = Settings(matmul="float32", retries=0)
+    layers = window(settings, layers=1)
+    inputs, targets = streams(layers)
+    inputs.data[0, 0, 0] = float("nan")
+    with pytest.raises(SliderQuantError, match=r"window \[0\]: the loss is not finite even before training"):
+        train_stage(layers, inputs, targets, 1.0, 2, settings, 2, "[0]", CPU, lambda n, loss: None)
+
+
+def test_nothing_to_learn_is_no_error():
+    settings = Settings(matmul="float32", rank=0, clipping=False)
+    layers = window(settings)
+    result, _ = train(layers, settings)
+    assert len(set(result.losses)) == 1
+
+
+def test_matmul_dtype_follows_the_setting():
+    assert matmul_dtype(Settings(matmul="bfloat16"), CPU) == torch.bfloat16
+    assert matmul_dtype(Settings(matmul="float32"), CPU) == torch.float32
+    assert matmul_dtype(Settings(), CPU) in (torch.bfloat16, torch.float32)
