@@ -217,8 +217,8 @@ def choose_layout(
 
     A pure function of its arguments and, on a CPU, of its instruction set. On CUDA it is the Triton layout. On a CPU
     with bf16 activations, 2, 3 and 4 bits go into torch's int4 container wherever n is a multiple of 16 and k of 32
-    (2 and 3 bits then take the memory of 4) and symmetric per-channel 8 bits into its int8 matmul; the rest, with fp16 and fp32
-    activations, is kept at its own width and dequantized on every call.
+    (2 and 3 bits then take the memory of 4) and symmetric per-channel 8 bits into its int8 matmul. The
+    rest, and all of it with fp16 or fp32 activations, keeps its own width and is dequantized on every call.
 
     Raises ValueError for an unsupported width, grouping, shape or device, TypeError for an unsupported dtype.
     """

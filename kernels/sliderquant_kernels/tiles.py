@@ -32,7 +32,8 @@ def choose_tile(m: int, n: int, k: int, bits: int, group_size: int | None, dtype
         return Tile(block_n=32, block_k=block_k, block_m=16, num_warps=4, num_stages=4)
     if m <= 32:
         return Tile(block_n=64, block_k=block_k, block_m=32, num_warps=4, num_stages=4)
-    return Tile(block_n=64, block_k=block_k, block_m=64, num_warps=4, num_stages=3)
+    # With 4 warps, 3-bit weights spill on sm_80: two planes and two accumulators do not fit.
+    return Tile(block_n=64, block_k=block_k, block_m=64, num_warps=8, num_stages=3)
 
 
 def choose_dequantize_tile(k: int, group_size: int | None) -> Tile:

@@ -45,9 +45,12 @@ def weight_only_linear(x: Tensor, packed: PackedWeight, layout: WeightLayout, bi
         NotImplementedError: when a gradient is asked of the result.
     """
     _check_types(packed, layout)
-    return torch.ops.sliderquant_kernels.weight_only_linear.default(
-        x, packed[0], packed[1], packed[2], bias, *_fields(layout)
-    )
+    op, (weight, scale, zero_point), fields = _linear_op, packed, _fields(layout)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _require_grad(x, scale, bias)):
+        return op(x, weight, scale, zero_point, bias, *fields)
+    # Without gradients the autograd layer, which is Python and a third of the op's overhead on a CPU, has nothing to do.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(x, weight, scale, zero_point, bias, *fields)
 
 
 def dequantize(packed: PackedWeight, layout: WeightLayout, dtype: torch.dtype) -> Tensor:
@@ -56,9 +59,7 @@ def dequantize(packed: PackedWeight, layout: WeightLayout, dtype: torch.dtype) -
     Raises ValueError or TypeError when a tensor does not fit the layout, NotImplementedError for gradients.
     """
     _check_types(packed, layout)
-    return torch.ops.sliderquant_kernels.dequantize.default(
-        packed[0], packed[1], packed[2], *_fields(layout), dtype=dtype
-    )
+    return _dequantize_op(packed[0], packed[1], packed[2], *_fields(layout), dtype=dtype)
 
 
 def _fields(layout: WeightLayout) -> tuple[str, int, int, int, int, bool]:
@@ -172,6 +173,10 @@ def _dequantize_fake(weight, scale, zero_point, kind, bits, n, k, group_size, sy
     return weight.new_empty(n, k, dtype=dtype)
 
 
+def _require_grad(*tensors: Tensor | None) -> bool:
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+
+
 def _no_backward(ctx, grad):
     raise NotImplementedError(
         "sliderquant_kernels ops are for inference and have no backward; call them under torch.no_grad(), or "
@@ -187,3 +192,6 @@ for _name, _on_cpu, _on_cuda, _fake in (
     _library.impl(_name, _on_cuda, "CUDA")
     torch.library.register_fake(f"sliderquant_kernels::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"sliderquant_kernels::{_name}", _no_backward, lib=_library)
+
+_linear_op = torch.ops.sliderquant_kernels.weight_only_linear.default
+_dequantize_op = torch.ops.sliderquant_kernels.dequantize.default

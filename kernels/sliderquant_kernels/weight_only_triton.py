@@ -160,6 +160,11 @@ def dequantize_constants(layout: WeightLayout, tile: Tile) -> dict[str, Any]:
     }
 
 
+def launch_options(tile: Tile) -> dict[str, Any]:
+    """Triton's options for a tile. FP fusion is named because its default differs between Triton versions."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+
+
 def weight_only_linear(
     x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, layout: WeightLayout
 ) -> Tensor:
@@ -174,7 +179,7 @@ def weight_only_linear(
     with _on_device_of(x):
         weight_only_kernel[grid](
             x, weight, scale, zero_point, bias, y, m, n, k, padded(k), layout.groups,
-            **weight_only_constants(layout, tile, x.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **weight_only_constants(layout, tile, x.dtype), **launch_options(tile),
         )  # fmt: skip
     return y
 
@@ -190,7 +195,7 @@ def dequantize(
     with _on_device_of(weight):
         dequantize_kernel[grid](
             weight, scale, zero_point, out, n, k, padded(k), layout.groups,
-            **dequantize_constants(layout, tile), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **dequantize_constants(layout, tile), **launch_options(tile),
         )  # fmt: skip
     return out
 
