@@ -98,6 +98,7 @@ class CheckpointWriter:
         self._schemes: dict[str, Scheme] = {}
         self._folder: Path | None = None
         self._shards: ShardWriter | None = None
+        self._digests: dict[str, dict[str, str]] | None = None
         self._old_handler: Any = None
 
     def __enter__(self) -> "CheckpointWriter":
@@ -166,12 +167,39 @@ class CheckpointWriter:
         report: Mapping[str, Any] | None = None,
         card: CardInfo | None = None,
     ) -> Path:
-        """Write all that is not tensors, check the whole, and make it visible as `out`.
+        """`write_model`, then `publish`: when nothing is to be measured in between."""
+        self.write_model(config, source)
+        return self.publish(report, card)
+
+    def write_model(self, config: PretrainedConfig | dict[str, Any], source: str | Path) -> Path:
+        """Write the last shard, the configuration and the tokenizer: what it takes to load the model.
 
         Args:
             config: of the model; a `quantization_config` in it is replaced.
             source: local folder of the original model, whose tokenizer, chat template, generation configuration and
                 licence are carried over.
+
+        Returns:
+            the temporary folder, which can be loaded from, to measure the packed model before it is published.
+
+        Raises:
+            CheckpointError: the tensors are not those of the model, or the disk is full.
+        """
+        if self._folder is None or self._shards is None:
+            raise RuntimeError("CheckpointWriter is used inside `with`, and not after publish()")
+        if not self._schemes:
+            raise CheckpointError(f"{self.out}: no quantized linear was written")
+        with disk_full(self.out, max(self._estimated_bytes, self._shards.total_bytes)):
+            self._digests = self._shards.finish()
+            _carry_over(Path(source), self._folder)
+            _write_json(self._folder / "config.json", self._full_config(config))
+            _check_written(self._folder)
+        return self._folder
+
+    def publish(self, report: Mapping[str, Any] | None = None, card: CardInfo | None = None) -> Path:
+        """Write the report, the model card and the checksums, and make the whole visible as `out`.
+
+        Args:
             report: becomes sliderquant-report.json.
             card: what the model card says.
 
@@ -179,22 +207,16 @@ class CheckpointWriter:
             `out`.
 
         Raises:
-            CheckpointError: the tensors are not those of the model, or the disk is full.
+            CheckpointError: the disk is full.
         """
-        if self._folder is None or self._shards is None:
-            raise RuntimeError("CheckpointWriter is used inside `with`, and not after finish()")
-        if not self._schemes:
-            raise CheckpointError(f"{self.out}: no quantized linear was written")
-        folder, shards = self._folder, self._shards
-        with disk_full(self.out, max(self._estimated_bytes, shards.total_bytes)):
-            digests = shards.finish()
-            _carry_over(Path(source), folder)
-            _write_json(folder / "config.json", self._full_config(config))
+        if self._folder is None or self._shards is None or self._digests is None:
+            raise RuntimeError("CheckpointWriter.publish comes after write_model")
+        folder, total = self._folder, self._shards.total_bytes
+        with disk_full(self.out, max(self._estimated_bytes, total)):
             _write_json(folder / REPORT_NAME, dict(report or {}))
-            text = render_card(card or CardInfo(), self._schemes, shards.total_bytes)
+            text = render_card(card or CardInfo(), self._schemes, total)
             (folder / "README.md").write_text(text, encoding="utf-8")
-            _check_written(folder)
-            write_checksums(folder, digests)
+            write_checksums(folder, self._digests)
             for path in [*folder.rglob("*"), folder]:
                 _sync(path)
         self._publish(folder)
