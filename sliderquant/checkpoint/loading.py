@@ -58,6 +58,12 @@ def load(
 
     _fill_dense(model, checkpoint, target, wanted)
     _fill_packed(model, checkpoint, target, wanted)
+    packed = {f"{name}.weight" for name in checkpoint.schemes}
+    if packed & model.all_tied_weights_keys.keys():
+        # A packed output head is not the embedding, whatever the configuration says.
+        model.config.tie_word_embeddings = False
+        kept = {key: source for key, source in model.all_tied_weights_keys.items() if key not in packed}
+        model.all_tied_weights_keys = kept
     model.tie_weights(missing_keys=absent, recompute_mapping=False)
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -153,7 +159,12 @@ def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.d
                 parent_name, _, child = name.rpartition(".")
                 bias = model.get_submodule(name).bias
                 scheme = checkpoint.schemes[name]
-                linear = PackedLinear(unpack(on_device, scheme), scheme, bias, dtype=dtype)
+                try:
+                    linear = PackedLinear(unpack(on_device, scheme), scheme, bias, dtype=dtype)
+                except ValueError as error:  # of the kernels: a value that no quantizer writes
+                    raise CheckpointError(
+                        f"{path}: layer {name} cannot be packed for {device} in {dtype}: {error}"
+                    ) from error
                 setattr(model.get_submodule(parent_name), child, linear)
 
 

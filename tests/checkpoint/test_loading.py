@@ -1,0 +1,360 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+import sliderquant
+from sliderquant.checkpoint import CheckpointWriter, read_checkpoint
+from sliderquant.checkpoint.loading import load
+from sliderquant.checkpoint.packing import pack
+from sliderquant.errors import CheckpointError, InputError
+from sliderquant.modules import PackedLinear
+from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
+from sliderquant.schemes import Scheme
+
+Tiny = Callable[..., SimpleNamespace]
+DEMO = Path(sliderquant.__file__).parent / "assets" / "demo-llama-5m"
+IDS = torch.arange(2 * 11).view(2, 11) * 7 % 64
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) -> None:
+    assert actual.dtype == expected.dtype
+    assert (actual - expected).norm() <= relative * expected.norm()
+
+
+@pytest.mark.parametrize("scheme", ["W2A16-g32", "W3A16", "W4A16-g64", "W4A16-g128-sym", "W8A16-sym"])
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_logits_are_those_of_the_stored_weights(scheme: str, tied: bool, tiny: Tiny) -> None:
+    made = tiny(scheme, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
+    model = load(made.path)
+    close(model(IDS).logits, made.model(IDS).logits)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 14
+    assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) == tied
+    assert model.name_or_path == str(made.path)
+    assert model.generation_config.temperature == 0.7
+
+
+@torch.no_grad()
+def test_shards_and_two_schemes(tiny: Tiny) -> None:
+    made = tiny("W4A16-g64", down_proj="W3A16", max_shard_bytes=20_000)
+    close(load(made.path)(IDS).logits, made.model(IDS).logits)
+
+
+@torch.no_grad()
+def test_rotary_frequencies_are_computed(tiny: Tiny) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    made = tiny(rope_parameters=rope)
+    model = load(made.path)
+    assert torch.equal(model.model.rotary_emb.inv_freq, made.model.model.rotary_emb.inv_freq)
+    close(model(IDS).logits, made.model(IDS).logits)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wanted", ["auto", "float32", torch.bfloat16, "float16"])
+@torch.no_grad()
+def test_dtypes(stored: str, wanted: str | torch.dtype, tiny: Tiny) -> None:
+    made = tiny("W4A16-g64", dtype=stored)
+    model = load(made.path, dtype=wanted)
+    expected = getattr(torch, stored) if wanted == "auto" else getattr(torch, str(wanted).removeprefix("torch."))
+    assert model.dtype == expected
+    assert {p.dtype for p in model.parameters()} == {expected}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    logits = model(IDS).logits
+    assert logits.dtype == expected
+    reference = made.model.float()(IDS).logits
+    close(logits.float(), reference, 1e-5 if wanted == stored == "float32" else 3e-2)
+    codes = model.model.layers[0].mlp.up_proj.quantized().codes
+    assert torch.equal(codes, load(made.path).model.layers[0].mlp.up_proj.quantized().codes)
+
+
+def test_bad_arguments(tiny: Tiny) -> None:
+    folder = tiny().path
+    with pytest.raises(InputError, match="dtype 'float64' is not supported: expected auto, float32"):
+        load(folder, dtype="float64")
+    with pytest.raises(InputError, match="device 'gpu' is not understood: expected auto"):
+        load(folder, device="gpu")
+    with pytest.raises(InputError, match="device 'mps' is not supported: expected auto"):
+        load(folder, device="mps")
+
+
+def test_cuda_without_cuda(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    folder = tiny().path
+    with pytest.raises(InputError, match="device 'cuda': this torch .* sees no CUDA GPU; use device='cpu'"):
+        load(folder, device="cuda")
+    assert load(folder, device="auto").device.type == "cpu"
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="device 'cuda:2': there are 2 CUDA GPUs"):
+        load("anything", device="cuda:2")
+
+
+def test_a_plain_model_and_a_hub_id() -> None:
+    with pytest.raises(InputError, match="this model is not quantized. Quantize it first"):
+        load(DEMO)
+    with pytest.raises(InputError, match="hf download someone/model"):
+        load("someone/model")
+
+
+def test_missing_and_unexpected_tensors(tiny: Tiny) -> None:
+    folder = tiny().path
+    rewrite(folder, lambda tensors: tensors.update(stray=torch.ones(1)))
+    with pytest.raises(CheckpointError, match="model.safetensors: tensor stray is not part of the model"):
+        load(folder)
+    norms = [f"model.layers.{i}.{name}.weight" for i in range(2) for name in ("input_layernorm", "self_attn.q_norm")]
+    rewrite(folder, lambda tensors: [tensors.pop(key, None) for key in ["stray", *norms, "model.norm.weight"]])
+    with pytest.raises(CheckpointError, match=r"tensors model.layers.0.input_layernorm.weight, .* are missing: the"):
+        load(folder)
+
+
+def test_a_whole_linear_is_missing(tiny: Tiny) -> None:
+    folder = tiny().path
+    rewrite(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if "0.mlp.down_proj" in key])
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.0.mlp.down_proj.weight is missing"):
+        load(folder)
+
+
+def test_a_dense_linear_that_should_be_packed(tiny: Tiny) -> None:
+    made = tiny()
+    name = "model.layers.0.mlp.down_proj"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith(name)]:
+            del tensors[key]
+        tensors[f"{name}.weight"] = made.model.get_parameter(f"{name}.weight").clone()
+
+    rewrite(made.path, change)
+    with pytest.raises(CheckpointError, match=rf"tensor {name}.weight is not packed, but config.json says .* W4A16-g64"):
+        load(made.path)
+
+
+def test_config_of_another_size(tiny: Tiny, edit_config: Callable[..., None]) -> None:
+    folder = tiny().path
+    edit_config(folder, lambda config: config.update(intermediate_size=512))
+    message = r"down_proj.weight_shape is \[128, 256\], but by config.json the layer is \[128, 512\]"
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+    edit_config(folder, lambda config: config.update(intermediate_size=256, vocab_size=65))
+    message = r"lm_head.weight has shape \[64, 128\], but by config.json it is \[65, 128\]"
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_config_of_another_kind(tiny: Tiny, edit_config: Callable[..., None]) -> None:
+    folder = tiny().path
+    edit_config(folder, lambda config: config.update(num_hidden_layers=1))
+    with pytest.raises(CheckpointError, match="the model of config.json has no such layer"):
+        load(folder)
+    edit_config(folder, lambda config: config.update(model_type="from-the-future"))
+    with pytest.raises(CheckpointError, match="the installed transformers cannot read this config.json"):
+        load(folder)
+    edit_config(folder, lambda config: config.pop("model_type"))
+    with pytest.raises(CheckpointError, match="config.json has no model_type"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_values_that_cannot_be_packed(value: float, tiny: Tiny) -> None:
+    folder = tiny().path
+    rewrite(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight_scale"].fill_(value))
+    with pytest.raises(CheckpointError, match=r"layer model.layers.1.mlp.up_proj cannot be packed .*scale"):
+        load(folder)
+
+
+@torch.no_grad()
+def test_tied_weights_stored_under_the_other_name(tiny: Tiny) -> None:
+    made = tiny(tie_word_embeddings=True)
+    rewrite(made.path, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    close(load(made.path)(IDS).logits, made.model(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_packed_output_head(tiny: Tiny, edit_config: Callable[..., None]) -> None:
+    """Another tool may pack the head of a model that ties it."""
+    made = tiny("W8A16-g64", tie_word_embeddings=True)
+    scheme = Scheme.parse("W8A16-g64")
+    head = round_to_nearest(made.model.lm_head.weight * 2, scheme, torch.float32)
+    rewrite(made.path, lambda tensors: tensors.update({f"lm_head.{k}": v for k, v in pack(head, scheme).items()}))
+    edit_config(made.path, lambda config: config["quantization_config"].update(ignore=[]))
+    model = load(made.path)
+    assert isinstance(model.lm_head, PackedLinear)
+    hidden = made.model.model(IDS).last_hidden_state
+    close(model(IDS).logits, hidden @ dequantize(head, scheme).T)
+
+
+def test_loaded_weights_do_not_depend_on_the_file(tiny: Tiny) -> None:
+    made = tiny()
+    model = load(made.path)
+    size = (made.path / "model.safetensors").stat().st_size
+    with (made.path / "model.safetensors").open("r+b") as file:
+        file.write(b"\xff" * size)
+    assert torch.equal(model.model.embed_tokens.weight, made.model.model.embed_tokens.weight)
+
+
+@torch.no_grad()
+def test_save_pretrained_writes_a_correct_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    made = tiny("W3A16-g32", dtype="bfloat16", tie_word_embeddings=True)
+    model = load(made.path)
+    model.save_pretrained(tmp_path / "again")
+    assert read_checkpoint(tmp_path / "again").schemes == read_checkpoint(made.path).schemes
+    before, after = (load_file(folder / "model.safetensors") for folder in (made.path, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(load(tmp_path / "again")(IDS).logits, model(IDS).logits)
+
+
+# The memory of a model that is loaded
+
+
+class LargestFloat(TorchDispatchMode):
+    """Records the largest floating-point tensor that any operation returns, but for those on the meta device."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.is_meta:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_makes_no_dense_weight(dtype: str, tiny: Tiny) -> None:
+    made = tiny("W4A16-g64", dtype=dtype)
+    # Building the model allocates, but does not touch, the dense weights before they go to the meta device: what
+    # counts is what happens after.
+    with LargestFloat() as recorded:
+        load(made.path)
+    assert recorded.largest < 128 * 128
+
+
+# `modules` comes first here and last in the rest of this file: the two packages may be imported in either order.
+PEAK = """
+import resource, sys
+import sliderquant.modules
+from sliderquant.checkpoint.loading import load
+load(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load(sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_peak_memory_of_loading(tmp_path: Path, source: Path, tiny: Tiny) -> None:
+    """In a process that has loaded a small model already, a larger one adds little more than its packed size."""
+    settings = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=4, num_attention_heads=16)
+    small = tiny("W4A16-g128-sym", dtype="bfloat16")
+    config = small.model.config.__class__(**(small.model.config.to_dict() | settings | {"head_dim": 128}))
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    scheme = Scheme.parse("W4A16-g128-sym")
+    dense_bytes = 0
+    with CheckpointWriter(tmp_path / "large") as writer:
+        for key, weight in model.state_dict().items():
+            if key.endswith("proj.weight"):
+                name, (out, inputs) = key.removesuffix(".weight"), weight.shape
+                codes = torch.randint(0, 16, (out, inputs), dtype=torch.uint8)
+                quantized = QuantizedWeight(codes, torch.ones(out, inputs // 128, dtype=torch.bfloat16), None)
+                writer.add_quantized(name, quantized, scheme, codes.float() - 8)
+                dense_bytes += 2 * weight.numel()
+            else:
+                writer.add_tensor(key, torch.ones(weight.shape, dtype=torch.bfloat16))
+        writer.finish(config, source)
+    arguments = [sys.executable, "-c", PEAK, str(small.path), str(tmp_path / "large")]
+    added = 1024 * int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.split()[-1])
+    # The file is mapped, and its pages count while they are resident: packed twice, and one layer's codes.
+    print("RATIO", added / dense_bytes)
+    assert added < 0.85 * dense_bytes, f"{added / dense_bytes:.2f} of the dense size"
+
+
+# Running a model that is loaded
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, rounded to 4 bits."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    scheme = Scheme.parse("W4A16-g64")
+    with CheckpointWriter(out) as writer:
+        for key, tensor in load_file(DEMO / "model.safetensors").items():
+            if key.endswith("proj.weight"):
+                quantized = round_to_nearest(tensor.float(), scheme, tensor.dtype)
+                writer.add_quantized(key.removesuffix(".weight"), quantized, scheme, dequantize(quantized, scheme))
+            else:
+                writer.add_tensor(key, tensor)
+        writer.finish(json.loads((DEMO / "config.json").read_text()), DEMO)
+    return out
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def demo_model(request: pytest.FixtureRequest, demo: Path) -> Iterator[Any]:
+    yield load(demo, dtype=request.param)
+
+
+def generate(model: Any, inputs: Any, **keywords: Any) -> torch.Tensor:
+    return model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=1, **keywords)
+
+
+def test_generate(demo_model: Any, demo: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    tokens = generate(demo_model, inputs)
+    assert tokens.shape[1] > inputs["input_ids"].shape[1]
+    assert tokenizer.decode(tokens[0], skip_special_tokens=True).startswith("Once upon a time")
+
+
+def test_left_padded_batches(demo: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    model = load(demo, dtype="float32")
+    texts = ["Once upon a time", "The dog and the little girl went to the park to"]
+    batch = generate(model, tokenizer(texts, return_tensors="pt", padding=True))
+    for row, text in zip(batch, texts, strict=True):
+        alone = generate(model, tokenizer(text, return_tensors="pt"))[0]
+        assert tokenizer.decode(row, skip_special_tokens=True) == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+def test_static_cache(demo_model: Any, demo: Path) -> None:
+    inputs = AutoTokenizer.from_pretrained(demo)("Once upon a time", return_tensors="pt")
+    expected = generate(demo_model, inputs)
+    assert torch.equal(generate(demo_model, inputs, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize(("dtype", "backend"), [("bfloat16", "inductor"), ("float32", "aot_eager")])
+@torch.no_grad()
+def test_compile_without_graph_breaks(dtype: str, backend: str, tiny: Tiny) -> None:
+    torch._dynamo.reset()
+    model = load(tiny("W4A16-g64", num_hidden_layers=1).path, dtype=dtype)
+    compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
+    close(compiled(IDS).logits, model(IDS).logits, 1e-4 if dtype == "float32" else 3e-2)
+
+
+@torch.no_grad()
+def test_compile_the_demo_model(demo: Path) -> None:
+    torch._dynamo.reset()
+    model = load(demo)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    close(compiled(IDS).logits, model(IDS).logits, 3e-2)

@@ -1,0 +1,206 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sliderquant.errors import InputError
+from sliderquant.modules import PackedLinear
+from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
+from sliderquant.schemes import Scheme
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCHEMES = ("W2A16-g32", "W3A16-g64-sym", "W4A16-g32", "W4A16-sym", "W4A16", "W8A16", "W8A16-sym")
+
+
+def make(
+    scheme: str = "W4A16-g32", out: int = 48, inputs: int = 64, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> tuple[PackedLinear, QuantizedWeight]:
+    torch.manual_seed(0)
+    parsed = Scheme.parse(scheme)
+    quantized = round_to_nearest(torch.randn(out, inputs), parsed, dtype)
+    return PackedLinear(quantized, parsed, torch.randn(out) if bias else None), quantized
+
+
+def same(actual: QuantizedWeight, expected: QuantizedWeight) -> None:
+    for name, one, other in zip(QuantizedWeight._fields, actual, expected, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            assert one.dtype == other.dtype, name
+            assert torch.equal(one, other), name
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    return sum(t.untyped_storage().nbytes() for t in [*module.parameters(), *module.buffers()])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(48, 64), (37, 90)])
+def test_forward(scheme: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    if shape[1] % 32 and "-g" in scheme:
+        pytest.skip("a group does not divide the inputs")
+    linear, quantized = make(scheme, *shape, dtype=dtype)
+    assert linear.dtype == dtype
+    same(linear.quantized(), quantized)
+    dense = dequantize(quantized, Scheme.parse(scheme))
+    assert torch.equal(linear.dequantize(torch.float32), dense)
+    assert torch.equal(linear.dequantize(), dense.to(dtype))
+    for leading in ((1,), (2, 3), (40,)):
+        x = torch.randn(*leading, shape[1]).to(dtype)
+        expected = torch.nn.functional.linear(x.double(), dense.double(), linear.bias.double())
+        y = linear(x)
+        assert y.dtype == dtype
+        assert y.shape == expected.shape
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+        assert (y.double() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("first", DTYPES)
+@pytest.mark.parametrize("second", DTYPES)
+def test_a_cast_packs_again(scheme: str, first: torch.dtype, second: torch.dtype) -> None:
+    linear, quantized = make(scheme, dtype=first)
+    moved = linear.to(second)
+    assert moved is linear
+    assert linear.dtype == linear.bias.dtype == second
+    codes, scale, zero_point = quantized
+    same(linear.quantized(), QuantizedWeight(codes, scale.to(second), zero_point))
+    x = torch.randn(3, 64).to(second)
+    assert linear(x).dtype == second
+    expected = PackedLinear(QuantizedWeight(codes, scale.to(second), zero_point), linear.scheme, linear.bias.detach())
+    assert linear.layout == expected.layout
+    assert torch.equal(linear(x), expected(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cast_to_the_same_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    linear, quantized = make(dtype=dtype)
+    before = linear.packed
+    for move in (
+        lambda: linear.to(dtype),
+        lambda: linear.to("cpu"),
+        lambda: linear.cpu(),
+        lambda: linear.requires_grad_(False),
+    ):
+        move()
+        same(linear.quantized(), quantized)
+    assert all(a is b or a.dtype == b.dtype for a, b in zip(before, linear.packed, strict=True))
+
+
+def test_casts_of_a_whole_model() -> None:
+    linear, quantized = make(dtype=torch.float32)
+    model = nn.Sequential(nn.Linear(64, 64), linear)
+    for name, dtype in (("half", torch.float16), ("bfloat16", torch.bfloat16), ("float", torch.float32)):
+        getattr(model, name)()
+        assert model(torch.randn(2, 64).to(dtype)).dtype == dtype
+        assert torch.equal(linear.quantized().codes, quantized.codes)
+
+
+def test_a_scale_that_the_layout_holds_in_another_dtype_is_not_cast() -> None:
+    """A cast within one dtype may meet scales that a layout keeps wider."""
+    linear, _ = make(dtype=torch.float16)
+    linear._buffers["packed_scale"] = linear.packed_scale.float()
+    linear.to(torch.float16)
+    assert linear.packed_scale.dtype == torch.float32
+    assert linear.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_dtypes_that_it_cannot_compute_in(dtype: torch.dtype) -> None:
+    linear, quantized = make()
+    with pytest.raises(InputError, match=f"dtype {dtype}: a packed linear computes in"):
+        linear.to(dtype)
+    same(linear.quantized(), quantized)
+    assert linear.bias.dtype == torch.float32
+
+
+def test_meta() -> None:
+    linear, _ = make()
+    linear.to("meta")
+    assert linear.device.type == "meta"
+    assert linear.bias.is_meta
+    assert all(buffer.is_meta for buffer in linear.buffers())
+
+
+def test_from_quantized_takes_device_and_dtype() -> None:
+    _, quantized = make()
+    linear = PackedLinear.from_quantized(quantized, Scheme.parse("W4A16-g32"), device="cpu", dtype=torch.bfloat16)
+    assert linear.dtype == torch.bfloat16
+    assert linear.bias is None
+    assert torch.equal(linear.quantized().codes, quantized.codes)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_state_dict_is_the_checkpoint_format(scheme: str) -> None:
+    linear, quantized = make(scheme, 37, 64)
+    state = nn.Sequential(linear).state_dict()
+    names = {"0.weight_packed", "0.weight_scale", "0.weight_shape", "0.bias"}
+    assert set(state) == names | (set() if Scheme.parse(scheme).symmetric else {"0.weight_zero_point"})
+    assert state["0.weight_packed"].dtype == torch.int32
+
+    other = PackedLinear(
+        QuantizedWeight(
+            torch.zeros_like(quantized.codes),
+            torch.ones_like(quantized.scale),
+            None if quantized.zero_point is None else torch.zeros_like(quantized.zero_point),
+        ),
+        linear.scheme,
+        torch.zeros(37),
+        dtype=torch.bfloat16,
+    )
+    assert not any(nn.Sequential(other).load_state_dict(state))
+    codes, scale, zero_point = quantized
+    same(other.quantized(), QuantizedWeight(codes, scale.bfloat16(), zero_point))
+    assert torch.equal(other.bias, linear.bias.bfloat16())
+
+
+def test_state_dicts_that_do_not_fit() -> None:
+    linear, _ = make()
+    state = linear.state_dict()
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight_scale"):
+        linear.load_state_dict({key: value for key, value in state.items() if key != "weight_scale"})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weight_g_idx"):
+        linear.load_state_dict(state | {"weight_g_idx": torch.ones(1)})
+    larger, _ = make(out=64)
+    with pytest.raises(RuntimeError, match=r"weight_shape is \[64, 64\], expected \[48, 64\]"):
+        linear.load_state_dict(larger.state_dict())
+
+
+def test_copies_are_independent() -> None:
+    linear, quantized = make()
+    other = copy.deepcopy(linear).to(torch.bfloat16)
+    assert (linear.dtype, other.dtype) == (torch.float32, torch.bfloat16)
+    same(linear.quantized(), quantized)
+
+
+def test_the_weight_can_be_looked_at() -> None:
+    """Model code reads `linear.weight`, its dtype or its device."""
+    linear, quantized = make(dtype=torch.bfloat16)
+    assert (linear.weight.dtype, linear.weight.device, linear.weight.shape) == (torch.bfloat16, linear.device, (48, 64))
+    assert torch.equal(linear.weight, dequantize(quantized, linear.scheme).bfloat16())
+    assert "weight" not in dict(linear.named_parameters())
+    assert not any(name == "weight" for name, _ in linear.named_buffers())
+
+
+def test_repr() -> None:
+    assert repr(make("W3A16-sym", bias=False)[0]) == (
+        "PackedLinear(in_features=64, out_features=48, bias=False, bits=3, group_size=None, symmetric=True)"
+    )
+
+
+@pytest.mark.parametrize(("out", "inputs"), [(8192, 2048), (2048, 8192)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_weight_stays_packed_in_memory(out: int, inputs: int, dtype: torch.dtype) -> None:
+    """The layers of a model of a billion weights, W4A16-g128: less than 0.32 of bf16, before and after a forward."""
+    codes = torch.randint(0, 16, (out, inputs), dtype=torch.uint8)
+    zero_point = torch.full((out, inputs // 128), 7, dtype=torch.uint8)
+    scale = torch.ones(out, inputs // 128, dtype=dtype)
+    linear = PackedLinear(QuantizedWeight(codes, scale, zero_point), Scheme(4, 128))
+    held: dict[str, Any] = dict(linear.__dict__)
+    for tokens in (1, 5):
+        assert tensor_bytes(linear) < 0.32 * 2 * out * inputs
+        linear(torch.randn(tokens, inputs).to(dtype))
+    assert linear.__dict__.keys() == held.keys()
+    assert tensor_bytes(linear) < 0.32 * 2 * out * inputs
