@@ -113,7 +113,7 @@ def make_plan(
     quantized = [(name, shapes[f"{name}.weight"]) for name in schemes]
     disk = source_bytes - sum(size for _, (_, size) in quantized)
     scale_bytes = torch.finfo(source.dtype).bits // 8
-    disk += sum(schemes[name].stored_bytes(*shape, scale_bytes) for name, (shape, _) in quantized)
+    disk += sum(schemes[name].stored_bytes(shape[0], shape[1], scale_bytes) for name, (shape, _) in quantized)
     return Plan(
         source, scheme, schemes, method, settings, windows, samples, seqlen, steps, device_bytes, host_bytes, disk,
         source_bytes,

@@ -102,7 +102,7 @@ def fake_quantize(
         weight: fp32 `[out, in]`.
         clip_low, clip_high: fp32 `[out, groups]` before the sigmoid; None: no clipping.
     """
-    return _FakeQuantize.apply(weight, clip_low, clip_high, scheme, dtype)  # type: ignore[no-untyped-call]
+    return _FakeQuantize.apply(weight, clip_low, clip_high, scheme, dtype)
 
 
 def clipped_grid(
@@ -128,7 +128,7 @@ class _FakeQuantize(torch.autograd.Function):
     range, and those to the clipping and to the weights that are the minimum and the maximum of their group."""
 
     @staticmethod
-    def forward(ctx, weight, clip_low, clip_high, scheme, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, weight, clip_low, clip_high, scheme, dtype):
         grouped = _grouped(weight, scheme)
         low, low_at = grouped.min(dim=-1)
         high, high_at = grouped.max(dim=-1)
@@ -153,7 +153,7 @@ class _FakeQuantize(torch.autograd.Function):
         return value.view_as(weight)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):
         inside, by_scale, low, high, low_at, high_at, low_inside, high_inside, shrink_low, shrink_high, bottom, top = (
             ctx.saved_tensors
         )

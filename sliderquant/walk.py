@@ -100,7 +100,7 @@ class _Sweep:
         self.seed, self.device, self.learned, self.leave = seed, device, learned, leave
         samples, self.inputs = decoder.embed(blocks)
         limit = settings.stream_memory_gb * 1e9 / 3
-        self.fp = ActivationStream(*blocks.shape, hidden=plan.source.config.hidden_size, memory_limit=limit)
+        self.fp = ActivationStream(len(blocks), plan.seqlen, plan.source.config.hidden_size, memory_limit=limit)
         self.quant, self.targets = self.fp.like(), self.fp.like()
         self.fp.fill(samples)
         self.quant.data.copy_(self.fp.data)

@@ -1,6 +1,7 @@
 """What tests share: small random models that are made here, and the folder with larger material, where there is one."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,15 @@ def make_llama(
 
 
 @pytest.fixture(scope="session")
+def random_model() -> Callable[..., Path]:
+    """`random_model(folder, **configuration)`, see `save_random_model`."""
+    return save_random_model
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers, grouped-query attention, tied embeddings, bf16."""
-    return make_llama(tmp_path_factory.mktemp("tiny") / "model")
+    return save_random_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")

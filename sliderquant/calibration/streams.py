@@ -33,7 +33,8 @@ class ActivationStream:
 
     def like(self) -> "ActivationStream":
         """A second stream of the same shape and kind, with nothing in it."""
-        return ActivationStream(*self.data.shape, memory_limit=0 if self.in_file else float("inf"))
+        samples, seqlen, hidden = self.data.shape
+        return ActivationStream(samples, seqlen, hidden, memory_limit=0 if self.in_file else float("inf"))
 
     def fill(self, samples: Iterable[Tensor]) -> None:
         """Take in the samples `[1, seqlen, hidden]` one after the other."""

@@ -17,7 +17,8 @@ __all__ = ["command"]
 _RUNS = (("W4A16-g64", "rtn"), ("W4A16-g64", "sliderquant"), ("W2A16-g64", "rtn"), ("W2A16-g64", "sliderquant"))
 _CALIBRATION, _EVALUATION = "stdlib", "topics[:250000]"
 _SAMPLES, _SEQLEN, _SETTINGS = 32, 256, {"epochs": 6}
-_NEXT = """\
+_NEXT = """
+Next, on a model of the Hugging Face hub:
   sliderquant quantize meta-llama/Llama-3.2-1B -o llama-w4 --scheme W4A16-g128
   sliderquant eval llama-w4 --perplexity wikitext2
   sliderquant generate llama-w4 "The capital of France is"
@@ -76,7 +77,7 @@ def command(
     console.print(f"\nThe packed W4A16-g64 model goes on from {_PROMPT!r}:\n", markup=False, highlight=False)
     console.print(_sample(best, device), markup=False, highlight=False)
     console.print(f"\ncheckpoint  {best}\nreport      {best / 'sliderquant-report.json'}", soft_wrap=True)
-    console.print(f"\nNext, on a model of the Hugging Face hub:\n{_NEXT}", markup=False, highlight=False, soft_wrap=True)
+    console.print(_NEXT, markup=False, highlight=False, soft_wrap=True)
 
 
 def _add_row(table: Any, scheme: str, method: str, value: float, found: "Description", seconds: float) -> None:

@@ -23,12 +23,17 @@ class LayerInputs:
     arguments: tuple[dict[str, Any], ...]
 
 
+class _AllRecorded(Exception):
+    """Ends a forward pass after the last recorder: what comes after the layers is not in memory."""
+
+
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps what it was called with, and passes the hidden states on."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.arguments: dict[str, Any] = {}
+        self.last = False
         # Models pick a mask for each layer by such attributes of the layer (full or sliding attention).
         for name in ("attention_type", "layer_type", "is_causal", "layer_idx"):
             if hasattr(layer, name):
@@ -36,6 +41,8 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
         self.arguments = arguments
+        if self.last:
+            raise _AllRecorded
         return hidden_states
 
 
@@ -49,7 +56,7 @@ class Decoder:
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
         self.model.eval()
-        self.layers: nn.ModuleList = self.model.get_submodule(source.family.layers)  # type: ignore[assignment]
+        self.layers: nn.ModuleList = self.model.get_submodule(source.family.layers)
 
     def check_names(self) -> None:
         """Every weight of every layer is in the files, with the shape that the architecture gives it.
@@ -89,27 +96,24 @@ class Decoder:
             the hidden states fp32 `[1, seqlen, hidden]` of each sample in turn, and what else the layers are given.
         """
         base = self.model.get_submodule(self.source.family.base)
-        embedding = copy.deepcopy(base.get_input_embeddings())  # type: ignore[operator]
+        embedding = copy.deepcopy(base.get_input_embeddings())
         name = f"{self.source.family.base}.{self._embedding_name(base)}.weight"
         embedding.weight = nn.Parameter(self.source.tensor(name).to(self.device, torch.float32), requires_grad=False)
-        recorders = nn.ModuleList(_Recorder(layer) for layer in self.layers)
+        recorders = [_Recorder(layer) for layer in self.layers]
+        recorders[-1].last = True
         parent_name, _, attribute = self.source.family.layers.rpartition(".")
         parent = self.model.get_submodule(parent_name)
-        original_norm = getattr(base, "norm", None)
-        setattr(parent, attribute, recorders)
-        if original_norm is not None:
-            base.norm = nn.Identity()
+        setattr(parent, attribute, nn.ModuleList(recorders))
         try:
-            hidden = embedding(blocks[:1].to(self.device))
-            base(inputs_embeds=hidden, use_cache=False)
+            base(inputs_embeds=embedding(blocks[:1].to(self.device)), use_cache=False)  # type: ignore[operator]
+        except _AllRecorded:
+            pass
         finally:
             setattr(parent, attribute, self.layers)
-            if original_norm is not None:
-                base.norm = original_norm
-        inputs = LayerInputs(tuple(dict(recorder.arguments) for recorder in recorders))  # type: ignore[arg-type]
-        return (embedding(row[None].to(self.device)) for row in blocks), inputs
+        inputs = LayerInputs(tuple(recorder.arguments for recorder in recorders))
+        return (embedding(row[None].to(self.device)) for row in blocks), inputs  # type: ignore[operator]
 
     @staticmethod
     def _embedding_name(base: nn.Module) -> str:
-        embedding = base.get_input_embeddings()  # type: ignore[operator]
+        embedding = base.get_input_embeddings()
         return next(name for name, module in base.named_modules() if module is embedding)

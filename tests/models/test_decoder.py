@@ -1,0 +1,48 @@
+"""The walk over single layers computes what the whole model computes."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sliderquant.models.decoder import Decoder
+from sliderquant.models.source import open_model
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "qwen3": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_is_the_whole_model(random_model, tmp_path, family):
+    folder = random_model(tmp_path / family, model_type=family, **FAMILIES[family])
+    blocks = torch.randint(2, 2048, (3, 40), generator=torch.Generator().manual_seed(0))
+    decoder = Decoder(open_model(folder), torch.device("cpu"))
+    decoder.check_names()
+    samples, inputs = decoder.embed(blocks)
+    hidden = torch.cat(list(samples))
+    for index, arguments in enumerate(inputs.arguments):
+        out = decoder.layer(index)(hidden, **arguments)
+        hidden = out[0] if isinstance(out, tuple) else out
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    want = whole(blocks, output_hidden_states=True).hidden_states[-1]
+    got = whole.model.norm(hidden)
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_the_decoder_can_embed_again(tiny_llama):
+    decoder = Decoder(open_model(tiny_llama), torch.device("cpu"))
+    blocks = torch.randint(2, 2048, (2, 16))
+    first, second = (torch.cat(list(decoder.embed(blocks)[0])) for _ in range(2))
+    assert torch.equal(first, second)
+    assert len(decoder.layers) == 2
+
+
+def test_no_layer_is_in_memory_until_it_is_asked_for(tiny_llama):
+    decoder = Decoder(open_model(tiny_llama), torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in decoder.model.parameters())
+    layer = decoder.layer(1)
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
+    assert all(parameter.is_meta for parameter in decoder.model.parameters())
