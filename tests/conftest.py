@@ -26,7 +26,7 @@ def shared() -> Path:
     return SHARED
 
 
-def make_llama(
+def save_random_model(
     folder: Path, dtype: str = "bfloat16", seed: int = 0, model_type: str = "llama", **changes: object
 ) -> Path:
     """A tiny random causal language model of a family, saved as a user would have it, with the demo's tokenizer."""

@@ -96,7 +96,7 @@ class Decoder:
             the hidden states fp32 `[1, seqlen, hidden]` of each sample in turn, and what else the layers are given.
         """
         base = self.model.get_submodule(self.source.family.base)
-        embedding = copy.deepcopy(base.get_input_embeddings())
+        embedding: nn.Module = copy.deepcopy(base.get_input_embeddings())
         name = f"{self.source.family.base}.{self._embedding_name(base)}.weight"
         embedding.weight = nn.Parameter(self.source.tensor(name).to(self.device, torch.float32), requires_grad=False)
         recorders = [_Recorder(layer) for layer in self.layers]
@@ -105,15 +105,15 @@ class Decoder:
         parent = self.model.get_submodule(parent_name)
         setattr(parent, attribute, nn.ModuleList(recorders))
         try:
-            base(inputs_embeds=embedding(blocks[:1].to(self.device)), use_cache=False)  # type: ignore[operator]
+            base(inputs_embeds=embedding(blocks[:1].to(self.device)), use_cache=False)
         except _AllRecorded:
             pass
         finally:
             setattr(parent, attribute, self.layers)
         inputs = LayerInputs(tuple(recorder.arguments for recorder in recorders))
-        return (embedding(row[None].to(self.device)) for row in blocks), inputs  # type: ignore[operator]
+        return (embedding(row[None].to(self.device)) for row in blocks), inputs
 
     @staticmethod
     def _embedding_name(base: nn.Module) -> str:
-        embedding = base.get_input_embeddings()
+        embedding = base.get_input_embeddings()  # type: ignore[operator]
         return next(name for name, module in base.named_modules() if module is embedding)
