@@ -8,7 +8,7 @@ Only bf16 has a vectorized kernel: in fp32 and fp16 torch runs a scalar loop, so
 matmul.
 
 A code is stored as c = q + 8 - 2^(b-1), and the op computes (c - 8) * scale + zero in fp32, so zero = (2^(b-1) - z) *
-scale. It is 0 when symmetric, exact in bf16 for 2 bits, and otherwise rounded by at most 2^-9 relative, which always
+scale. It is 0 when symmetric, exact in bf16 for 2 bits, and otherwise rounded by at most 2^-8 relative, which always
 leaves z recoverable: z = 2^(b-1) - round(zero / scale).
 
 torch's packing is opaque and depends on the instruction set. Blocks of B rows are stored one after the other as `[K,
@@ -147,7 +147,7 @@ def _convert(nibbles: Tensor) -> Tensor:
 
 
 def _zero_steps(fused: Tensor) -> Tensor:
-    """2^(b-1) - z as an integral fp32 tensor; the stored zero is off by 2^-9 relative, so rounding restores it."""
+    """2^(b-1) - z as an integral fp32 tensor; the stored zero is off by 2^-8 relative, so rounding restores it."""
     return (fused[..., 1].float() / fused[..., 0].float()).round_()
 
 

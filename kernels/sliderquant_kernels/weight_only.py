@@ -48,7 +48,7 @@ def weight_only_linear(x: Tensor, packed: PackedWeight, layout: WeightLayout, bi
     op, (weight, scale, zero_point), fields = _linear_op, packed, _fields(layout)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _require_grad(x, scale, bias)):
         return op(x, weight, scale, zero_point, bias, *fields)
-    # Without gradients the autograd layer, which is Python and a third of the op's overhead on a CPU, has nothing to do.
+    # Without gradients the autograd layer, Python and a third of the op's overhead on a CPU, has nothing to do.
     with torch._C._AutoDispatchBelowAutograd():
         return op(x, weight, scale, zero_point, bias, *fields)
 

@@ -1,0 +1,83 @@
+"""Shared by the kernel tests: Triton's interpreter, random weights, and the error bound they are all held to."""
+
+import os
+
+# Before anything imports the Triton kernels, which are interpreted or compiled from their definition on.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from sliderquant_kernels import reference
+
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+class Weight(NamedTuple):
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    bits: int
+
+
+def _make_weight(bits, n, k, group_size, symmetric, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    groups = 1 if group_size is None else k // group_size
+    top = 2**bits
+    codes = torch.randint(0, top, (n, k), dtype=torch.uint8, generator=generator)
+    scale = (torch.rand(n, groups, generator=generator) + 0.1).mul_(0.02).to(dtype)
+    zero_point = None if symmetric else torch.randint(0, top, (n, groups), dtype=torch.uint8, generator=generator)
+    return Weight(codes, scale, zero_point, bits)
+
+
+def _make_x(shape, dtype, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _assert_matmul_close(y, x, weight, bias=None, *, weights_rounded=False, roundoff=None, extra=None):
+    """Every element within what the arithmetic can lose, and all of them together much closer.
+
+    u is the unit roundoff of y's dtype and S = sum_k |x| |w|. The result is rounded to y's dtype (u |y|, and again
+    after the bias where it is added afterwards); fp32 accumulation loses at most K 2^-24 S, and one more 2^-23 S for
+    the scale and the product; a route that rounds weights first loses another u S. Rounding errors are independent, so
+    the relative error of the whole stays below 2 u where accumulation is not what dominates.
+    """
+    want = reference.weight_only_linear(x, *weight, bias)
+    u = UNIT_ROUNDOFF[y.dtype] if roundoff is None else roundoff
+    assert y.shape == want.shape
+    assert y.dtype == x.dtype
+    magnitude = reference.magnitude(x, *weight)
+    bound = u * want.abs() + (x.shape[-1] + 2) * 2.0**-24 * magnitude
+    if bias is not None:
+        bound += 2 * u * (want.abs() + bias.double().abs())
+    if weights_rounded:
+        bound += u * magnitude
+    if extra is not None:
+        bound += extra
+    error = (y.double() - want).abs()
+    assert torch.isfinite(y).all()
+    worst = (error - bound * 1.01).argmax() if error.numel() else 0
+    assert (error <= bound * 1.01 + 1e-30).all(), (
+        f"error {error.flatten()[worst]:.3e} exceeds {bound.flatten()[worst]:.3e} at element {worst}"
+    )
+    if y.numel() >= 64 and extra is None:
+        relative = (error.norm() / want.norm()).item()
+        limit = max(2 * u, 2.0**-24 * x.shape[-1] ** 0.5 * (magnitude.norm() / want.norm()).item())
+        assert relative <= limit, f"relative error {relative:.3e} exceeds {limit:.3e}"
+
+
+@pytest.fixture(scope="session")
+def make_weight():
+    return _make_weight
+
+
+@pytest.fixture(scope="session")
+def make_x():
+    return _make_x
+
+
+@pytest.fixture(scope="session")
+def assert_matmul_close():
+    return _assert_matmul_close
