@@ -5,6 +5,8 @@ linear, into the layout of that device. No dense copy of a quantized weight is e
 plus the codes of one layer.
 """
 
+import ctypes
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -146,26 +148,38 @@ def _kept_dtype(model: PreTrainedModel, key: str, dtype: torch.dtype) -> torch.d
 
 
 def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    by_file = defaultdict(list)
-    for name in checkpoint.schemes:
-        by_file[checkpoint.tensors[f"{name}.weight_packed"].file].append(name)
-    for path, names in by_file.items():
+    for name, scheme in checkpoint.schemes.items():
+        parts = {part: tensor.to(device) for part, tensor in _read_parts(checkpoint, name).items()}
+        parent_name, _, child = name.rpartition(".")
+        bias = model.get_submodule(name).bias
+        try:
+            linear = PackedLinear(unpack(parts, scheme), scheme, bias, dtype=dtype)
+        except ValueError as error:  # of the kernels: a value that no quantizer writes
+            file = checkpoint.tensors[f"{name}.weight_packed"].file
+            raise CheckpointError(f"{file}: layer {name} cannot be packed for {device} in {dtype}: {error}") from error
+        setattr(model.get_submodule(parent_name), child, linear)
+        del parts
+        _return_free_memory()
+
+
+def _read_parts(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    # The file is opened for every linear: as long as it is open, what was read of it stays in memory. A linear may
+    # straddle two files.
+    stored = {part: found for part in PARTS if (found := checkpoint.tensors.get(f"{name}.{part}")) is not None}
+    parts = {}
+    for path in sorted({found.file for found in stored.values()}):
         with safe_open(path, framework="pt") as file:
-            for name in names:
-                parts = {
-                    part: tensor for part in PARTS if (tensor := _part(file, path, checkpoint, name, part)) is not None
-                }
-                on_device = {part: tensor.to(device) for part, tensor in parts.items()}
-                parent_name, _, child = name.rpartition(".")
-                bias = model.get_submodule(name).bias
-                scheme = checkpoint.schemes[name]
-                try:
-                    linear = PackedLinear(unpack(on_device, scheme), scheme, bias, dtype=dtype)
-                except ValueError as error:  # of the kernels: a value that no quantizer writes
-                    raise CheckpointError(
-                        f"{path}: layer {name} cannot be packed for {device} in {dtype}: {error}"
-                    ) from error
-                setattr(model.get_submodule(parent_name), child, linear)
+            for part, found in stored.items():
+                if found.file == path:
+                    parts[part] = file.get_tensor(f"{name}.{part}")
+    return parts
+
+
+def _return_free_memory() -> None:
+    """glibc keeps what packing frees, in pieces between the packed weights: several times the size of the model."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _part(file: safe_open, path: Path, checkpoint: Checkpoint, name: str, part: str) -> Tensor | None:

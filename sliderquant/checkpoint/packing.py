@@ -26,7 +26,7 @@ PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """The names of the tensors of a quantized linear, after the name of the linear and a dot."""
 
 # The library's packers work in int32, several times over: this bounds what a very large linear takes meanwhile.
-_CODES_AT_A_TIME = 1 << 24
+_CODES_AT_A_TIME = 1 << 22
 
 
 def packed_shapes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
@@ -77,15 +77,22 @@ def unpack(parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
 
 def _signed(codes: Tensor, scheme: Scheme) -> Tensor:
     """uint8 0 .. 2^b - 1 -> int8 -2^(b-1) .. 2^(b-1) - 1, which is what the library packs."""
-    return (codes.to(torch.int16) - scheme.offset).to(torch.int8)
+    return (codes - scheme.offset).view(torch.int8)  # uint8 wraps around
 
 
 def _unsigned(codes: Tensor, scheme: Scheme) -> Tensor:
-    return (codes.to(torch.int16) + scheme.offset).to(torch.uint8)
+    return codes.view(torch.uint8) + scheme.offset
 
 
 def _by_rows(function: Callable[[Tensor], Tensor], tensor: Tensor, codes_per_row: int) -> Tensor:
     rows = max(1, _CODES_AT_A_TIME // max(1, codes_per_row))
     if tensor.shape[0] <= rows:
         return function(tensor).contiguous()
-    return torch.cat([function(chunk) for chunk in tensor.split(rows)])
+    whole: Tensor | None = None
+    for start in range(0, tensor.shape[0], rows):
+        part = function(tensor[start : start + rows])
+        if whole is None:
+            whole = part.new_empty((tensor.shape[0], part.shape[1]))
+        whole[start : start + rows] = part
+    assert whole is not None
+    return whole

@@ -17,20 +17,20 @@ from sliderquant.schemes import Scheme
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:
-    settings: dict[str, Any] = dict(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        dtype="float32",
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
+    settings: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
     return LlamaConfig(**(settings | changes))
 
 

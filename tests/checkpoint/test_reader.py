@@ -108,9 +108,7 @@ def test_bits_that_disagree(tiny: Tiny, edit_config: Edit) -> None:
         config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 3
 
     edit_config(folder, change)
-    refused(
-        folder, "model.safetensors", f"{NAME}.weight_packed has shape [128, 32]", "expected [128, 24]", "W3A16-g64"
-    )
+    refused(folder, "model.safetensors", f"{NAME}.weight_packed has shape [128, 32]", "expected [128, 24]", "W3A16-g64")
 
 
 def test_group_size_that_disagrees(tiny: Tiny, edit_config: Edit) -> None:

@@ -128,7 +128,7 @@ def test_overwriting_replaces_nothing_else(kind: str, tmp_path: Path) -> None:
     else:
         out.mkdir()
         (out / ("config.json" if kind == "original model" else "thesis.tex")).write_text("{}")
-    with pytest.raises(InputError, match="out is (a file|not a quantized checkpoint)"):
+    with pytest.raises(InputError, match=r"out is (a file|not a quantized checkpoint)"):
         CheckpointWriter(out, overwrite=True)
     assert out.exists()
 
@@ -151,26 +151,32 @@ def test_shard_size_is_positive(tmp_path: Path) -> None:
         CheckpointWriter(tmp_path / "out", max_shard_bytes=0)
 
 
+def write_and(action: Callable[[], None], out: Path) -> None:
+    with CheckpointWriter(out, max_shard_bytes=1) as target:
+        add_one(target)
+        assert any(path.name.startswith(".out.partial-") for path in out.parent.iterdir())
+        action()
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_after_an_error(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error), CheckpointWriter(tmp_path / "out", max_shard_bytes=1) as target:
-        add_one(target)
-        assert any(path.name.startswith(".out.partial-") for path in tmp_path.iterdir())
+    def fail() -> None:
         raise error
+
+    with pytest.raises(error):
+        write_and(fail, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
 def test_nothing_is_left_without_finish(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out") as target:
-        add_one(target)
+    write_and(lambda: None, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
 def test_nothing_is_left_after_sigterm(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="143"), CheckpointWriter(tmp_path / "out", max_shard_bytes=1) as target:
-        add_one(target)
-        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        write_and(lambda: os.kill(os.getpid(), signal.SIGTERM), tmp_path / "out")
     assert not any(tmp_path.iterdir())
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -289,14 +295,13 @@ def test_tensors_that_share_memory_and_change_later(tmp_path: Path) -> None:
 def test_a_forgotten_tensor_is_noticed_before_it_is_visible(tiny: Tiny, source: Path, tmp_path: Path) -> None:
     made = tiny()
     stored = load_file(made.path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"tensor model.norm.weight is missing"), CheckpointWriter(
-        tmp_path / "next"
-    ) as target:
+    with CheckpointWriter(tmp_path / "next") as target:
         for key, tensor in stored.items():
             if key != "model.norm.weight":
                 target.add_tensor(key, tensor)
         target._schemes = dict(read_checkpoint(made.path).schemes)
-        target.finish(made.model.config, source)
+        with pytest.raises(CheckpointError, match=r"tensor model.norm.weight is missing"):
+            target.finish(made.model.config, source)
     assert not (tmp_path / "next").exists()
 
 
