@@ -109,7 +109,7 @@ def quantize(
         seed: of the calibration crops, the order of the samples and the low-rank start. The same seed on the same
             machine gives a bit-identical checkpoint.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"cuda:N"`.
-        perplexity_on: text to measure perplexity on before and after; None: not measured.
+        perplexity_on: text to measure perplexity on before and after, in blocks of `seqlen`; None: not measured.
         overwrite: replace a checkpoint in `output`.
         per_channel_fallback: linears whose input size the group does not divide get one scale per channel.
         progress: is told how far the run is.

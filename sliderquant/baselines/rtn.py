@@ -25,7 +25,7 @@ def rtn_layer(
     """
     quantized = {}
     for name in source.linear_names(layer):
-        weight = source.tensor(f"{name}.weight").to(device, torch.float32)
+        weight = source.weight(f"{name}.weight", device)
         stored = round_to_nearest(weight, schemes[name], source.dtype)
         quantized[name] = (stored, dequantize(stored, schemes[name]))
     return quantized

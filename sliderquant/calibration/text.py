@@ -150,6 +150,6 @@ def _from_hub(dataset: str, split: str, **arguments: str) -> list[str]:
         return list(load_dataset(dataset, split=split, **arguments)["text"])
     except Exception as error:  # the library raises many kinds for no network, all of them ending the same way
         raise InputError(
-            f"text {dataset}: could not be had from the Hugging Face hub ({type(error).__name__}): check the network, "
-            "or give a local text file"
+            f"text {dataset}: could not be had from the Hugging Face hub ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}): check the network, or give a local text file"
         ) from error

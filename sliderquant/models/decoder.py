@@ -79,9 +79,7 @@ class Decoder:
         """Decoder layer `index` with its weights, fp32, on the device."""
         layer = copy.deepcopy(self.layers[index])
         prefix = f"{self.source.family.layers}.{index}."
-        weights = {
-            name: self.source.tensor(prefix + name).to(self.device, torch.float32) for name in layer.state_dict()
-        }
+        weights = {name: self.source.weight(prefix + name, self.device) for name in layer.state_dict()}
         layer.load_state_dict(weights, assign=True)
         return layer.requires_grad_(False).to(self.device)
 
@@ -98,7 +96,7 @@ class Decoder:
         base = self.model.get_submodule(self.source.family.base)
         embedding: nn.Module = copy.deepcopy(base.get_input_embeddings())
         name = f"{self.source.family.base}.{self._embedding_name(base)}.weight"
-        embedding.weight = nn.Parameter(self.source.tensor(name).to(self.device, torch.float32), requires_grad=False)
+        embedding.weight = nn.Parameter(self.source.weight(name, self.device), requires_grad=False)
         recorders = [_Recorder(layer) for layer in self.layers]
         recorders[-1].last = True
         parent_name, _, attribute = self.source.family.layers.rpartition(".")

@@ -68,6 +68,13 @@ class ModelSource:
             except SafetensorError as error:
                 raise InputError(f"{self.files[name]}: tensor {name} cannot be read: {error}") from error
 
+    def weight(self, name: str, device: torch.device) -> Tensor:
+        """The tensor in fp32 on `device`. Raises InputError when it holds values that are not finite."""
+        tensor = self.tensor(name).to(device, torch.float32)
+        if not tensor.isfinite().all():
+            raise InputError(f"{self.name}: tensor {name} holds values that are not finite; the model is damaged")
+        return tensor
+
     @cached_property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """Tensor name -> (shape, bytes), from the files' headers alone."""

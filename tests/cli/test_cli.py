@@ -1,0 +1,185 @@
+"""The commands as a user runs them: what they print, where, and their exit codes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from sliderquant import __version__
+from sliderquant.cli import app
+
+FAST = ["--set", "epochs=2", "--set", "matmul=float32", "--samples", "4", "--seqlen", "32"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama, calibration_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "out"
+    done = invoke("quantize", tiny_llama, "-o", out, "--scheme", "W4A16-g32", "--calibration", calibration_file, *FAST)
+    assert done.exit_code == 0, done.output
+    assert f"{out}: W4A16-g32 by sliderquant" in done.stdout
+    return out
+
+
+def test_version_and_help():
+    assert invoke("--version").stdout.strip() == f"sliderquant {__version__}"
+    assert all(name in invoke("--help").stdout for name in ("quantize", "eval", "generate", "inspect", "demo"))
+    assert invoke("quantize", "--help").exit_code == 0
+
+
+def test_a_run_prints_lines_on_stderr_and_the_result_on_stdout(tiny_llama, calibration_file, tmp_path):
+    arguments = ["--calibration", calibration_file, *FAST, "--perplexity", f"{calibration_file}[:6000]"]
+    done = invoke("quantize", tiny_llama, "-o", tmp_path / "out", "--scheme", "W4A16", *arguments, "-v")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^perplexity: \d+\.\d{4} -> \d+\.\d{4}$", done.stdout, re.MULTILINE)
+    assert "layers 0-1, 100% of the channels: loss" in done.stderr
+    assert "2 layers written" in done.stderr
+
+
+def test_quiet_prints_results_only(tiny_llama, tmp_path):
+    done = invoke("quantize", tiny_llama, "-o", tmp_path / "out", "--scheme", "W8A16", "--method", "rtn", "-q")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_dry_run_prints_the_plan(tiny_llama, tmp_path):
+    done = invoke("quantize", tiny_llama, "--scheme", "W4A16-g32", "--dry-run", "--set", "epochs=4", "--seqlen", "32")
+    assert done.exit_code == 0, done.output
+    for line in (
+        r"scheme +W4A16-g32",
+        r"quantized +.*2 x down_proj W4A16-g32|quantized +.*2 x mlp.down_proj W4A16-g32",
+        r"kept +model.embed_tokens.weight, norms and biases",
+        r"windows +\[0\] \[0\.\.1\] \[1\]",
+        r"stages +50% for 2 epochs, 100% for 2 epochs",
+        r"steps +516",
+        r"memory +about \d+\.\d\d GB",
+        r"disk +0\.\d+ GB",
+    ):
+        assert re.search(line, done.stdout), (line, done.stdout)
+
+
+def test_settings_come_from_a_file_and_from_the_command_line(tiny_llama, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("epochs: 6\ngamma: 1\n")
+    done = invoke("quantize", tiny_llama, "--scheme", "W4A16-g32", "--dry-run", "--config", path, "--set", "epochs=5")
+    assert "100% for 5 epochs" in done.stdout
+
+
+def test_eval_prints_the_value_and_its_protocol(checkpoint, tiny_llama, calibration_file):
+    source = f"{calibration_file}[:6000]"
+    for model in (checkpoint, tiny_llama):
+        done = invoke("eval", model, "--perplexity", source, "--seqlen", 64, "-q")
+        assert re.fullmatch(r"perplexity: \d+\.\d{4}\nprotocol: .*64 tokens.*float32 on cpu\n", done.stdout), (
+            done.output
+        )
+    as_json = json.loads(invoke("eval", checkpoint, "--perplexity", source, "--seqlen", 64, "-q", "--json").stdout)
+    assert (as_json["seqlen"], as_json["dataset"]) == (64, source)
+
+
+def test_generate_goes_on_from_the_prompt(checkpoint):
+    done = invoke("generate", checkpoint, "Return the", "--max-new-tokens", 5)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("Return the")
+    assert re.search(r"\d+ tokens, [\d.]+ a second on cpu", done.stderr)
+    again = invoke("generate", checkpoint, "Return the", "--max-new-tokens", 5, "--temperature", 0.9, "--seed", 1)
+    assert (
+        again.stdout
+        == invoke("generate", checkpoint, "Return the", "--max-new-tokens", 5, "--temperature", 0.9, "--seed", 1).stdout
+    )
+
+
+def test_inspect_and_verify(checkpoint, tmp_path):
+    done = invoke("inspect", checkpoint, "--verify")
+    assert done.exit_code == 0, done.output
+    assert "scheme      W4A16-g32 (14 linears)" in done.stdout
+    assert "are what was written" in done.stdout
+    assert json.loads(invoke("inspect", checkpoint, "--json").stdout)["schemes"] == {"W4A16-g32": 14}
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    path = damaged / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    done = invoke("inspect", damaged, "--verify")
+    assert done.exit_code == 1
+    assert "model.safetensors" in done.stdout
+    assert "problems found" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "./nowhere", "-o", "{out}"], "./nowhere: no such folder"),
+        (["quantize", "{model}"], "missing option -o OUT"),
+        (["quantize", "{model}", "-o", "{out}", "--scheme", "W9A16"], "weights of 9 bits are not supported"),
+        (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--method", "best"], "unknown method 'best'"),
+        (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--set", "x=1"], "unknown setting 'x'"),
+        (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--device", "cuda:77"], "device 'cuda:77'"),
+        (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--calibration", "no.txt"], "no such file"),
+        (["quantize", "{model}", "-o", "{model}", "--scheme", "W4A16-g32"], "exists already"),
+        (["eval", "{model}", "--perplexity", "no.txt"], "'no.txt': no such file"),
+        (["eval", "./nowhere", "--perplexity", "topics"], "./nowhere: no such folder"),
+        (["eval", "{model}", "--perplexity", "topics[:3000]", "--dtype", "int8"], "dtype 'int8'"),
+        (["generate", "{model}", "hello"], "not quantized"),
+        (["generate", "{checkpoint}", ""], "PROMPT is empty"),
+        (["inspect", "./nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(tiny_llama, checkpoint, tmp_path, arguments, message):
+    names = {"out": tmp_path / "out", "model": tiny_llama, "checkpoint": checkpoint}
+    done = invoke(*(argument.format(**names) for argument in arguments))
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert done.stderr.startswith("sliderquant: error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_options_are_wrong_use():
+    assert invoke("quantize", "x", "--no-such-option").exit_code == 2
+    assert invoke("fly").exit_code == 2
+
+
+def test_failure_is_exit_code_1_with_a_traceback_only_on_request(tiny_llama, tmp_path, monkeypatch):
+    from sliderquant import pipeline
+
+    def broken(*args, **kwargs):
+        raise OSError("the disk caught fire")
+
+    monkeypatch.setattr(pipeline, "quantize", broken)
+    done = invoke("quantize", tiny_llama, "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert done.stderr == "sliderquant: error: OSError: the disk caught fire (run again with -v for a traceback)\n"
+    assert "Traceback" in invoke("quantize", tiny_llama, "-o", tmp_path / "out", "-v").stderr
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_leaves_nothing(tiny_llama, calibration_file, tmp_path, kind):
+    """The real process, stopped while it refines."""
+    command = [sys.executable, "-c", "from sliderquant.cli import main; main()", "quantize", str(tiny_llama)]
+    command += ["-o", str(tmp_path / "out"), "--scheme", "W4A16-g32", "--calibration", str(calibration_file)]
+    command += ["--samples", "64", "--seqlen", "128", "--set", "epochs=2000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    line = process.stderr.readline()  # the first line of progress: refining has begun
+    assert line.startswith("step "), line
+    assert [path.name.startswith(".out.partial-") for path in tmp_path.iterdir()] == [True]
+    time.sleep(0.2)
+    process.send_signal(kind)
+    _, errors = process.communicate(timeout=60)
+    assert list(tmp_path.iterdir()) == []
+    if kind == signal.SIGINT:
+        assert process.returncode == 1
+        assert errors.endswith("sliderquant: error: interrupted; nothing was left behind\n")
+        assert "Traceback" not in errors
+    else:
+        assert process.returncode not in (0, 2)

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+
+from sliderquant.errors import InputError
+from sliderquant.methods import METHODS, Settings
+from sliderquant.models.source import open_model
+from sliderquant.planning import make_plan
+from sliderquant.schemes import Scheme
+
+
+def plan_for(model, scheme="W4A16-g32", method="sliderquant", samples=8, seqlen=32, **kwargs):
+    settings = Settings() if method == "sliderquant" else None
+    return make_plan(open_model(model), Scheme.parse(scheme), METHODS[method], settings, samples, seqlen, **kwargs)
+
+
+def test_what_is_quantized_and_what_stays(tiny_llama):
+    plan = plan_for(tiny_llama)
+    assert len(plan.schemes) == 2 * 7
+    assert plan.kept == ("model.embed_tokens.weight",)
+    assert all(scheme == Scheme(4, 32) for scheme in plan.schemes.values())
+    assert [str(window) for window in plan.windows] == ["[0]", "[0..1]", "[1]"]
+    assert plan.steps == 3 * 60 * 3  # windows x epochs x batches of 3 in 8 samples
+    json.dumps(plan.as_dict())
+
+
+def test_a_method_without_learning_has_no_steps(tiny_llama):
+    plan = plan_for(tiny_llama, method="rtn")
+    assert (plan.windows, plan.steps) == ((), 0)
+
+
+def test_a_group_that_does_not_divide_is_refused_with_what_works(tiny_llama):
+    with pytest.raises(InputError) as caught:
+        plan_for(tiny_llama, "W4A16-g64")  # down_proj has 96 inputs
+    message = str(caught.value)
+    assert "groups of 64 do not divide the inputs of mlp.down_proj (96 inputs)" in message
+    assert "every layer of this model: g32" in message
+    assert "W4A16" in message
+    assert "--per-channel-fallback" in message
+
+
+def test_the_fallback_takes_only_the_layers_that_do_not_fit(tiny_llama):
+    plan = plan_for(tiny_llama, "W4A16-g64", per_channel_fallback=True)
+    by_kind = {name.rpartition(".")[2]: str(scheme) for name, scheme in plan.schemes.items()}
+    assert by_kind.pop("down_proj") == "W4A16"
+    assert set(by_kind.values()) == {"W4A16-g64"}
+
+
+def test_the_size_on_disk_is_what_the_checkpoint_takes(tiny_llama, tmp_path):
+    import sliderquant
+    from sliderquant.checkpoint import describe
+
+    for scheme in ("W3A16-g32", "W4A16", "W2A16-g32-sym"):
+        out = tmp_path / scheme
+        result = sliderquant.quantize(tiny_llama, out, scheme=scheme, method="rtn")
+        assert result.plan.disk_bytes == describe(out).total_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"samples": 0}, "samples 0: expected at least 1"),
+        ({"seqlen": 1}, "seqlen 1: expected 2 to 128"),
+        ({"seqlen": 129}, "seqlen 129: expected 2 to 128"),
+    ],
+)
+def test_numbers_out_of_range(tiny_llama, arguments, message):
+    with pytest.raises(InputError, match=message):
+        plan_for(tiny_llama, **arguments)
