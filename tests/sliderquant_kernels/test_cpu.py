@@ -54,6 +54,14 @@ def test_int4_container_rounds_no_weight(bits, make_weight, make_x, assert_matmu
         assert_matmul_close(y, x, weight)
 
 
+def test_the_container_is_in_use_where_torch_vectorizes_it():
+    """A new order of rows in torch would be served correctly by `cpu_bits`, and several times slower: notice it."""
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("torch does not vectorize its int4 matmul here")
+    assert cpu_int4.is_fast()
+    assert choose_layout(3, 64, 128, 128, False, "cpu", torch.bfloat16).kind == "cpu_int4"
+
+
 def test_error_of_rounded_zeros_in_the_container(make_weight, make_x):
     """W4 asymmetric on bf16: about as accurate as a dense bf16 weight, whose every element is rounded."""
     weight = make_weight(4, 512, 1024, 128, False, torch.bfloat16)
