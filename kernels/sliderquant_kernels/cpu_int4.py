@@ -29,8 +29,8 @@ BITS = (2, 3, 4)
 ROW_MULTIPLE = 16
 OP_GROUP_SIZES = (256, 128, 64, 32)
 # Beyond this, dequantizing once and multiplying in bf16 is faster than the op, whose time grows with the tokens. Its
-# time over the dequantizing path's, on AVX512 and for N = 2048 to 8192, K = 2048: 0.05-0.08 for one token, 0.33-0.45 for 16,
-# 0.56-0.77 for 32, 0.91-1.11 for 64 on one core, 1.2 for 64 on two.
+# time over the dequantizing path's, on AVX512 and for N = 2048 to 8192, K = 2048: 0.05-0.08 for one token, 0.33-0.45
+# for 16, 0.56-0.77 for 32, 0.91-1.11 for 64 on one core, 1.2 for 64 on two.
 MAX_OP_TOKENS = 48
 # 2 M weights (4 MB of bf16) at a time: smaller chunks pay torch's per-op cost, larger ones fall out of the L3 cache and
 # would amount to a dense copy of the layer.
