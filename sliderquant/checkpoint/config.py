@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 """Of what sliderquant adds to the format of compressed-tensors; a reader refuses a larger one."""
 
 _PACKED = CompressionFormat.pack_quantized.value
+_WEIGHT_FIELDS = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
 _SUPPORTED = (
     f"sliderquant reads {_PACKED} with int weights of {', '.join(map(str, BITS))} bits, one scale per output channel "
     f"or per group of {', '.join(map(str, GROUP_SIZES))}, and activations that are not quantized"
@@ -70,8 +71,11 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=list(ignore),
     )
-    dumped = built.model_dump(mode="json")
-    return {key: value for key, value in dumped.items() if value is not None}
+    dumped = {key: value for key, value in built.model_dump(mode="json").items() if value is not None}
+    for group in dumped["config_groups"].values():
+        # What else there is has no meaning for stored weights, and depends on the version of compressed-tensors.
+        group["weights"] = {key: value for key, value in group["weights"].items() if key in _WEIGHT_FIELDS}
+    return dumped
 
 
 class SchemeLookup:

@@ -54,7 +54,8 @@ def pack(quantized: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
         "weight_shape": torch.tensor([out_features, in_features], dtype=torch.int64),
     }
     if zero_point is not None:
-        parts["weight_zero_point"] = pack_to_int32(_signed(zero_point, scheme), scheme.bits, packed_dim=0)
+        packed = pack_to_int32(_signed(zero_point, scheme), scheme.bits, packed_dim=0)
+        parts["weight_zero_point"] = packed.contiguous()  # compressed-tensors 0.19 leaves it transposed
     return parts
 
 

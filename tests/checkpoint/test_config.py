@@ -22,7 +22,6 @@ def test_round_trip(bits: int, group_size: int | None, symmetric: bool) -> None:
     config = quantization_config({"a.b": scheme}, ["lm_head"])
     parsed = QuantizationConfig.model_validate(config)
     assert quantization_config({"a.b": scheme}, parsed.ignore) == config
-    assert parsed.model_dump(mode="json").items() >= config.items()
     lookup = SchemeLookup(config, "here")
     assert lookup.find("model.layers.7.mlp.up_proj") == scheme
     assert lookup.find("lm_head") is None

@@ -45,6 +45,7 @@ def check(scheme: Scheme, out: int, inputs: int, seed: int) -> None:
         expected = oracle(weight.zero_point.numpy().T.copy(), scheme.bits).T
         assert parts["weight_zero_point"].dtype == torch.int32
         np.testing.assert_array_equal(parts["weight_zero_point"].numpy(), expected)
+    assert all(part.is_contiguous() for part in parts.values())
     for name, before, after in zip(QuantizedWeight._fields, weight, unpack(parts, scheme), strict=True):
         assert (before is None) == (after is None), name
         if before is not None:
