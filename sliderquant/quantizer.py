@@ -95,8 +95,8 @@ def fake_quantize(
     """The dequantized weight `[out, in]`, differentiable in `weight` and in the clipping.
 
     The range of a group is `[sigmoid(clip_low) * min, sigmoid(clip_high) * max]`, min and max those of the current
-    weight (OmniQuant's learnable weight clipping, arXiv 2308.13137, eq. 2). Rounding of the weight and of the scale
-    passes gradients straight through; the zero-point, an integer, passes none.
+    weight (OmniQuant's learnable weight clipping, arXiv 2308.13137, eq. 2). Rounding of the weight, of the
+    scale and of the zero-point passes gradients straight through.
 
     Args:
         weight: fp32 `[out, in]`.
@@ -124,8 +124,9 @@ def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     """With s the scale, z the zero-point, t = w / s and q the clamped code: dw^/dw is 1 inside the range and 0 where
-    the code was clamped; dw^/ds is (q - z) - t inside, q - z outside. The scale passes its gradient to the ends of the
-    range, and those to the clipping and to the weights that are the minimum and the maximum of their group."""
+    the code was clamped; dw^/ds is (q - z) - t inside, q - z outside; dw^/dz is 0 inside and -s outside. With
+    z = -bottom / s, scale and zero-point pass their gradients to the ends of the range, and those to the clipping and
+    to the weights that are the minimum and the maximum of their group."""
 
     @staticmethod
     def forward(ctx, weight, clip_low, clip_high, scheme, dtype):
@@ -147,26 +148,30 @@ class _FakeQuantize(torch.autograd.Function):
         by_scale = code.sub_(steps.mul_(inside))
         ctx.scheme = scheme
         ctx.save_for_backward(
-            inside, by_scale, low, high, low_at, high_at, low_inside, high_inside, shrink_low, shrink_high, bottom, top
-        )
+            inside, by_scale, scale, low, high, low_at, high_at, low_inside, high_inside, shrink_low, shrink_high,
+            bottom, top,
+        )  # fmt: skip
         ctx.clips = clip_low is not None
         return value.view_as(weight)
 
     @staticmethod
     def backward(ctx, grad):
-        inside, by_scale, low, high, low_at, high_at, low_inside, high_inside, shrink_low, shrink_high, bottom, top = (
-            ctx.saved_tensors
-        )
+        (
+            inside, by_scale, scale, low, high, low_at, high_at, low_inside, high_inside, shrink_low, shrink_high,
+            bottom, top,
+        ) = ctx.saved_tensors  # fmt: skip
         scheme = ctx.scheme
         grouped = _grouped(grad, scheme)
         grad_scale = (grouped * by_scale).sum(dim=-1)
+        grad_weight = grouped * inside
         if scheme.symmetric:
             per_end = grad_scale / (scheme.levels / 2)
             high_wins = top >= -bottom
             grad_top, grad_bottom = per_end * high_wins, -per_end * ~high_wins
         else:
-            grad_top, grad_bottom = grad_scale / scheme.levels, -grad_scale / scheme.levels
-        grad_weight = grouped * inside
+            grad_steps = grad_weight.sum(dim=-1) - grouped.sum(dim=-1)  # of z, divided by s
+            grad_top = (grad_scale + grad_steps * bottom / scale) / scheme.levels
+            grad_bottom = -grad_top - grad_steps
         # The end of a range is the weight at its minimum or maximum, unless the range was extended to hold 0.
         grad_weight.scatter_add_(-1, low_at[..., None], (grad_bottom * shrink_low * low_inside)[..., None])
         grad_weight.scatter_add_(-1, high_at[..., None], (grad_top * shrink_high * high_inside)[..., None])
