@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+torch.set_num_threads(1)
 job = json.load(open(sys.argv[1]))
 results = {}
 for name, (path, dense) in job["models"].items():
@@ -112,6 +114,15 @@ def write(out: Path, case: Case, original: LlamaForCausalLM) -> LlamaForCausalLM
                 writer.add_tensor(key, weight)
         writer.finish(original.config, source)
     return stored
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: with more threads, most of the time goes into waking them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

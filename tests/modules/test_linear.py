@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,15 @@ from sliderquant.schemes import Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCHEMES = ("W2A16-g32", "W3A16-g64-sym", "W4A16-g32", "W4A16-sym", "W4A16", "W8A16", "W8A16-sym")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: with more threads, most of the time goes into waking them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(
