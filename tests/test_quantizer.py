@@ -125,7 +125,7 @@ def autograd_oracle(weight, clip_low, clip_high, scheme, dtype):
     if scheme.symmetric:
         zero = torch.full_like(scale, scheme.offset)
     else:
-        zero = torch.round(-low[..., None] / scale).detach().clamp(0, scheme.levels)
+        zero = straight_through(torch.round, -low[..., None] / scale).clamp(0, scheme.levels)
     codes = (straight_through(torch.round, grouped / scale) + zero).clamp(0, scheme.levels)
     return ((codes - zero) * scale).view_as(weight)
 
