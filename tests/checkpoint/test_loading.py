@@ -376,3 +376,18 @@ def test_compile_the_demo_model(demo: Path) -> None:
     model = load(demo)
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     close(compiled(IDS).logits, model(IDS).logits, 3e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_load_on_a_gpu(dtype: str, demo: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    expected = load(demo, device="cpu", dtype="float32")(**inputs).logits
+    model = load(demo, device="auto", dtype=dtype)
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"cuda"}
+    on_gpu = {key: value.cuda() for key, value in inputs.items()}
+    close(model(**on_gpu).logits.float().cpu(), expected, 1e-2 if dtype == "float32" else 5e-2)
+    tokens = generate(model, on_gpu)
+    assert torch.equal(generate(model, on_gpu, cache_implementation="static"), tokens)

@@ -214,3 +214,19 @@ def test_the_weight_stays_packed_in_memory(out: int, inputs: int, dtype: torch.d
         linear(torch.randn(tokens, inputs).to(dtype))
     assert linear.__dict__.keys() == held.keys()
     assert tensor_bytes(linear) < 0.32 * 2 * out * inputs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_move_to_a_gpu_packs_again(scheme: str, dtype: torch.dtype) -> None:
+    linear, quantized = make(scheme, dtype=dtype)
+    x = torch.randn(5, 64).to(dtype)
+    expected = x.double() @ dequantize(quantized, linear.scheme).double().T + linear.bias.double()
+    cpu_layout = linear.layout
+    y = linear.cuda()(x.cuda())
+    assert linear.layout.device_type == linear.device.type == linear.bias.device.type == y.device.type == "cuda"
+    tolerance = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    assert (y.cpu().double() - expected).norm() < tolerance * expected.norm()
+    same(linear.cpu().quantized(), quantized)
+    assert linear.layout == cpu_layout
