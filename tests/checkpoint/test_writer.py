@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sliderquant.checkpoint import CheckpointWriter, read_checkpoint, shards, verify, writer
+from sliderquant.checkpoint.loading import load
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.quantizer import dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
@@ -321,3 +322,22 @@ def test_a_source_that_is_not_a_folder(tiny: Tiny, tmp_path: Path) -> None:
         add_one(target)
         with pytest.raises(InputError, match="source meta-llama/x: expected the local folder"):
             target.finish(made.model.config, "meta-llama/x")
+
+
+def test_the_model_can_be_loaded_before_it_is_published(tiny: Tiny, source: Path, tmp_path: Path) -> None:
+    made = tiny()
+    out = tmp_path / "next"
+    with CheckpointWriter(out) as target:
+        with pytest.raises(RuntimeError, match="publish comes after write_model"):
+            target.publish()
+        for key, tensor in load_file(made.path / "model.safetensors").items():
+            target.add_tensor(key, tensor)
+        target._schemes = dict(read_checkpoint(made.path).schemes)
+        folder = target.write_model(made.model.config, source)
+        assert not out.exists()
+        model = load(folder)
+        assert target.publish({"method": "rtn"}) == out
+    assert verify(out).ok
+    assert not folder.exists()
+    ids = torch.arange(5)[None]
+    assert torch.allclose(model(ids).logits, made.model(ids).logits, atol=1e-4)
