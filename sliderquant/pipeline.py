@@ -143,7 +143,7 @@ def quantize(
             progress.message(f"perplexity of the original on {perplexity_on}")
             with _timed(times, "evaluate_before"):
                 measured["before"] = _original_perplexity(source, tokenizer, perplexity_on, seqlen, target, progress)
-        progress.run_started(settled.steps)
+        progress.run_started(settled.steps, settled.work)
         with _timed(times, "refine"), deterministic(target):
             windows = _run(settled, decoder, blocks, seed, target, writer, progress)
         with _timed(times, "write"):

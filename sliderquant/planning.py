@@ -27,6 +27,7 @@ class Plan:
         settings: None for a method that learns nothing.
         windows: empty for a method that learns nothing.
         steps: optimizer steps of the whole run.
+        work: the same, each counted once for every layer of its window: what the time goes by.
         memory_bytes: estimated peak of the run's own tensors, on the device where layers are refined.
         host_memory_bytes: estimated peak of the run's own tensors in host memory.
         disk_bytes: size of the checkpoint's tensors.
@@ -42,6 +43,7 @@ class Plan:
     samples: int
     seqlen: int
     steps: int
+    work: int
     memory_bytes: int
     host_memory_bytes: int
     disk_bytes: int
@@ -100,10 +102,11 @@ def make_plan(
     shapes = source.shapes
     schemes = _schemes(source, shapes, scheme, per_channel_fallback)
     windows: tuple[Window, ...] = ()
-    steps = 0
+    steps = work = 0
     if settings is not None:
         windows = schedule(source.num_layers, **settings.windows.model_dump())
-        steps = len(windows) * settings.epochs * math.ceil(samples / settings.batch_size)
+        steps_of_window = settings.epochs * math.ceil(samples / settings.batch_size)
+        steps, work = len(windows) * steps_of_window, sum(map(len, windows)) * steps_of_window
     layer_weights = max(
         sum(math.prod(shapes[f"{name}.weight"][0]) for name in source.linear_names(layer))
         for layer in range(source.num_layers)
@@ -115,9 +118,21 @@ def make_plan(
     scale_bytes = torch.finfo(source.dtype).bits // 8
     disk += sum(schemes[name].stored_bytes(shape[0], shape[1], scale_bytes) for name, (shape, _) in quantized)
     return Plan(
-        source, scheme, schemes, method, settings, windows, samples, seqlen, steps, device_bytes, host_bytes, disk,
-        source_bytes,
-    )  # fmt: skip
+        source=source,
+        scheme=scheme,
+        schemes=schemes,
+        method=method,
+        settings=settings,
+        windows=windows,
+        samples=samples,
+        seqlen=seqlen,
+        steps=steps,
+        work=work,
+        memory_bytes=device_bytes,
+        host_memory_bytes=host_bytes,
+        disk_bytes=disk,
+        source_bytes=source_bytes,
+    )
 
 
 def _schemes(

@@ -11,14 +11,14 @@ __all__ = ["Progress"]
 class Progress:
     """Called by long runs; override what is of interest."""
 
-    def run_started(self, steps: int) -> None:
-        """`steps` optimizer steps are ahead."""
+    def run_started(self, steps: int, work: int) -> None:
+        """`steps` optimizer steps are ahead; `work` counts each of them once for every layer of its window."""
 
-    def window_started(self, label: str) -> None:
-        """A stage of a window begins."""
+    def window_started(self, label: str, number: int, total: int) -> None:
+        """A stage of a window begins, the `number`-th (from 1) of `total`."""
 
-    def epoch_done(self, steps: int, loss: float) -> None:
-        """An epoch of `steps` optimizer steps ended with this mean loss."""
+    def epoch_done(self, steps: int, work: int, loss: float) -> None:
+        """An epoch of `steps` optimizer steps, `work` of the whole work, ended with this mean loss."""
 
     def window_done(self, report: "WindowReport") -> None:
         """A stage of a window ended."""

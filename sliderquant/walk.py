@@ -77,8 +77,7 @@ def refine_model(
             else:
                 learned[index] = {name: linear.learned() for name, linear in refined_linears(layer).items()}
 
-        run = _Sweep(plan, settings, decoder, blocks, seed, device, learned, leave)
-        reports += run(sweep, number, progress)
+        _Sweep(plan, settings, decoder, blocks, seed, device, learned, leave)(sweep, number, reports, progress)
     return reports
 
 
@@ -106,8 +105,8 @@ class _Sweep:
         self.quant.data.copy_(self.fp.data)
         self.resident: dict[int, nn.Module] = {}
 
-    def __call__(self, stages: tuple[int, ...], number: int, progress: Progress) -> list[WindowReport]:
-        reports = []
+    def __call__(self, stages: tuple[int, ...], number: int, reports: list[WindowReport], progress: Progress) -> None:
+        """Run these stages in every window, and add to the reports what happened."""
         fraction = self.settings.stages[stages[-1]]
         left = 0
         try:
@@ -119,13 +118,16 @@ class _Sweep:
                 layers.set(quantized=False)
                 layers.walk(self.fp, self.settings, self.device, into=self.targets)
                 for stage in stages:
-                    reports.append(self._train(window, layers, stage, number, progress))
+                    label = f"{window} stage {stage + 1} of {len(self.settings.stages)}"
+                    total = len(self.plan.windows) * len(self.settings.stages)
+                    progress.window_started(label, len(reports) + 1, total)
+                    reports.append(self._train(window, layers, stage, number, label, progress))
+                    progress.window_done(reports[-1])
             for index in sorted(self.resident):
                 self.leave(index, self.resident.pop(index))
         finally:
             for stream in (self.fp, self.quant, self.targets):
                 stream.close()
-        return reports
 
     def _window(self, window: Window) -> WindowLayers:
         for index in window.layers:
@@ -162,10 +164,10 @@ class _Sweep:
         alone.walk(self.quant, self.settings, self.device)
         self.leave(index, layer)
 
-    def _train(self, window: Window, layers: WindowLayers, stage: int, sweep: int, progress: Progress) -> WindowReport:
+    def _train(
+        self, window: Window, layers: WindowLayers, stage: int, sweep: int, label: str, progress: Progress
+    ) -> WindowReport:
         fraction = self.settings.stages[stage]
-        label = f"{window} stage {stage + 1} of {len(self.settings.stages)}"
-        progress.window_started(label)
         result = train_stage(
             layers,
             self.quant,
@@ -176,8 +178,6 @@ class _Sweep:
             self.seed,
             label,
             self.device,
-            progress.epoch_done,
+            lambda steps, loss: progress.epoch_done(steps, steps * len(window), loss),
         )
-        report = WindowReport(list(window.layers), window.phase, sweep, fraction, **asdict(result))
-        progress.window_done(report)
-        return report
+        return WindowReport(list(window.layers), window.phase, sweep, fraction, **asdict(result))

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from sliderquant.progress import Progress
@@ -43,6 +43,25 @@ def _trouble(report: "WindowReport") -> str:
     return ""
 
 
+class _Counter:
+    """How far the refining is."""
+
+    def __init__(self, steps: int, work: int) -> None:
+        self.steps, self.work = steps, work
+        self.steps_done = self.work_done = 0
+        self.window = ""
+        self.start = time.monotonic()
+
+    def count(self, steps: int, work: int, loss: float) -> str:
+        """Add an epoch; what there is to say about it. A repeated window must not count beyond the end."""
+        self.steps_done = min(self.steps_done + steps, self.steps)
+        self.work_done = min(self.work_done + work, self.work)
+        return f"{self.window}, step {self.steps_done} of {self.steps}, loss {loss:.4g}"
+
+    def seconds_left(self) -> float:
+        return (time.monotonic() - self.start) / self.work_done * (self.work - self.work_done)
+
+
 class Silent(Progress):
     """Shows nothing."""
 
@@ -61,8 +80,8 @@ class Bars(Progress):
         self.console = Console(stderr=True)
         self.bars = RichProgress(
             TextColumn("{task.description:<16}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
@@ -70,7 +89,6 @@ class Bars(Progress):
             transient=True,
         )
         self.tasks: dict[str, int] = {}
-        self.label = ""
 
     def __enter__(self) -> "Bars":
         self.bars.start()
@@ -90,15 +108,15 @@ class Bars(Progress):
         if done is not None and done >= total:
             self.bars.remove_task(self.tasks.pop(name))  # type: ignore[arg-type]
 
-    def run_started(self, steps: int) -> None:
-        self.steps, self.done = steps, 0
+    def run_started(self, steps: int, work: int) -> None:
+        self.counter = _Counter(steps, work)
 
-    def window_started(self, label: str) -> None:
-        self.label = label
+    def window_started(self, label: str, number: int, total: int) -> None:
+        self.counter.window = f"window {number} of {total}, {label}"
 
-    def epoch_done(self, steps: int, loss: float) -> None:
-        self.done += steps
-        self._update("refining steps", self.steps, done=self.done, note=f"{self.label} loss {loss:.4g}")
+    def epoch_done(self, steps: int, work: int, loss: float) -> None:
+        note = self.counter.count(steps, work, loss)
+        self._update("refining", self.counter.work, done=self.counter.work_done, note=note)
 
     def window_done(self, report: "WindowReport") -> None:
         if self.verbose or report.retries:
@@ -119,7 +137,7 @@ class Lines(Progress):
 
     def __init__(self, verbose: bool) -> None:
         self.verbose = verbose
-        self.label, self.last = "", 0.0
+        self.last = 0.0
 
     def __enter__(self) -> "Lines":
         return self
@@ -137,17 +155,16 @@ class Lines(Progress):
         self.last = now
         return True
 
-    def run_started(self, steps: int) -> None:
-        self.steps, self.done, self.start = steps, 0, time.monotonic()
+    def run_started(self, steps: int, work: int) -> None:
+        self.counter = _Counter(steps, work)
 
-    def window_started(self, label: str) -> None:
-        self.label = label
+    def window_started(self, label: str, number: int, total: int) -> None:
+        self.counter.window = f"window {number} of {total}, {label}"
 
-    def epoch_done(self, steps: int, loss: float) -> None:
-        self.done += steps
+    def epoch_done(self, steps: int, work: int, loss: float) -> None:
+        note = self.counter.count(steps, work, loss)
         if self._due():
-            left = (time.monotonic() - self.start) / self.done * (self.steps - self.done)
-            self._print(f"step {self.done} of {self.steps}, window {self.label}, loss {loss:.4g}, {left:.0f} s left")
+            self._print(f"{note}, {self.counter.seconds_left():.0f} s left")
 
     def window_done(self, report: "WindowReport") -> None:
         if self.verbose or report.retries:

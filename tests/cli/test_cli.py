@@ -171,7 +171,7 @@ def test_a_signal_in_the_middle_leaves_nothing(tiny_llama, calibration_file, tmp
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     line = process.stderr.readline()  # the first line of progress: refining has begun
-    assert line.startswith("step "), line
+    assert line.startswith("window 1 of "), line
     assert [path.name.startswith(".out.partial-") for path in tmp_path.iterdir()] == [True]
     time.sleep(0.2)
     process.send_signal(kind)
@@ -183,3 +183,23 @@ def test_a_signal_in_the_middle_leaves_nothing(tiny_llama, calibration_file, tmp
         assert "Traceback" not in errors
     else:
         assert process.returncode not in (0, 2)
+
+
+def test_the_demo_shows_the_whole_product(tmp_path, monkeypatch):
+    """With less text and fewer epochs than a user gets."""
+    from sliderquant.cli import demo
+
+    monkeypatch.setattr(demo, "_EVALUATION", "topics[:6000]")
+    monkeypatch.setattr(demo, "_SAMPLES", 3)
+    monkeypatch.setattr(demo, "_SEQLEN", 64)
+    monkeypatch.setattr(demo, "_SETTINGS", {"epochs": 2, "windows": {"shallow": 1, "deep": 1}})
+    done = invoke("demo", "-o", tmp_path / "demo", "-q")
+    assert done.exit_code == 0, done.output
+    for scheme in ("W4A16-g64", "W2A16-g64"):
+        for method in ("rtn", "sliderquant"):
+            row = next(line for line in done.stdout.splitlines() if scheme in line and f" {method} " in line)
+            assert re.search(r"\d+\.\d\d", row), row
+            assert (tmp_path / "demo" / f"demo-llama-5m-{scheme}-{method}" / "sliderquant-report.json").is_file()
+    assert "16 bits" in done.stdout
+    assert "goes on from" in done.stdout
+    assert "sliderquant quantize meta-llama" in done.stdout
