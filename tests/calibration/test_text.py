@@ -82,7 +82,9 @@ def test_a_data_set_without_a_network_is_a_clear_error(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(InputError, match=r"Salesforce/wikitext: could not be had .*\(ConnectionError: no route\).*local text file"):
+    with pytest.raises(
+        InputError, match=r"Salesforce/wikitext: could not be had .*\(ConnectionError: no route\).*local text file"
+    ):
         read_text("wikitext2", "evaluation")
 
 
