@@ -26,7 +26,7 @@ PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """The names of the tensors of a quantized linear, after the name of the linear and a dot."""
 
 # The library's packers work in int32, several times over: this bounds what a very large linear takes meanwhile.
-_CODES_AT_A_TIME = 1 << 22
+_CODES_AT_A_TIME = 1 << 20
 
 
 def packed_shapes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
