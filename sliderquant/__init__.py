@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sliderquant._version import __version__
 
 if TYPE_CHECKING:
-    from sliderquant.checkpoint.loading import load
+    from sliderquant.loading import load
     from sliderquant.pipeline import evaluate, plan, quantize
 
 __all__ = ["__version__", "evaluate", "load", "plan", "quantize"]
@@ -18,7 +18,7 @@ __all__ = ["__version__", "evaluate", "load", "plan", "quantize"]
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import: only when something is used, so that `--help` is quick.
     if name == "load":
-        from sliderquant.checkpoint.loading import load
+        from sliderquant.loading import load
 
         return load
     if name in ("evaluate", "plan", "quantize"):

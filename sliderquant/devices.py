@@ -20,20 +20,23 @@ def resolve_device(device: str | torch.device) -> torch.device:
     Raises:
         InputError: CUDA is asked for where there is none, or the name is not a device.
     """
-    if str(device) == "auto":
+    if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r}: not a device; expected auto, cpu, cuda or cuda:N") from error
-    if found.type not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r}: not supported; expected auto, cpu, cuda or cuda:N")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        built = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
-        raise InputError(f"device {device!r}: {built}; use device 'cpu' or 'auto'")
-    if found.type == "cuda" and found.index is not None and found.index >= torch.cuda.device_count():
-        raise InputError(f"device {device!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return found
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device {device!r} is not understood: expected auto, cpu, cuda or cuda:N") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported: expected auto, cpu, cuda or cuda:N")
+    if resolved.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"device {str(device)!r}: this torch ({torch.__version__}) sees no CUDA GPU; use device='cpu', or "
+                "install a CUDA build of torch and a driver"
+            )
+        if resolved.index is not None and resolved.index >= torch.cuda.device_count():
+            raise InputError(f"device {str(device)!r}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
+    return resolved
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

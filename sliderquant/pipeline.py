@@ -18,10 +18,10 @@ from sliderquant.baselines.rtn import rtn_layer
 from sliderquant.calibration.blocks import random_blocks
 from sliderquant.calibration.text import check_source, read_text
 from sliderquant.checkpoint import CardInfo, CheckpointWriter
-from sliderquant.checkpoint.loading import load
 from sliderquant.devices import deterministic, machine, peak_memory, resolve_device
 from sliderquant.errors import InputError
 from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
+from sliderquant.loading import load
 from sliderquant.methods import method_named, with_overrides
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model

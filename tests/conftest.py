@@ -13,6 +13,14 @@ DEMO_MODEL = ROOT / "sliderquant" / "assets" / "demo-llama-5m"
 SHARED = ROOT.parent / "shared"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors: with more threads, most of the time goes into waking them."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     return DEMO_MODEL

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: writing, reading, verifying. `loading` makes a model of one."""
+"""Checkpoints on disk: writing, reading, verifying. `sliderquant.loading` makes a model of one."""
 
 from sliderquant.checkpoint.card import CardInfo
 from sliderquant.checkpoint.describing import Description, describe
@@ -6,7 +6,6 @@ from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
 from sliderquant.checkpoint.verifying import Verification, verify
 from sliderquant.checkpoint.writer import CheckpointWriter
 
-# `loading` is not imported here: it needs `sliderquant.modules`, which needs `packing` of this package.
 __all__ = [
     "CardInfo",
     "Checkpoint",

@@ -96,7 +96,7 @@ def _sample(checkpoint: Path, device: str) -> str:
     import torch
     from transformers import AutoTokenizer
 
-    from sliderquant.checkpoint.loading import load
+    from sliderquant.loading import load
 
     model = load(checkpoint, device=device)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

@@ -31,8 +31,8 @@ def command(
     import torch
     from transformers import AutoTokenizer, TextStreamer
 
-    from sliderquant.checkpoint.loading import load
     from sliderquant.errors import InputError
+    from sliderquant.loading import load
 
     if not prompt:
         raise InputError("PROMPT is empty: expected text to go on from")

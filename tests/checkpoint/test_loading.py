@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import sliderquant
-from sliderquant.checkpoint import CheckpointWriter, loading, read_checkpoint
-from sliderquant.checkpoint.loading import load
+from sliderquant import loading
+from sliderquant.checkpoint import CheckpointWriter, read_checkpoint
 from sliderquant.checkpoint.packing import pack
 from sliderquant.errors import CheckpointError, InputError
+from sliderquant.loading import load
 from sliderquant.modules import PackedLinear
 from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
@@ -269,7 +270,7 @@ PEAK = r"""
 import re, sys
 from pathlib import Path
 import sliderquant.modules
-from sliderquant.checkpoint.loading import load
+from sliderquant.loading import load
 
 def peak():  # getrusage would count the parent of this process
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])

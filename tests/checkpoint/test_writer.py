@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from sliderquant.checkpoint import CheckpointWriter, read_checkpoint, shards, verify, writer
-from sliderquant.checkpoint.loading import load
 from sliderquant.errors import CheckpointError, InputError
+from sliderquant.loading import load
 from sliderquant.quantizer import dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sliderquant.checkpoint import CheckpointWriter, read_checkpoint
-from sliderquant.checkpoint.loading import load
+from sliderquant.loading import load
 from sliderquant.modules import PackedLinear
 from sliderquant.quantizer import dequantize, round_to_nearest
 from sliderquant.schemes import Scheme

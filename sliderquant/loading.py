@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from sliderquant.checkpoint.packing import PARTS, unpack
 from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
 from sliderquant.checkpoint.skeleton import build_skeleton, check_against_model, plain_config
+from sliderquant.devices import resolve_device
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.modules.linear import PackedLinear
 
@@ -49,7 +50,7 @@ def load(
         InputError: the folder, device or dtype is not usable.
         CheckpointError: the checkpoint is damaged, incomplete or inconsistent; see also `verify`.
     """
-    target = _resolve_device(device)
+    target = resolve_device(device)
     checkpoint = read_checkpoint(path)
     where = str(checkpoint.path)
     config = plain_config(checkpoint.config, where)
@@ -81,26 +82,6 @@ def load(
     model.config.quantization_config = checkpoint.config["quantization_config"]
     model.config._name_or_path = model.name_or_path = where
     return model.requires_grad_(False).eval()
-
-
-def _resolve_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(f"device {device!r} is not understood: expected auto, cpu, cuda or cuda:N") from error
-    if resolved.type not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r} is not supported: expected auto, cpu, cuda or cuda:N")
-    if resolved.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError(
-                f"device {str(device)!r}: this torch ({torch.__version__}) sees no CUDA GPU; use device='cpu', or "
-                "install a CUDA build of torch and a driver"
-            )
-        if resolved.index is not None and resolved.index >= torch.cuda.device_count():
-            raise InputError(f"device {str(device)!r}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
-    return resolved
 
 
 def _resolve_dtype(dtype: str | torch.dtype, stored: torch.dtype | str | None) -> torch.dtype:
@@ -180,13 +161,3 @@ def _return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def _part(file: safe_open, path: Path, checkpoint: Checkpoint, name: str, part: str) -> Tensor | None:
-    stored = checkpoint.tensors.get(f"{name}.{part}")
-    if stored is None:
-        return None
-    if stored.file == path:
-        return file.get_tensor(f"{name}.{part}")
-    with safe_open(stored.file, framework="pt") as other:  # a linear may straddle two files
-        return other.get_tensor(f"{name}.{part}")
