@@ -59,7 +59,7 @@ class Settings(_Frozen):
     windows: WindowSettings = WindowSettings()
     learning_rates: LearningRates = LearningRates()
     matmul: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="dtype of matrix products while refining; auto: bfloat16 where the device has units for it"
+        "auto", description="dtype of matrix products while learning; auto: bfloat16 on GPUs that have it, else float32"
     )
     retries: int = Field(
         4, ge=0, description="restarts of a window after a non-finite loss, the rates halved each time"

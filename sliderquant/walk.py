@@ -116,7 +116,7 @@ class _Sweep:
                     left += 1
                 layers = self._window(window)
                 layers.set(quantized=False)
-                layers.walk(self.fp, self.settings, self.device, into=self.targets)
+                layers.walk(self.fp, self.settings.batch_size, self.device, into=self.targets)
                 for stage in stages:
                     label = f"{window} stage {stage + 1} of {len(self.settings.stages)}"
                     total = len(self.plan.windows) * len(self.settings.stages)
@@ -159,9 +159,9 @@ class _Sweep:
         layer = self.resident.pop(index)
         alone = WindowLayers([layer], [self.inputs.arguments[index]])
         alone.set(quantized=False)
-        alone.walk(self.fp, self.settings, self.device)
+        alone.walk(self.fp, self.settings.batch_size, self.device)
         alone.set(quantized=True, fraction=fraction)
-        alone.walk(self.quant, self.settings, self.device)
+        alone.walk(self.quant, self.settings.batch_size, self.device)
         self.leave(index, layer)
 
     def _train(
