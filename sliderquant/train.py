@@ -20,7 +20,7 @@ from sliderquant.errors import SliderQuantError
 from sliderquant.methods import Settings
 from sliderquant.refine import RefinedLinear, generator_for, refined_linears
 
-__all__ = ["StageResult", "WindowLayers", "matmul_context", "train_stage"]
+__all__ = ["Stage", "StageResult", "WindowLayers", "matmul_context", "matmul_dtype", "train_stage"]
 
 
 def matmul_dtype(settings: Settings, device: torch.device) -> torch.dtype:
@@ -74,6 +74,37 @@ class WindowLayers:
             stream.walk(self, device, batch_size, into)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What a window is trained on in one intra-layer stage.
+
+    Attributes:
+        inputs, targets: `[samples, seqlen, hidden]`, the quant stream before the window and the goal after it.
+        fraction: share of the input channels that is quantized.
+        label: names this stage of this window; with `seed` it decides the order of the samples.
+    """
+
+    window: WindowLayers
+    inputs: ActivationStream
+    targets: ActivationStream
+    fraction: float
+    epochs: int
+    settings: Settings
+    seed: int
+    label: str
+    device: torch.device
+
+    @property
+    def samples(self) -> int:
+        return self.inputs.data.shape[0]
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Mean squared error over the samples `rows`."""
+        with matmul_context(matmul_dtype(self.settings, self.device), self.device):
+            out = self.window(self.inputs.batch(rows, self.device))
+        return F.mse_loss(out.float(), self.targets.batch(rows, self.device))
+
+
 @dataclass
 class StageResult:
     """What happened in one stage of one window.
@@ -91,107 +122,77 @@ class StageResult:
     converged: bool = True
 
 
-def train_stage(
-    window: WindowLayers,
-    inputs: ActivationStream,
-    targets: ActivationStream,
-    fraction: float,
-    epochs: int,
-    settings: Settings,
-    seed: int,
-    label: str,
-    device: torch.device,
-    on_epoch: Callable[[int, float], None],
-) -> StageResult:
-    """Refine the window with the first `fraction` of the input channels quantized.
+def train_stage(stage: Stage, on_epoch: Callable[[int, float], None]) -> StageResult:
+    """Refine the window.
 
     A non-finite loss puts the window back to where it started, halves the learning rates and tries again.
 
     Args:
-        inputs, targets: `[samples, seqlen, hidden]`, the quant stream before the window and the goal after it.
-        label: names this stage of this window; with `seed` it decides the order of the samples.
         on_epoch: called after each epoch with the number of steps it took and its mean loss.
+
+    Raises:
+        SliderQuantError: the loss is not finite without any training.
     """
-    window.set(quantized=True, fraction=fraction)
-    linears = window.linears()
+    stage.window.set(quantized=True, fraction=stage.fraction)
+    linears = stage.window.linears()
     start = [linear.learned() for linear in linears]
     result = StageResult()
     while True:
-        result.losses = []
-        if _epochs(window, inputs, targets, epochs, settings, seed, label, device, on_epoch, result):
+        losses = _epochs(stage, result.rate_scale, on_epoch)
+        if losses is not None:
+            result.losses = losses
             return result
         for linear, learned in zip(linears, start, strict=True):
             linear.restore(learned)
-        if result.retries == settings.retries:
-            result.converged = False
-            if not math.isfinite(_loss_without_learning(window, inputs, targets, settings, device)):
+        if result.retries == stage.settings.retries:
+            untrained = _loss_without_learning(stage)
+            if not math.isfinite(untrained):
                 raise SliderQuantError(
-                    f"window {label}: the loss is not finite even before training; the model's weights or activations "
-                    "hold values that are not finite: check the model with `sliderquant eval`"
+                    f"window {stage.label}: the loss is not finite even before training; the model's weights or "
+                    "activations hold values that are not finite: check the model with `sliderquant eval`"
                 )
+            result.losses, result.converged = [untrained], False
             return result
         result.retries += 1
         result.rate_scale /= 2
 
 
-def _epochs(
-    window: WindowLayers,
-    inputs: ActivationStream,
-    targets: ActivationStream,
-    epochs: int,
-    settings: Settings,
-    seed: int,
-    label: str,
-    device: torch.device,
-    on_epoch: Callable[[int, float], None],
-    result: StageResult,
-) -> bool:
-    """One attempt; False: it met a non-finite loss."""
-    rates = settings.learning_rates
-    groups = [
-        {"params": [p for linear in window.linears() for p in linear.low_rank_parameters()], "lr": rates.low_rank},
-        {"params": [p for linear in window.linears() for p in linear.clipping_parameters()], "lr": rates.clipping},
-    ]
-    groups = [
-        {**group, "lr": group["lr"] * settings.batch_size * result.rate_scale}  # type: ignore[operator]
-        for group in groups
-        if group["params"]
-    ]
-    samples = inputs.data.shape[0]
-    steps = math.ceil(samples / settings.batch_size)
+def _epochs(stage: Stage, rate_scale: float, on_epoch: Callable[[int, float], None]) -> list[float] | None:
+    """One attempt: the mean loss of each epoch; None: one was not finite."""
+    settings, rates = stage.settings, stage.settings.learning_rates
+    linears = stage.window.linears()
+    parameters = (
+        (rates.low_rank, [p for linear in linears for p in linear.low_rank_parameters()]),
+        (rates.clipping, [p for linear in linears for p in linear.clipping_parameters()]),
+    )
+    groups = [{"params": found, "lr": rate * settings.batch_size * rate_scale} for rate, found in parameters if found]
     if not groups:
-        result.losses = [_loss_without_learning(window, inputs, targets, settings, device)] * epochs
-        return math.isfinite(result.losses[0])
+        loss = _loss_without_learning(stage)
+        return [loss] * stage.epochs if math.isfinite(loss) else None
+    steps = math.ceil(stage.samples / settings.batch_size)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / (steps * epochs), 0.0))
-    order = generator_for(seed, label, "order")
-    dtype = matmul_dtype(settings, device)
-    for _ in range(epochs):
-        total = torch.zeros((), device=device)
-        for rows in torch.randperm(samples, generator=order).split(settings.batch_size):
-            with matmul_context(dtype, device):
-                out = window(inputs.batch(rows, device))
-            loss = F.mse_loss(out.float(), targets.batch(rows, device))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / (steps * stage.epochs), 0.0))
+    order = generator_for(stage.seed, stage.label, "order")
+    losses = []
+    for _ in range(stage.epochs):
+        total = torch.zeros((), device=stage.device)
+        for rows in torch.randperm(stage.samples, generator=order).split(settings.batch_size):
+            loss_of_batch = stage.loss(rows)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss_of_batch.backward()
             optimizer.step()
             schedule.step()
-            total += loss.detach() * len(rows)
-        mean = (total / samples).item()
+            total += loss_of_batch.detach() * len(rows)
+        mean = (total / stage.samples).item()
         if not math.isfinite(mean):
-            return False
-        result.losses.append(mean)
+            return None
+        losses.append(mean)
         on_epoch(steps, mean)
-    return all(bool(p.isfinite().all()) for linear in window.linears() for p in linear.parameters())
+    finite = all(bool(p.isfinite().all()) for linear in linears for p in linear.parameters())
+    return losses if finite else None
 
 
 @torch.no_grad()
-def _loss_without_learning(
-    window: WindowLayers, inputs: ActivationStream, targets: ActivationStream, settings: Settings, device: torch.device
-) -> float:
-    total, samples = 0.0, inputs.data.shape[0]
-    with matmul_context(matmul_dtype(settings, device), device):
-        for rows in torch.arange(samples).split(settings.batch_size):
-            out = window(inputs.batch(rows, device))
-            total += F.mse_loss(out.float(), targets.batch(rows, device)).item() * len(rows)
-    return total / samples
+def _loss_without_learning(stage: Stage) -> float:
+    batches = torch.arange(stage.samples).split(stage.settings.batch_size)
+    return sum(stage.loss(rows).item() * len(rows) for rows in batches) / stage.samples

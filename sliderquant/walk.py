@@ -13,7 +13,7 @@ from sliderquant.models.decoder import Decoder
 from sliderquant.planning import Plan
 from sliderquant.progress import Progress
 from sliderquant.refine import RefinedLinear, generator_for, refined_linears
-from sliderquant.train import WindowLayers, train_stage
+from sliderquant.train import Stage, WindowLayers, train_stage
 from sliderquant.windows import Window
 
 __all__ = ["WindowReport", "refine_model"]
@@ -168,16 +168,9 @@ class _Sweep:
         self, window: Window, layers: WindowLayers, stage: int, sweep: int, label: str, progress: Progress
     ) -> WindowReport:
         fraction = self.settings.stages[stage]
-        result = train_stage(
-            layers,
-            self.quant,
-            self.targets,
-            fraction,
-            self.settings.epochs_of_stage(stage),
-            self.settings,
-            self.seed,
-            label,
-            self.device,
-            lambda steps, loss: progress.epoch_done(steps, steps * len(window), loss),
+        epochs = self.settings.epochs_of_stage(stage)
+        training = Stage(
+            layers, self.quant, self.targets, fraction, epochs, self.settings, self.seed, label, self.device
         )
+        result = train_stage(training, lambda steps, loss: progress.epoch_done(steps, steps * len(window), loss))
         return WindowReport(list(window.layers), window.phase, sweep, fraction, **asdict(result))

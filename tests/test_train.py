@@ -7,7 +7,7 @@ from sliderquant.errors import SliderQuantError
 from sliderquant.methods import Settings
 from sliderquant.refine import RefinedLinear, generator_for
 from sliderquant.schemes import Scheme
-from sliderquant.train import WindowLayers, matmul_dtype, train_stage
+from sliderquant.train import Stage, WindowLayers, matmul_dtype, train_stage
 
 CPU = torch.device("cpu")
 SAMPLES, SEQLEN, HIDDEN = 7, 8, 32
@@ -45,22 +45,14 @@ def streams(layers):
     return inputs, targets
 
 
-def train(layers, settings, epochs=6, fraction=1.0, **kwargs):
+def stage(layers, settings, epochs=6, seed=2):
     inputs, targets = streams(layers)
+    return Stage(layers, inputs, targets, 1.0, epochs, settings, seed, "[0]", CPU)
+
+
+def train(layers, settings, epochs=6, seed=2):
     steps = []
-    result = train_stage(
-        layers,
-        inputs,
-        targets,
-        fraction,
-        epochs,
-        settings,
-        2,
-        "[0]",
-        CPU,
-        lambda n, loss: steps.append((n, loss)),
-        **kwargs,
-    )
+    result = train_stage(stage(layers, settings, epochs, seed), lambda n, loss: steps.append((n, loss)))
     return result, steps
 
 
@@ -92,8 +84,7 @@ def test_same_seed_same_bits_and_another_seed_others():
     runs = []
     for seed in (2, 2, 3):
         layers = window(settings)
-        inputs, targets = streams(layers)
-        train_stage(layers, inputs, targets, 1.0, 2, settings, seed, "[0]", CPU, lambda n, loss: None)
+        train(layers, settings, epochs=2, seed=seed)
         runs.append(state(layers))
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
@@ -130,10 +121,10 @@ def test_a_window_that_never_works_is_left_as_it_was():
 def test_activations_that_are_not_finite_are_an_error():
     settings = Settings(matmul="float32", retries=0)
     layers = window(settings, layers=1)
-    inputs, targets = streams(layers)
-    inputs.data[0, 0, 0] = float("nan")
+    poisoned = stage(layers, settings)
+    poisoned.inputs.data[0, 0, 0] = float("nan")
     with pytest.raises(SliderQuantError, match=r"window \[0\]: the loss is not finite even before training"):
-        train_stage(layers, inputs, targets, 1.0, 2, settings, 2, "[0]", CPU, lambda n, loss: None)
+        train_stage(poisoned, lambda n, loss: None)
 
 
 def test_nothing_to_learn_is_no_error():

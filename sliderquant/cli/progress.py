@@ -72,7 +72,15 @@ class Silent(Progress):
         return None
 
 
-class Bars(Progress):
+class _Counting(Progress):
+    def run_started(self, steps: int, work: int) -> None:
+        self.counter = _Counter(steps, work)
+
+    def window_started(self, label: str, number: int, total: int) -> None:
+        self.counter.window = f"window {number} of {total}, {label}"
+
+
+class Bars(_Counting):
     """Live bars of rich: optimizer steps with the loss, layers written, blocks evaluated."""
 
     def __init__(self, verbose: bool) -> None:
@@ -108,12 +116,6 @@ class Bars(Progress):
         if done is not None and done >= total:
             self.bars.remove_task(self.tasks.pop(name))  # type: ignore[arg-type]
 
-    def run_started(self, steps: int, work: int) -> None:
-        self.counter = _Counter(steps, work)
-
-    def window_started(self, label: str, number: int, total: int) -> None:
-        self.counter.window = f"window {number} of {total}, {label}"
-
     def epoch_done(self, steps: int, work: int, loss: float) -> None:
         note = self.counter.count(steps, work, loss)
         self._update("refining", self.counter.work, done=self.counter.work_done, note=note)
@@ -132,7 +134,7 @@ class Bars(Progress):
         self.console.print(text, markup=False, highlight=False)
 
 
-class Lines(Progress):
+class Lines(_Counting):
     """Plain lines on stderr, at most one every few seconds for what repeats."""
 
     def __init__(self, verbose: bool) -> None:
@@ -154,12 +156,6 @@ class Lines(Progress):
             return False
         self.last = now
         return True
-
-    def run_started(self, steps: int, work: int) -> None:
-        self.counter = _Counter(steps, work)
-
-    def window_started(self, label: str, number: int, total: int) -> None:
-        self.counter.window = f"window {number} of {total}, {label}"
 
     def epoch_done(self, steps: int, work: int, loss: float) -> None:
         note = self.counter.count(steps, work, loss)
