@@ -26,12 +26,12 @@ from sliderquant.methods import method_named, with_overrides
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning import Plan, make_plan
-from sliderquant.progress import Progress
+from sliderquant.progress import Progress, WindowReport
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.refine import refined_linears
 from sliderquant.schemes import Scheme
 from sliderquant.train import matmul_dtype
-from sliderquant.walk import WindowReport, refine_model
+from sliderquant.walk import refine_model
 
 __all__ = ["QuantizeResult", "evaluate", "plan", "quantize"]
 

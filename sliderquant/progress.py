@@ -1,11 +1,32 @@
 """What a long run tells whoever started it. The default says nothing; the command line draws bars or prints lines."""
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-if TYPE_CHECKING:
-    from sliderquant.walk import WindowReport
+__all__ = ["Progress", "WindowReport"]
 
-__all__ = ["Progress"]
+
+@dataclass
+class WindowReport:
+    """One stage of one window, for the report.
+
+    Attributes:
+        fraction: share of the input channels that was quantized.
+        losses: mean squared error of each epoch.
+        retries: attempts thrown away because of a non-finite loss.
+    """
+
+    layers: list[int]
+    phase: str
+    sweep: int
+    fraction: float
+    losses: list[float] = field(default_factory=list)
+    retries: int = 0
+    rate_scale: float = 1.0
+    converged: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 class Progress:
@@ -20,7 +41,7 @@ class Progress:
     def epoch_done(self, steps: int, work: int, loss: float) -> None:
         """An epoch of `steps` optimizer steps, `work` of the whole work, ended with this mean loss."""
 
-    def window_done(self, report: "WindowReport") -> None:
+    def window_done(self, report: WindowReport) -> None:
         """A stage of a window ended."""
 
     def layer_written(self, done: int, total: int) -> None:

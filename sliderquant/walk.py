@@ -1,8 +1,7 @@
 """The walk over the model: embed, slide the windows, hand over each layer as soon as no window needs it any more."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -11,35 +10,12 @@ from sliderquant.calibration.streams import ActivationStream
 from sliderquant.methods import Settings
 from sliderquant.models.decoder import Decoder
 from sliderquant.planning import Plan
-from sliderquant.progress import Progress
+from sliderquant.progress import Progress, WindowReport
 from sliderquant.refine import RefinedLinear, generator_for, refined_linears
 from sliderquant.train import Stage, WindowLayers, train_stage
 from sliderquant.windows import Window
 
-__all__ = ["WindowReport", "refine_model"]
-
-
-@dataclass
-class WindowReport:
-    """One stage of one window, for the report.
-
-    Attributes:
-        fraction: share of the input channels that was quantized.
-        losses: mean squared error of each epoch.
-        retries: attempts thrown away because of a non-finite loss.
-    """
-
-    layers: list[int]
-    phase: str
-    sweep: int
-    fraction: float
-    losses: list[float] = field(default_factory=list)
-    retries: int = 0
-    rate_scale: float = 1.0
-    converged: bool = True
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+__all__ = ["refine_model"]
 
 
 def refine_model(

@@ -3,16 +3,12 @@
 import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from sliderquant.progress import Progress
-
-if TYPE_CHECKING:
-    from sliderquant.walk import WindowReport
+from sliderquant.progress import Progress, WindowReport
 
 __all__ = ["shown_progress"]
 
@@ -28,14 +24,14 @@ def shown_progress(quiet: bool, verbose: bool = False) -> "Bars | Lines | Silent
     return Lines(verbose)
 
 
-def _window_line(report: "WindowReport") -> str:
+def _window_line(report: WindowReport) -> str:
     layers = report.layers
     named = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
     line = f"{named}, {report.fraction:.0%} of the channels: loss {report.losses[0]:.4g} -> {report.losses[-1]:.4g}"
     return line + _trouble(report)
 
 
-def _trouble(report: "WindowReport") -> str:
+def _trouble(report: WindowReport) -> str:
     if not report.converged:
         return f"; not finite in {report.retries + 1} attempts: the window was left as it was"
     if report.retries:
@@ -120,7 +116,7 @@ class Bars(_Counting):
         note = self.counter.count(steps, work, loss)
         self._update("refining", self.counter.work, done=self.counter.work_done, note=note)
 
-    def window_done(self, report: "WindowReport") -> None:
+    def window_done(self, report: WindowReport) -> None:
         if self.verbose or report.retries:
             self.console.print(_window_line(report), markup=False, highlight=False)
 
@@ -162,7 +158,7 @@ class Lines(_Counting):
         if self._due():
             self._print(f"{note}, {self.counter.seconds_left():.0f} s left")
 
-    def window_done(self, report: "WindowReport") -> None:
+    def window_done(self, report: WindowReport) -> None:
         if self.verbose or report.retries:
             self._print(_window_line(report))
 
