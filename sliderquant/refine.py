@@ -7,7 +7,7 @@ Source: SliderQuant (arXiv 2603.25284); the clipping is OmniQuant's. Everything 
 `merge` is a quantized weight and nothing else.
 
 In a stage of intra-layer sliding only the first `fraction` of the input channels passes through the quantizer, the rest
-of W~ stays in full precision.
+of W~ stays in full precision. Per channel, the range of such a stage is that of the channels that pass.
 """
 
 import math
@@ -89,11 +89,15 @@ class RefinedLinear(nn.Module):
         if not self.quantized:
             return self.weight
         refined = self.refined_weight()
-        grid_values = fake_quantize(refined, self.clip_low, self.clip_high, self.scheme, self.stored_dtype)
         if self.fraction >= 1:
-            return grid_values
+            return self._on_the_grid(refined)
         passed = round(self.fraction * refined.shape[1])
-        return torch.cat((grid_values[:, :passed], refined[:, passed:]), dim=1)
+        # Per channel, the range is that of the channels that pass; a group keeps its own.
+        values = self._on_the_grid(refined[:, :passed] if self.scheme.group_size is None else refined)
+        return torch.cat((values[:, :passed], refined[:, passed:]), dim=1)
+
+    def _on_the_grid(self, weight: Tensor) -> Tensor:
+        return fake_quantize(weight, self.clip_low, self.clip_high, self.scheme, self.stored_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]`."""
@@ -115,7 +119,7 @@ class RefinedLinear(nn.Module):
         """The weight as it is stored, and the weight that was trained, fp32 `[out, in]`: equal bit for bit."""
         refined = self.refined_weight()
         grid = clipped_grid(refined, self.clip_low, self.clip_high, self.scheme, self.stored_dtype)
-        trained = fake_quantize(refined, self.clip_low, self.clip_high, self.scheme, self.stored_dtype)
+        trained = self._on_the_grid(refined)
         quantized = quantize(refined, grid, self.scheme, self.stored_dtype)
         assert torch.equal(dequantize(quantized, self.scheme), trained), (
             "the stored weight differs from the trained one"

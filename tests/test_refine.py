@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sliderquant.methods import Settings
-from sliderquant.quantizer import dequantize, round_to_nearest
+from sliderquant.quantizer import dequantize, fake_quantize, round_to_nearest
 from sliderquant.refine import RefinedLinear, generator_for, refined_linears
 from sliderquant.schemes import Scheme
 
@@ -57,6 +57,14 @@ def test_a_stage_quantizes_the_first_channels_only(fraction):
     assert torch.equal(weight[:, passed:], linear.refined_weight()[:, passed:])
     if fraction < 1:
         assert not torch.equal(weight, full)
+
+
+def test_a_stage_per_channel_has_the_range_of_the_channels_that_pass():
+    linear = make("W3A16")
+    linear.fraction = 0.5
+    want = fake_quantize(linear.weight[:, :32], linear.clip_low, linear.clip_high, linear.scheme, torch.bfloat16)
+    assert torch.equal(linear.effective_weight()[:, :32], want)
+    assert torch.equal(linear.effective_weight()[:, 32:], linear.weight[:, 32:])
 
 
 def test_frozen_computes_the_same_and_forgets_afterwards():
