@@ -24,7 +24,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "calibration": "data/tinystories/tinystories.txt[:1677721]",
         "evaluation": "data/tinystories/tinystories.txt[-400000:]",
         "settings": {"windows": {"shallow": 2, "deep": 2}},
-        "goals": {"W4A16": 6.37 * 1.03, "W2A16": 46.8},
+        "goals": {"W4A16": round(6.37 * 1.03, 2), "W2A16": 46.8},
     },
 }
 
@@ -55,7 +55,7 @@ def _model_rows(model: str, arguments: argparse.Namespace) -> list[dict[str, Any
     evaluation = str(arguments.material / spec["evaluation"])
     original = sliderquant.evaluate(folder, evaluation, seqlen=256)
     row = {"model": model, "scheme": "16 bits", "method": "-", "perplexity": original.value, "goal": "", "seconds": ""}
-    rows: list[dict[str, Any]] = [{**row, "protocol": original.as_dict()}]
+    rows: list[dict[str, Any]] = [{**row, "protocol": {**original.as_dict(), "dataset": spec["evaluation"]}}]
     print(row, flush=True)
     for scheme, goal in spec["goals"].items():
         if arguments.schemes and scheme not in arguments.schemes:
