@@ -1,9 +1,4 @@
-"""Shared by the kernel tests: Triton's interpreter, random weights, and the error bound they are all held to."""
-
-import os
-
-# Before anything imports the Triton kernels, which are interpreted or compiled from their definition on.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+"""Shared by the kernel tests: random weights, and the error bound they are all held to."""
 
 from typing import NamedTuple
 
