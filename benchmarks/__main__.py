@@ -1,18 +1,30 @@
 """python -m benchmarks NAME: measure, print a table, and write the figures to benchmarks/results."""
 
 import argparse
+import importlib
+import sys
 
-from benchmarks import accuracy, decode
+# Only the chosen one is imported: `kernels` needs torch and triton alone, which is all that some machines have.
+COMMANDS = {
+    "accuracy": ("benchmarks.accuracy", "perplexity of the methods on small trained models"),
+    "decode": ("benchmarks.decode", "one-token forward of a model, packed against bf16"),
+    "kernels": ("benchmarks.kernels.command", "kernels against their floors and the best public kernels"),
+    "load": ("benchmarks.load", "seconds per GB of loading a checkpoint, against plain reading"),
+    "report": ("benchmarks.report", "tables and roofline plots from the files of `kernels`"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="NAME")
-    for module, name in ((accuracy, "accuracy"), (decode, "decode")):
-        summary = (module.__doc__ or "").splitlines()[0]
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    chosen = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    for name, (module_name, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if name == chosen:
+            module = importlib.import_module(module_name)
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
