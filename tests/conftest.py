@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
-# Triton decides between interpreter and compiler when it is first imported, by whatever test imports it first: this file
-# comes before all of them.
+# Triton decides between interpreter and compiler when it is first imported, by whatever test comes first: this file is
+# read before all of them.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent

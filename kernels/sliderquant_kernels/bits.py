@@ -24,12 +24,11 @@ def row_bytes(k: int, bits: int) -> int:
     return padded(k) * bits // 8
 
 
-def pack_rows(codes: Tensor, bits: int, *, planar: bool) -> Tensor:
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Codes `[N, K]` uint8 in 0..2^bits-1 -> `[N, row_bytes]` uint8.
 
-    With `planar=False` the c codes of a byte are neighbours in K (byte j: k = c j + i), which registers of a GPU unpack
-    in order; with `planar=True` they lie a c-th of the row apart (byte j: k = j + i Kp / c), so that a vector unit
-    writes long contiguous runs.
+    The c codes of a byte lie a c-th of the row apart (byte j: k = j + i Kp / c), so that a vector unit writes long
+    contiguous runs.
     """
     n, k = codes.shape
     if k != padded(k):
@@ -37,8 +36,7 @@ def pack_rows(codes: Tensor, bits: int, *, planar: bool) -> Tensor:
     planes, low = [], 0
     for width in _PLANE_WIDTHS[bits]:
         per_byte = 8 // width
-        plane = (codes >> low) & (2**width - 1)
-        plane = plane.view(n, per_byte, -1) if planar else plane.view(n, -1, per_byte).transpose(1, 2)
+        plane = ((codes >> low) & (2**width - 1)).view(n, per_byte, -1)
         packed = plane[:, 0].clone()
         for i in range(1, per_byte):
             packed |= plane[:, i] << (i * width)
@@ -47,7 +45,7 @@ def pack_rows(codes: Tensor, bits: int, *, planar: bool) -> Tensor:
     return torch.cat(planes, 1).contiguous()
 
 
-def unpack_rows(packed: Tensor, bits: int, k: int, *, planar: bool) -> Tensor:
+def unpack_rows(packed: Tensor, bits: int, k: int) -> Tensor:
     """The inverse of `pack_rows`: `[N, row_bytes]` uint8 -> codes `[N, K]` uint8 (a new tensor)."""
     n, kp = packed.shape[0], padded(k)
     codes, start, low = None, 0, 0
@@ -55,7 +53,7 @@ def unpack_rows(packed: Tensor, bits: int, k: int, *, planar: bool) -> Tensor:
         per_byte, columns = 8 // width, kp * width // 8
         plane = packed[:, start : start + columns]
         out = torch.empty(n, kp, dtype=torch.uint8, device=packed.device)
-        view = out.view(n, per_byte, columns) if planar else out.view(n, columns, per_byte).transpose(1, 2)
+        view = out.view(n, per_byte, columns)
         for i in range(per_byte):
             shifted = plane >> (i * width) if i else plane
             view[:, i] = shifted & (2**width - 1) if i < per_byte - 1 else shifted

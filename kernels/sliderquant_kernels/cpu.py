@@ -22,23 +22,52 @@ _CHUNK_WEIGHTS = 1 << 21
 
 
 def weight_only_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, layout: WeightLayout
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    layout: WeightLayout,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """x `[..., K]` -> `[..., N]`, contiguous. Arguments have been validated."""
     shape = x.shape[:-1]
     x = x.reshape(-1, layout.k).contiguous()
-    if layout.kind == "cpu_int4" and x.shape[0]:
-        y = cpu_int4.matmul(x, weight, scale, layout.group_size, layout.symmetric)
-    elif layout.kind == "cpu_int8" and 0 < x.shape[0] <= MAX_INT8_TOKENS:
-        y = torch.ops.aten._weight_int8pack_mm(x, weight, scale.view(-1))
-    else:
+    if batch_invariant and x.shape[0] > 1:
         y = x.new_empty(x.shape[0], layout.n)
-        if x.shape[0]:
-            for rows, w in _dequantized_chunks(weight, scale, zero_point, layout, x.dtype):
-                y[:, rows] = linear(x, w)
+        _one_by_one(x, weight, scale, zero_point, layout, y)
+    else:
+        y = _matmul(x, weight, scale, zero_point, layout)
     if bias is not None:
         y.add_(bias)
-    return y.view(*shape, layout.n) if len(shape) != 1 else y
+    y = y.view(*shape, layout.n) if len(shape) != 1 else y
+    return y if residual is None else y.add_(residual)
+
+
+def _matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: WeightLayout) -> Tensor:
+    if layout.kind == "cpu_int4" and x.shape[0]:
+        return cpu_int4.matmul(x, weight, scale, layout.group_size, layout.symmetric)
+    if layout.kind == "cpu_int8" and 0 < x.shape[0] <= MAX_INT8_TOKENS:
+        return torch.ops.aten._weight_int8pack_mm(x, weight, scale.view(-1))
+    y = x.new_empty(x.shape[0], layout.n)
+    if x.shape[0]:
+        for rows, w in _dequantized_chunks(weight, scale, zero_point, layout, x.dtype):
+            y[:, rows] = linear(x, w)
+    return y
+
+
+def _one_by_one(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: WeightLayout, y: Tensor
+) -> None:
+    """Every token for itself, as if it came alone: torch's matmuls round by the number of tokens."""
+    if layout.kind != "cpu_bits":
+        for i in range(x.shape[0]):
+            y[i] = _matmul(x[i : i + 1], weight, scale, zero_point, layout)[0]
+        return
+    for rows, w in _dequantized_chunks(weight, scale, zero_point, layout, x.dtype):
+        for i in range(x.shape[0]):
+            y[i : i + 1, rows] = linear(x[i : i + 1], w)
 
 
 def dequantize(
@@ -65,7 +94,7 @@ def _dequantized_chunks(
         if layout.kind == "cpu_int8":
             centred = weight[rows]
         else:
-            codes = bitpack.unpack_rows(weight[rows], layout.bits, layout.k, planar=True)
+            codes = bitpack.unpack_rows(weight[rows], layout.bits, layout.k)
             # q - 2^(b-1) as int8: torch converts int8 to bf16 in vectors, uint8 it does not.
             centred = (codes ^ 0x80).view(torch.int8) if layout.bits == 8 else codes.view(torch.int8).sub_(half)
         w = centred.to(dtype).view(centred.shape[0], layout.groups, -1)

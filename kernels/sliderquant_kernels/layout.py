@@ -6,7 +6,7 @@ zero points, or another tool's format, and pack when loading.
 
 | kind       | device | what                                                                | bits per weight |
 |------------|--------|---------------------------------------------------------------------|-----------------|
-| `triton`   | cuda   | rows of interleaved bits, see `bits.pack_rows`                      | b               |
+| `triton`   | cuda   | fragments of matrix instructions, see `fragments`                   | b               |
 | `cpu_int4` | cpu    | torch's int4 container, bf16 only, see `cpu_int4`                   | 4, b = 2, 3, 4  |
 | `cpu_int8` | cpu    | int8 rows for `_weight_int8pack_mm`, bf16, symmetric, per channel   | 8, b = 8        |
 | `cpu_bits` | cpu    | rows of planar bits, dequantized on every call                      | b               |
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from . import bits as bitpack
-from . import cpu_int4
+from . import cpu_int4, fragments
 
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A kind's version changes whenever its bytes would be read differently.
-VERSIONS = {"triton": 1, "cpu_int4": 1, "cpu_int8": 1, "cpu_bits": 1}
+VERSIONS = {"triton": 2, "cpu_int4": 1, "cpu_int8": 1, "cpu_bits": 1}
 INT8_MULTIPLE = 16
 
 
@@ -51,8 +51,8 @@ class TensorSpec(NamedTuple):
 class WeightLayout:
     """One weight `[n, k]` of `bits`-bit codes in the memory order `kind`, of that kind's `version`.
 
-    `group_size` is 32, 64, 128, or None for one scale per output channel. Raises ValueError for what no kernel
-    computes.
+    `group_size` is 32, 64, 128, or None for one scale per output channel; `version` 0 becomes the current one. Raises
+    ValueError for what no kernel computes.
     """
 
     kind: str
@@ -61,13 +61,15 @@ class WeightLayout:
     k: int
     group_size: int | None
     symmetric: bool
-    version: int = 1
+    version: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in VERSIONS:
             raise ValueError(
                 f"kind: expected one of {', '.join(VERSIONS)}, got {self.kind!r}; take it from choose_layout"
             )
+        if self.version == 0:
+            object.__setattr__(self, "version", VERSIONS[self.kind])
         if self.version != VERSIONS[self.kind]:
             raise ValueError(
                 f"version: expected {VERSIONS[self.kind]} for kind {self.kind!r}, got {self.version}; "
@@ -107,7 +109,11 @@ class WeightLayout:
             return PackedWeight(weight, fused, None)
         if self.kind == "cpu_int8":
             return PackedWeight((codes ^ 0x80).view(torch.int8), scale.contiguous(), None)
-        weight = bitpack.pack_rows(codes, self.bits, planar=self.kind == "cpu_bits")
+        if self.kind == "triton":
+            shape = fragments.scale_shape(self.n, self.k, self.bits, self.group_size, self.symmetric)
+            fused = fragments.pack_scales(scale, zero_point, self.bits, shape)
+            return PackedWeight(fragments.pack_codes(codes, self.bits), fused, None)
+        weight = bitpack.pack_rows(codes, self.bits)
         return PackedWeight(weight, scale.contiguous(), None if zero_point is None else zero_point.contiguous())
 
     def unpack(self, packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -119,7 +125,10 @@ class WeightLayout:
             return codes, scale, None if self.symmetric else zero_point
         if self.kind == "cpu_int8":
             return weight.view(torch.uint8) ^ 0x80, scale, None
-        codes = bitpack.unpack_rows(weight, self.bits, self.k, planar=self.kind == "cpu_bits")
+        if self.kind == "triton":
+            codes = fragments.unpack_codes(weight, self.bits, self.n, self.k)
+            return codes, *fragments.unpack_scales(scale, self.bits, self.n, self.groups, self.symmetric)
+        codes = bitpack.unpack_rows(weight, self.bits, self.k)
         return codes.contiguous(), scale, zero_point
 
     def metadata(self) -> dict[str, Any]:
@@ -240,7 +249,7 @@ def choose_layout(
         kind = "cpu_int8"
     else:
         kind = "cpu_bits"
-    return WeightLayout(kind, bits, n, k, group_size, symmetric, VERSIONS[kind])
+    return WeightLayout(kind, bits, n, k, group_size, symmetric)
 
 
 def _int8_fits(bits: int, n: int, k: int, group_size: int | None, symmetric: bool) -> bool:
@@ -277,6 +286,9 @@ def _specs(
         group = cpu_int4.op_group_size(k, group_size)
         assert group is not None
         return TensorSpec((n, k // 2), torch.uint8), TensorSpec((k // group, n, 2), torch.bfloat16), None
+    if kind == "triton":
+        scales = fragments.scale_shape(n, k, bits, group_size, symmetric)
+        return TensorSpec(fragments.weight_shape(n, k, bits), torch.uint8), TensorSpec(scales, None), None
     groups = 1 if group_size is None else k // group_size
     if kind == "cpu_int8":
         return TensorSpec((n, k), torch.int8), TensorSpec((n, 1), torch.bfloat16), None

@@ -1,7 +1,7 @@
 """The oracle: what every op computes, in a few lines of fp64 torch, from the codes themselves and never from a packing.
 
     weight[n, k] = (codes[n, k] - zero_point[n, k // group]) * scale[n, k // group]
-    y[m, n]      = sum_k x[m, k] * weight[n, k] + bias[n]
+    y[m, n]      = sum_k x[m, k] * weight[n, k] + bias[n] + residual[m, n]
 
 Without zero points the weight is symmetric: zero_point = 2^(bits - 1).
 """
@@ -22,11 +22,20 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: in
 
 
 def weight_only_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, bias: Tensor | None = None
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """x `[..., K]` times the dequantized weight, plus bias `[N]` -> `[..., N]` fp64."""
+    """x `[..., K]` times the dequantized weight, plus bias `[N]`, plus residual `[..., N]` -> `[..., N]` fp64."""
     y = x.double() @ dequantize(codes, scale, zero_point, bits).t()
-    return y if bias is None else y + bias.double()
+    for addend in (bias, residual):
+        if addend is not None:
+            y = y + addend.double()
+    return y
 
 
 def magnitude(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:

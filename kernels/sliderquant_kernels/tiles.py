@@ -1,41 +1,195 @@
-"""Which tile a launch takes: a pure function of the problem, so that it can be explained and compiled anywhere."""
+"""Which kernel and which tile a launch takes: a pure function of the problem and the device, which explains itself.
+
+Nothing is tuned in a user's process. What `python -m sliderquant_kernels.tune` measured on a GPU lies beside this file
+in `tuned/` and goes before the rules (`tuned.py`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
+from .fragments import ROWS, block_bytes, block_inputs
+
+VARIANTS = ("warp_k", "rows", "dense")
+# Streaming multiprocessors of the GPU that stands for an architecture where none is at hand: A100, RTX 3090, L40S,
+# H100, B200, RTX 5090.
+TYPICAL_SM_COUNT = {80: 108, 86: 82, 89: 142, 90: 132, 100: 148, 120: 170}
+# Shared memory that one program may take, in bytes.
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+MAX_SPLIT = 4
+
 
 @dataclass(frozen=True)
-class Tile:
-    """Block sizes over output features (N), input features (K) and tokens (M), with Triton's launch options."""
+class Device:
+    """What a choice depends on: the compute capability as a number such as 90, and the number of multiprocessors."""
 
-    block_n: int
-    block_k: int
-    block_m: int
-    num_warps: int
-    num_stages: int
+    arch: int
+    sm_count: int
+    name: str = ""
+
+    @classmethod
+    def typical(cls, arch: int) -> Device:
+        """The device that stands for an architecture."""
+        return cls(arch, TYPICAL_SM_COUNT[family(arch)])
 
 
-def choose_tile(m: int, n: int, k: int, bits: int, group_size: int | None, dtype: torch.dtype) -> Tile:
-    """The tile of the weight-only matmul for `m` tokens and a weight `[n, k]`.
+@dataclass(frozen=True)
+class Problem:
+    """`m` tokens times a weight `[n, k]` with `bits`-bit codes; `group_size` None means per channel."""
 
-    One step along K lies within one group, so that a group's scale is applied once per step to the accumulator.
+    m: int
+    n: int
+    k: int
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is launched, and why.
+
+    Attributes:
+        variant: `warp_k` (warps share the rows and split K), `rows` (warps lie along N), or `dense` (dequantize, then
+            torch's matmul; the rest is 0).
+        block_m: tokens of a tile.
+        row_blocks: blocks of 16 output features in a tile.
+        num_warps, num_stages: Triton's launch options.
+        split: programs that share the K of one tile.
+        reason: one sentence.
     """
-    if dtype == torch.float32:
-        # No matrix unit multiplies exact fp32: operands live in registers, so tiles are small.
-        return Tile(block_n=32, block_k=32, block_m=16 if m <= 16 else 32, num_warps=4, num_stages=2)
-    block_k = min(group_size or 64, 64)
-    if m <= 16:
-        # Narrow in N, because few tokens mean that N alone has to fill the GPU.
-        return Tile(block_n=32, block_k=block_k, block_m=16, num_warps=4, num_stages=4)
-    if m <= 32:
-        return Tile(block_n=64, block_k=block_k, block_m=32, num_warps=4, num_stages=4)
-    # With 4 warps, 3-bit weights spill on sm_80: two planes and two accumulators do not fit.
-    return Tile(block_n=64, block_k=block_k, block_m=64, num_warps=8, num_stages=3)
+
+    variant: str
+    block_m: int = 0
+    row_blocks: int = 0
+    num_warps: int = 0
+    num_stages: int = 0
+    split: int = 1
+    reason: str = ""
 
 
-def choose_dequantize_tile(k: int, group_size: int | None) -> Tile:
-    """The tile of the dequantize kernel; `block_m` plays no part in it."""
-    return Tile(block_n=32, block_k=min(group_size or 64, 64), block_m=1, num_warps=4, num_stages=1)
+def family(arch: int) -> int:
+    """The architecture of `TYPICAL_SM_COUNT` whose rules hold for a compute capability such as 87, 103 or 121."""
+    return max((known for known in TYPICAL_SM_COUNT if known <= arch), default=80)
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem, device: Device, variant: str | None = None, batch_invariant: bool = False) -> Choice:
+    """The kernel and tile for a problem on a device.
+
+    Args:
+        variant: one of `VARIANTS` to be used whatever the rules say; None: the best.
+        batch_invariant: nothing in the choice may depend on the number of tokens.
+
+    Raises:
+        ValueError: the variant does not exist or cannot compute the problem.
+    """
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)} or None, got {variant!r}")
+    if batch_invariant and variant not in (None, "rows"):
+        raise ValueError(f"variant: batch_invariant=True computes with 'rows', got {variant!r}; leave one of them out")
+    if problem.dtype == torch.float32:
+        if batch_invariant or variant not in (None, "dense"):
+            raise ValueError(
+                "dtype: with float32 activations only variant 'dense' computes, and it is not batch-invariant; "
+                "use float16 or bfloat16"
+            )
+        return Choice("dense", reason="no matrix unit multiplies exact fp32")
+    if batch_invariant:
+        return _rows(problem, device, 32, "batch-invariant: one tile for every number of tokens")
+    if variant is None:
+        variant, reason = _variant(problem, device)
+    else:
+        reason = "asked for"
+    if variant == "warp_k":
+        return _warp_k(problem, device, reason)
+    if variant == "rows":
+        return _rows(problem, device, _rows_block_m(problem, device), reason)
+    return Choice("dense", reason=reason)
+
+
+def _variant(problem: Problem, device: Device) -> tuple[str, str]:
+    if problem.m <= 16:
+        return "warp_k", "up to 16 tokens: the weights' bytes decide, warps split K and share no fragment of x"
+    if problem.m <= DENSE_FROM[family(device.arch)]:
+        return "rows", "some tokens: still fewer instructions for dequantizing than for the product"
+    return "dense", "many tokens: dequantizing once costs less than in every tile"
+
+
+# Beyond these, dequantizing once and cuBLAS win: 2.5 bytes a weight are moved once, against an unpacking for every 64
+# tokens. Derived, not measured: arithmetic in docs/kernels.md.
+DENSE_FROM = {80: 256, 86: 256, 89: 256, 90: 512, 100: 256, 120: 256}
+
+
+def _warp_k(problem: Problem, device: Device, reason: str) -> Choice:
+    block_m = 8 if problem.m <= 8 else 16
+    tiles_m = -(-problem.m // block_m)
+    row_blocks, warps, stages = _warp_k_rows(problem, device, block_m, tiles_m)
+    k_blocks = -(-problem.k // block_inputs(problem.bits))
+    while warps > 1 and warps > k_blocks:
+        warps //= 2
+    split = _split(problem, device, tiles_m, row_blocks, k_blocks // warps)
+    return Choice("warp_k", block_m, row_blocks, warps, stages, split, reason)
+
+
+def _warp_k_rows(problem: Problem, device: Device, block_m: int, tiles_m: int) -> tuple[int, int, int]:
+    """Row blocks, warps and stages. Tall tiles take fewer instructions per weight, but there must be enough of them."""
+    small = SHARED_LIMIT[family(device.arch)] < 128 * 1024
+    wide = block_inputs(problem.bits) > 128  # 2 and 3 bits: twice the x per block, and more registers
+    tiles = tiles_m * -(-problem.n // (ROWS * 4))
+    # x goes through the L2 cache once for every tile: with too few rows it would be most of the traffic.
+    least = 1 if problem.m <= 4 and family(device.arch) != 100 else 2 if problem.m <= 8 or wide else 4
+    most = 2 if wide and (block_m == 16 or (problem.bits == 3 and small)) else 4
+    row_blocks = min(max(4 if tiles >= 2 * device.sm_count else 2 if 2 * tiles >= device.sm_count else 1, least), most)
+    if row_blocks == 4 and problem.bits == 8 and block_m == 8:
+        return 4, 8, 3  # with 4 warps two registers spill
+    if row_blocks == 4:
+        return 4, 4, 3 if block_m == 16 or small else 4
+    if wide:
+        return row_blocks, 4, 3 if small or block_m == 16 else 4
+    if small:
+        return row_blocks, 4, 4
+    return (2, 8, 3 if block_m == 16 else 4) if row_blocks == 2 else (1, 8, 5)
+
+
+def _rows_block_m(problem: Problem, device: Device) -> int:
+    if problem.m <= 16:
+        return 16
+    wide = block_inputs(problem.bits) > 128
+    return 32 if problem.m <= 32 or wide or family(device.arch) == 120 else 64
+
+
+def _rows(problem: Problem, device: Device, block_m: int, reason: str) -> Choice:
+    arch, wide = family(device.arch), block_inputs(problem.bits) > 128
+    # For a batch-invariant choice `m` must not count: as if there were one tile of tokens.
+    tiles_m = 1 if reason.startswith("batch") else -(-problem.m // block_m)
+    row_blocks = 8
+    if tiles_m * -(-problem.n // (ROWS * row_blocks)) < device.sm_count:
+        row_blocks = 4
+    stages = 4
+    if SHARED_LIMIT[arch] < 128 * 1024 or wide:
+        stages = 3
+    k_blocks = -(-problem.k // block_inputs(problem.bits))
+    split = _split(problem, device, tiles_m, row_blocks, k_blocks)
+    return Choice("rows", block_m, row_blocks, 4, stages, split, reason)
+
+
+def _split(problem: Problem, device: Device, tiles_m: int, row_blocks: int, steps: int) -> int:
+    """Programs per tile, 1, 2 or 4: more while multiprocessors would be idle and each program keeps two steps."""
+    tiles = tiles_m * -(-problem.n // (ROWS * row_blocks))
+    split = 1
+    while split < MAX_SPLIT and tiles * split * 2 <= device.sm_count * 2 and tiles * split < device.sm_count:
+        if steps // (split * 2) < 2:
+            break
+        split *= 2
+    return split
+
+
+def bytes_in_flight(choice: Choice, bits: int, programs_per_sm: int) -> int:
+    """Packed bytes that the pipelines of one multiprocessor have under way."""
+    blocks = choice.row_blocks * (choice.num_warps if choice.variant == "warp_k" else 1)
+    return programs_per_sm * (choice.num_stages - 1) * blocks * block_bytes(bits)

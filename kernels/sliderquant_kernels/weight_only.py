@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .layout import DTYPES, VERSIONS, PackedWeight, WeightLayout
+from .layout import DTYPES, PackedWeight, WeightLayout
+from .tiles import VARIANTS
 
 _FIELDS = "str kind, int bits, int n, int k, int group_size, bool symmetric"
 # Not torch.library.custom_op: its Python wrappers cost more than everything else here does for one token on a CPU.
 _library = torch.library.Library("sliderquant_kernels", "DEF")
 _library.define(
-    f"weight_only_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, {_FIELDS}) -> Tensor",
+    "weight_only_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor? residual, "
+    f"{_FIELDS}, str variant, bool batch_invariant) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -28,14 +30,28 @@ _library.define(
 )
 
 
-def weight_only_linear(x: Tensor, packed: PackedWeight, layout: WeightLayout, bias: Tensor | None = None) -> Tensor:
-    """x times the transposed packed weight, plus bias.
+def weight_only_linear(
+    x: Tensor,
+    packed: PackedWeight,
+    layout: WeightLayout,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    variant: str | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """x times the transposed packed weight, plus bias, plus residual.
 
     Args:
         x: activations `[..., K]`, fp16, bf16 or fp32, any strides, possibly empty.
         packed: what `layout.pack` returned, with scales of x's dtype, on x's device.
         layout: the layout that packed the weight.
         bias: `[N]` of x's dtype, or None.
+        residual: `[..., N]` of x's dtype, or None.
+        variant: on CUDA, a kernel of `tiles.VARIANTS` to be used whatever `tiles.choose` says; None: the best.
+        batch_invariant: the bits of a row of the result do not depend on how many other rows there are or what they
+            hold. Costs speed: one tile serves every number of tokens on CUDA, tokens go one by one on a CPU. fp32 on
+            CUDA cannot.
 
     Returns:
         `[..., N]` of x's dtype, contiguous. Accumulated in fp32; deterministic.
@@ -46,11 +62,12 @@ def weight_only_linear(x: Tensor, packed: PackedWeight, layout: WeightLayout, bi
     """
     _check_types(packed, layout)
     op, (weight, scale, zero_point), fields = _linear_op, packed, _fields(layout)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _require_grad(x, scale, bias)):
-        return op(x, weight, scale, zero_point, bias, *fields)
+    how = (variant or "", batch_invariant)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _require_grad(x, scale, bias, residual)):
+        return op(x, weight, scale, zero_point, bias, residual, *fields, *how)
     # Without gradients the autograd layer, Python and a third of the op's overhead on a CPU, has nothing to do.
     with torch._C._AutoDispatchBelowAutograd():
-        return op(x, weight, scale, zero_point, bias, *fields)
+        return op(x, weight, scale, zero_point, bias, residual, *fields, *how)
 
 
 def dequantize(packed: PackedWeight, layout: WeightLayout, dtype: torch.dtype) -> Tensor:
@@ -76,7 +93,7 @@ def _check_types(packed: Any, layout: Any) -> None:
 
 @lru_cache(maxsize=1024)
 def _layout(kind: str, bits: int, n: int, k: int, group_size: int, symmetric: bool) -> WeightLayout:
-    return WeightLayout(kind, bits, n, k, group_size or None, symmetric, VERSIONS.get(kind, 0))
+    return WeightLayout(kind, bits, n, k, group_size or None, symmetric)
 
 
 def _checked_layout(weight: Tensor, scale: Tensor, zero_point: Tensor | None, *fields: Any) -> WeightLayout:
@@ -97,7 +114,15 @@ def _checked_layout(weight: Tensor, scale: Tensor, zero_point: Tensor | None, *f
     return layout
 
 
-def _check_x(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, layout: WeightLayout) -> None:
+def _check_operands(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    layout: WeightLayout,
+    variant: str,
+) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float16, bfloat16 or float32, got {x.dtype}; convert it")
     if x.ndim < 1 or x.shape[-1] != layout.k:
@@ -116,10 +141,26 @@ def _check_x(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, layo
             raise ValueError(
                 f"bias: expected shape ({layout.n},), got {tuple(bias.shape)}; it has one value per output"
             )
-        if bias.dtype != x.dtype:
-            raise TypeError(f"bias: expected dtype {x.dtype} like x, got {bias.dtype}; convert it")
-        if bias.device != x.device:
-            raise ValueError(f"bias: expected device {x.device} like x, got {bias.device}; move it")
+        _check_like_x("bias", bias, x)
+    if residual is not None:
+        expected = (*x.shape[:-1], layout.n)
+        if tuple(residual.shape) != expected:
+            raise ValueError(
+                f"residual: expected shape {expected} like the result, got {tuple(residual.shape)}; expand it"
+            )
+        _check_like_x("residual", residual, x)
+    if variant and (layout.device_type != "cuda" or variant not in VARIANTS):
+        raise ValueError(
+            f"variant: expected one of {', '.join(VARIANTS)} on CUDA, got {variant!r} for kind {layout.kind!r}; "
+            "leave it out"
+        )
+
+
+def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: expected dtype {x.dtype} like x, got {tensor.dtype}; convert it")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}; move it")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -136,22 +177,25 @@ def _triton() -> Any:
     return weight_only_triton
 
 
-def _linear_cpu(x, weight, scale, zero_point, bias, kind, bits, n, k, group_size, symmetric):
+def _linear_cpu(x, weight, scale, zero_point, bias, residual, kind, bits, n, k, group_size, symmetric, variant,
+                batch_invariant):  # fmt: skip
     layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
-    _check_x(x, weight, scale, bias, layout)
-    return cpu.weight_only_linear(x, weight, scale, zero_point, bias, layout)
+    _check_operands(x, weight, scale, bias, residual, layout, variant)
+    return cpu.weight_only_linear(x, weight, scale, zero_point, bias, residual, layout, batch_invariant)
 
 
-def _linear_cuda(x, weight, scale, zero_point, bias, kind, bits, n, k, group_size, symmetric):
+def _linear_cuda(x, weight, scale, zero_point, bias, residual, kind, bits, n, k, group_size, symmetric, variant,
+                 batch_invariant):  # fmt: skip
     layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
-    _check_x(x, weight, scale, bias, layout)
+    _check_operands(x, weight, scale, bias, residual, layout, variant)
     bias = None if bias is None else bias.contiguous()
-    return _triton().weight_only_linear(x, weight, scale, zero_point, bias, layout)
+    return _triton().weight_only_linear(x, weight, scale, bias, residual, layout, variant or None, batch_invariant)
 
 
-def _linear_fake(x, weight, scale, zero_point, bias, kind, bits, n, k, group_size, symmetric):
+def _linear_fake(x, weight, scale, zero_point, bias, residual, kind, bits, n, k, group_size, symmetric, variant,
+                 batch_invariant):  # fmt: skip
     layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
-    _check_x(x, weight, scale, bias, layout)
+    _check_operands(x, weight, scale, bias, residual, layout, variant)
     return x.new_empty(*x.shape[:-1], n)
 
 
@@ -164,7 +208,7 @@ def _dequantize_cpu(weight, scale, zero_point, kind, bits, n, k, group_size, sym
 def _dequantize_cuda(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric, dtype):
     _check_dtype(dtype)
     layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
-    return _triton().dequantize(weight, scale, zero_point, layout, dtype)
+    return _triton().dequantize(weight, scale, layout, dtype)
 
 
 def _dequantize_fake(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric, dtype):

@@ -1,134 +1,45 @@
-"""Triton kernels of the weight-only ops, and their launch.
+"""Launching the kernels of `matmul_triton`: what a problem and a device lead to, and the launch itself."""
 
-`Y^T = W X^T`: the weight is the left operand of the matrix instruction, because that is the one that may stay in
-registers after dequantization. The kernel multiplies the integers q - z, which fp16 and bf16 hold exactly, and applies
-the scale to the fp32 accumulator once per group: weights are never rounded, and the error against exact arithmetic is
-that of fp32 accumulation and of the result's own rounding.
-"""
-
-# mypy: allow-incomplete-defs
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import linear
 
-from .bits import padded
+from . import matmul_triton as kernels
+from .fragments import block_inputs, zero_bias
 from .layout import WeightLayout
-from .tiles import Tile, choose_dequantize_tile, choose_tile
+from .tiles import Choice, Device, Problem
+from .tuned import choose
+from .workspace import split_counters
 
-
-@triton.jit
-def _load_plane(rows, first, end, COLUMNS: tl.constexpr, EVEN_K: tl.constexpr):
-    """Bytes `[BLOCK_N, COLUMNS]` of one bit plane. Beyond the end of a row any code will do: its x is 0."""
-    columns = first + tl.arange(0, COLUMNS)
-    if not EVEN_K:
-        columns = tl.minimum(columns, end - 1)
-    return tl.load(rows + columns[None, :])
-
-
-@triton.jit
-def _split(values, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`[ROWS, COLUMNS / 2]` values of 2 * WIDTH bits -> `[ROWS, COLUMNS]` values of WIDTH bits, the low one first."""
-    return tl.reshape(tl.join(values & (2**WIDTH - 1), values >> WIDTH), (ROWS, COLUMNS))
-
-
-@triton.jit
-def _load_codes(rows, k_start, padded_k, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                EVEN_K: tl.constexpr):  # fmt: skip
-    """Codes `[BLOCK_N, BLOCK_K]` uint8 from `bits.pack_rows(planar=False)`; rows are pointers `[BLOCK_N, 1]`."""
-    if BITS == 8:
-        return _load_plane(rows, k_start, padded_k, BLOCK_K, EVEN_K)
-    if BITS == 4:
-        nibbles = _load_plane(rows, k_start // 2, padded_k // 2, BLOCK_K // 2, EVEN_K)
-        return _split(nibbles, 4, BLOCK_N, BLOCK_K)
-    low = _load_plane(rows, k_start // 4, padded_k // 4, BLOCK_K // 4, EVEN_K)
-    low = _split(_split(low, 4, BLOCK_N, BLOCK_K // 2), 2, BLOCK_N, BLOCK_K)
-    if BITS == 3:
-        high = _load_plane(rows + padded_k // 4, k_start // 8, padded_k // 8, BLOCK_K // 8, EVEN_K)
-        high = _split(_split(high, 4, BLOCK_N, BLOCK_K // 4), 2, BLOCK_N, BLOCK_K // 2)
-        low = low | (_split(high, 1, BLOCK_N, BLOCK_K) << 2)
-    return low
-
-
-@triton.jit
-def weight_only_kernel(x_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, M, N, K, padded_k, groups,
-                       BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, EVEN_K: tl.constexpr, OPERAND: tl.constexpr,
-                       BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
-    """y `[M, N]` = x `[M, K]` @ ((codes - zero) * scale)^T + bias.
-
-    GROUP_SIZE 0 means per channel, zero_ptr None symmetric.
-    """
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    # Tiles of the same rows of W run next to each other, so that W is read from memory once.
-    offs_m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    # Rows beyond the end are computed from the last one and not stored: no masks in the loop. 64-bit offsets.
-    row_m = tl.minimum(offs_m, M - 1).to(tl.int64)
-    row_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-    x_ptrs = x_ptr + row_m[None, :] * K + offs_k[:, None]
-    weight_rows = weight_ptr + row_n[:, None] * (padded_k // 8 * BITS)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    zero = tl.full((BLOCK_N,), 2 ** (BITS - 1), tl.int16)
-    if zero_ptr is not None and GROUP_SIZE == 0:
-        zero = tl.load(zero_ptr + row_n).to(tl.int16)
-    for k_start in range(0, K, BLOCK_K):
-        codes = _load_codes(weight_rows, k_start, padded_k, BITS, BLOCK_N, BLOCK_K, EVEN_K)
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-        else:
-            x = tl.load(x_ptrs, mask=(k_start + offs_k[:, None] < K) & (row_m[None, :] >= 0), other=0.0)
-        x_ptrs += BLOCK_K
-        if GROUP_SIZE == 0:
-            w = (codes.to(tl.int16) - zero[:, None]).to(OPERAND)
-            acc = tl.dot(w, x.to(OPERAND), acc, input_precision="ieee")
-        else:
-            group = row_n * groups + k_start // GROUP_SIZE
-            if zero_ptr is not None:
-                zero = tl.load(zero_ptr + group).to(tl.int16)
-            w = (codes.to(tl.int16) - zero[:, None]).to(OPERAND)
-            scale = tl.load(scale_ptr + group).to(tl.float32)
-            acc += tl.dot(w, x.to(OPERAND), input_precision="ieee") * scale[:, None]
-    if GROUP_SIZE == 0:
-        acc *= tl.load(scale_ptr + row_n).to(tl.float32)[:, None]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + row_n).to(tl.float32)[:, None]
-    y_ptrs = y_ptr + row_m[None, :] * N + row_n[:, None]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=(offs_n[:, None] < N) & (offs_m[None, :] < M))
-
-
-@triton.jit
-def dequantize_kernel(weight_ptr, scale_ptr, zero_ptr, out_ptr, N, K, padded_k, groups,
-                      BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, EVEN_K: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """out `[N, K]` = (codes - zero) * scale, rounded once."""
-    tiles_k = tl.cdiv(K, BLOCK_K)
-    k_start = (tl.program_id(0) % tiles_k) * BLOCK_K
-    offs_n = (tl.program_id(0) // tiles_k) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = k_start + tl.arange(0, BLOCK_K)
-    row_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-    weight_rows = weight_ptr + row_n[:, None] * (padded_k // 8 * BITS)
-    codes = _load_codes(weight_rows, k_start, padded_k, BITS, BLOCK_N, BLOCK_K, EVEN_K)
-    group = row_n * groups
-    if GROUP_SIZE != 0:
-        group += k_start // GROUP_SIZE
-    zero = tl.full((BLOCK_N,), 2 ** (BITS - 1), tl.int16)
-    if zero_ptr is not None:
-        zero = tl.load(zero_ptr + group).to(tl.int16)
-    scale = tl.load(scale_ptr + group).to(tl.float32)
-    w = (codes.to(tl.int16) - zero[:, None]).to(tl.float32) * scale[:, None]
-    mask = (offs_n[:, None] < N) & (offs_k[None, :] < K)
-    tl.store(out_ptr + row_n[:, None] * K + offs_k[None, :], w.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-# Whether TRITON_INTERPRET was set when the kernels above were defined; decided for the life of the process.
-INTERPRETED = not isinstance(weight_only_kernel, triton.JITFunction)
+# Whether TRITON_INTERPRET was set when the kernels were defined; decided for the life of the process.
+INTERPRETED = not isinstance(kernels.warp_k_kernel, triton.JITFunction)
+# What the interpreter stands for: plain Triton instead of PTX, and tiles as on an H100.
+_INTERPRETED_DEVICE = Device.typical(90)
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def problem_of(layout: WeightLayout, m: int, dtype: torch.dtype) -> Problem:
+    """The problem of `m` tokens of `dtype` times a packed weight."""
+    return Problem(m, layout.n, layout.k, layout.bits, layout.group_size, layout.symmetric, dtype)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The device that a tensor is on, as the rules see it."""
+    return _cuda_device(tensor.device.index) if tensor.is_cuda else _INTERPRETED_DEVICE
+
+
+@lru_cache(maxsize=64)
+def _cuda_device(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    return Device(10 * found.major + found.minor, found.multi_processor_count, found.name)
 
 
 def operand_dtype(dtype: torch.dtype) -> Any:
@@ -136,67 +47,98 @@ def operand_dtype(dtype: torch.dtype) -> Any:
     return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else _TRITON_DTYPES[dtype]
 
 
-def weight_only_constants(layout: WeightLayout, tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time arguments of `weight_only_kernel`; shared by the launch and by `inspect`."""
-    return {
-        "BITS": layout.bits,
-        "GROUP_SIZE": layout.group_size or 0,
-        "EVEN_K": layout.k % tile.block_k == 0,
-        "OPERAND": operand_dtype(dtype),
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "BLOCK_M": tile.block_m,
+def matmul_constants(problem: Problem, choice: Choice, arch: int) -> dict[str, Any]:
+    """The compile-time arguments of `warp_k_kernel` and `rows_kernel`; shared by the launch and by `inspect`."""
+    inputs = block_inputs(problem.bits)
+    shares = choice.split * (choice.num_warps if choice.variant == "warp_k" else 1)
+    edge = 2 if problem.k % inputs else int(choice.variant == "warp_k" and problem.k // inputs % shares != 0)
+    constants = {
+        **_scheme_constants(problem.bits, problem.group_size, problem.symmetric, problem.dtype),
+        "K_EDGE": edge,
+        "BLOCK_M": choice.block_m,
+        "ROW_BLOCKS": choice.row_blocks,
+        "SPLIT": choice.split,
+        "STAGES": choice.num_stages,
+        "OPERAND": operand_dtype(problem.dtype),
+        "BF16": problem.dtype == torch.bfloat16,
+        "ARCH": 0 if INTERPRETED else arch,
     }
+    if choice.variant == "warp_k":
+        constants["W"] = choice.num_warps
+    return constants
 
 
-def dequantize_constants(layout: WeightLayout, tile: Tile) -> dict[str, Any]:
+def dequantize_constants(layout: WeightLayout, scale_dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments of `dequantize_kernel`; shared by the launch and by `inspect`."""
-    return {
-        "BITS": layout.bits,
-        "GROUP_SIZE": layout.group_size or 0,
-        "EVEN_K": layout.k % tile.block_k == 0,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-    }
+    scheme = _scheme_constants(layout.bits, layout.group_size, layout.symmetric, scale_dtype)
+    return {**scheme, "W": max(256 // block_inputs(layout.bits), 1), "ROW_BLOCKS": 2}
 
 
-def launch_options(tile: Tile) -> dict[str, Any]:
-    """Triton's options for a tile. FP fusion is named because its default differs between Triton versions."""
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+def _scheme_constants(bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype) -> dict[str, Any]:
+    bias = zero_bias(bits, dtype)
+    return {"BITS": bits, "GROUP_SIZE": group_size or 0, "SYMMETRIC": symmetric, "ZERO_BIAS": bias}
+
+
+def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Triton's options. FP fusion is named because its default differs between Triton versions."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+DEQUANTIZE_OPTIONS = launch_options(num_warps=4, num_stages=1)
 
 
 def weight_only_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, layout: WeightLayout
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    layout: WeightLayout,
+    variant: str | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    """x `[..., K]` -> `[..., N]`, contiguous. Arguments have been validated; allocates y, and x if strided."""
+    """x `[..., K]` -> `[..., N]`, contiguous. Arguments have been validated.
+
+    Allocates y; x if it is strided; a split's partial sums, fp32 `[split, M, N]`; the dense weight for `dense`.
+    """
     y = x.new_empty(*x.shape[:-1], layout.n)
     x = x.reshape(-1, layout.k).contiguous()
     m, n, k = x.shape[0], layout.n, layout.k
     if m == 0:
         return y
-    tile = choose_tile(m, n, k, layout.bits, layout.group_size, x.dtype)
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
+    if residual is not None:
+        residual = residual.reshape(-1, n).contiguous()
+    problem, device = problem_of(layout, m, x.dtype), device_of(x)
+    choice = choose(problem, device, variant, batch_invariant)
+    if choice.variant == "dense":
+        out = linear(x, dequantize(weight, scale, layout, x.dtype), bias)
+        return (out if residual is None else out.add_(residual)).view(y.shape)
+    row_blocks, k_blocks = weight.shape[:2]
+    tiles = triton.cdiv(m, choice.block_m) * triton.cdiv(row_blocks, choice.row_blocks)
+    partial = counters = None
     with _on_device_of(x):
-        weight_only_kernel[grid](
-            x, weight, scale, zero_point, bias, y, m, n, k, padded(k), layout.groups,
-            **weight_only_constants(layout, tile, x.dtype), **launch_options(tile),
+        if choice.split > 1:
+            partial = torch.empty(choice.split, m, n, dtype=torch.float32, device=x.device)
+            counters = split_counters(tiles, x.device)
+        kernel = kernels.warp_k_kernel if choice.variant == "warp_k" else kernels.rows_kernel
+        kernel[(tiles, choice.split)](
+            x, weight, scale, bias, residual, y, partial, counters, m, n, k, row_blocks, k_blocks,
+            **matmul_constants(problem, choice, device.arch),
+            **launch_options(choice.num_warps, choice.num_stages),
         )  # fmt: skip
     return y
 
 
-def dequantize(
-    weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: WeightLayout, dtype: torch.dtype
-) -> Tensor:
+def dequantize(weight: Tensor, scale: Tensor, layout: WeightLayout, dtype: torch.dtype) -> Tensor:
     """The weight `[N, K]` in `dtype`, rounded once. Arguments have been validated."""
-    n, k = layout.n, layout.k
-    out = torch.empty(n, k, dtype=dtype, device=weight.device)
-    tile = choose_dequantize_tile(k, layout.group_size)
-    grid = (triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k),)
+    out = torch.empty(layout.n, layout.k, dtype=dtype, device=weight.device)
+    row_blocks, k_blocks = weight.shape[:2]
+    constants = dequantize_constants(layout, scale.dtype)
+    grid = (triton.cdiv(row_blocks, constants["ROW_BLOCKS"]) * triton.cdiv(k_blocks, constants["W"]),)
     with _on_device_of(weight):
-        dequantize_kernel[grid](
-            weight, scale, zero_point, out, n, k, padded(k), layout.groups,
-            **dequantize_constants(layout, tile), **launch_options(tile),
-        )  # fmt: skip
+        kernels.dequantize_kernel[grid](
+            weight, scale, out, layout.n, layout.k, row_blocks, k_blocks, **constants, **DEQUANTIZE_OPTIONS
+        )
     return out
 
 

@@ -31,22 +31,23 @@ def _make_x(shape, dtype, seed=1):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _assert_matmul_close(y, x, weight, bias=None, *, weights_rounded=False, roundoff=None, extra=None):
+def _assert_matmul_close(y, x, weight, bias=None, residual=None, *, weights_rounded=False, roundoff=None, extra=None):
     """Every element within what the arithmetic can lose, and all of them together much closer.
 
     u is the unit roundoff of y's dtype and S = sum_k |x| |w|. The result is rounded to y's dtype (u |y|, and again
-    after the bias where it is added afterwards); fp32 accumulation loses at most K 2^-24 S, and one more 2^-23 S for
-    the scale and the product; a route that rounds weights first loses another u S. Rounding errors are independent, so
-    the relative error of the whole stays below 2 u where accumulation is not what dominates.
+    after bias and residual where they are added afterwards); fp32 accumulation loses at most K 2^-24 S, and one more
+    2^-23 S for the scale and the product; a route that rounds weights first loses another u S. Rounding errors are
+    independent, so the relative error of the whole stays below 2 u where accumulation is not what dominates.
     """
-    want = reference.weight_only_linear(x, *weight, bias)
+    want = reference.weight_only_linear(x, *weight, bias, residual)
     u = UNIT_ROUNDOFF[y.dtype] if roundoff is None else roundoff
     assert y.shape == want.shape
     assert y.dtype == x.dtype
     magnitude = reference.magnitude(x, *weight)
     bound = u * want.abs() + (x.shape[-1] + 2) * 2.0**-24 * magnitude
-    if bias is not None:
-        bound += 2 * u * (want.abs() + bias.double().abs())
+    for addend in (bias, residual):
+        if addend is not None:
+            bound += 2 * u * (want.abs() + addend.double().abs())
     if weights_rounded:
         bound += u * magnitude
     if extra is not None:

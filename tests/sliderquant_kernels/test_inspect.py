@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not here, do not spill, and use the matrix unit."""
+"""The kernels compile for GPUs that are not here: no spills, the right matrix instruction, within their budgets."""
 
 import json
 import os
@@ -9,7 +9,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-_MATRIX = {"sm_80": {"HMMA"}, "sm_90": {"HMMA", "HGMMA"}, "sm_120": {"HMMA"}}
+from sliderquant_kernels import inspect, sass
+
+# What may multiply, by kernel: warps that split K stay on the instruction of a warp; rows take the widest there is.
+_MATRIX = {
+    "sm_80": {"warp_k": "HMMA", "rows": "HMMA"},
+    "sm_90": {"warp_k": "HMMA", "rows": "HGMMA"},
+    "sm_100": {"warp_k": "HMMA", "rows": "UTCHMMA"},
+    "sm_120": {"warp_k": "HMMA", "rows": "HMMA"},
+}
 
 
 def _run(tmp_path, *arguments, **environment):
@@ -19,21 +27,102 @@ def _run(tmp_path, *arguments, **environment):
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
-def test_default_grid_compiles_without_spills(tmp_path):
-    done = _run(tmp_path, "--json", *(f"--arch={arch}" for arch in _MATRIX))
+@pytest.mark.parametrize("arch", _MATRIX)
+def test_default_grid(arch, tmp_path):
+    done = _run(tmp_path, "--json", f"--arch={arch}")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     rows = json.loads(done.stdout)
-    assert {row["arch"] for row in rows} == set(_MATRIX)
+    assert {row["arch"] for row in rows} == {arch}
+    variants = set()
     for row in rows:
+        variant = row["choice"]["variant"]
+        variants.add(variant)
+        if variant == "dense":
+            continue
         assert not row["error"]
         assert row["spills"] == 0
         assert 0 < row["registers"] <= 255
         assert row["instructions"] > 100
-        if row["op"] == "weight_only_linear" and "float32" not in row["shape"]:
-            assert row["matrix_instruction"] in _MATRIX[row["arch"]], row
-        else:
-            # TF32 is a matrix instruction: fp32 must not use one.
+        if row["op"] == "dequantize":
             assert row["matrix_instruction"] == "none", row
+            continue
+        assert row["matrix_instruction"] == _MATRIX[arch][variant], row
+        # tcgen05 never takes the weight from registers; everything else does.
+        assert row["weights_from"] == ("shared" if row["matrix_instruction"] == "UTCHMMA" else "registers"), row
+        _check_main_job(arch, row)
+    assert variants == {"warp_k", "rows", "dense", "dequantize"}
+
+
+def _check_main_job(arch, row):
+    """W4A16-g128, bf16, zero-points, even shapes: at most 90 instructions per 16 packed bytes for decoding and 115 up
+    to 32 tokens; 80 on sm_100, which moves more bytes for each instruction. 64 KB in flight on sm_90."""
+    words = row["shape"].split()
+    if words[:2] != ["W4-g128-asym", "bfloat16"] or words[3] not in ("large", "small") or len(words) > 4:
+        return
+    tokens = int(words[2].removeprefix("M="))
+    if tokens <= 8:
+        assert row["per_16_bytes"] <= (80 if arch == "sm_100" else 90), row
+    elif tokens <= 32:
+        assert row["per_16_bytes"] <= 115, row
+    if arch == "sm_90" and tokens <= 32:
+        assert row["in_flight"] >= 64 * 1024, row
+
+
+def test_budgets_may_only_shrink(tmp_path):
+    from sliderquant_kernels.tiles import Choice
+
+    row = inspect.Row("sm_90", "weight_only_linear", "W4", Choice("warp_k"), per_16_bytes=70.0)
+    path = tmp_path / "budgets.json"
+    inspect.write_budgets([row], path)
+    budgets = json.loads(path.read_text(encoding="utf-8"))
+    assert inspect.over_budget([row], budgets) == []
+    worse = inspect.replace(row, per_16_bytes=70.1)
+    assert inspect.over_budget([worse], budgets) == [
+        "sm_90 weight_only_linear W4: 70.1 instructions per 16 packed bytes, the budget is 70.0"
+    ]
+    inspect.write_budgets([worse], path)
+    assert json.loads(path.read_text(encoding="utf-8"))["per_16_bytes"] == {row.key: 70.0}
+    assert inspect.over_budget([worse], {**budgets, "triton": "another"}) == []
+    assert inspect.over_budget([inspect.replace(row, per_16_bytes=78.0)], {**budgets, "triton": "another"})
+
+
+def test_every_quick_case_has_a_budget():
+    budgets = json.loads(inspect.BUDGETS.read_text(encoding="utf-8"))["per_16_bytes"]
+    wanted = {
+        f"{arch} {case.op} {case.describe()}"
+        for arch in inspect.ARCHITECTURES
+        for case in inspect.cases(inspect.OPS)
+        if case.op == "weight_only_linear" and case.problem.m < 4096
+    }
+    assert wanted <= set(budgets)
+
+
+def test_where_the_weight_comes_from():
+    """A fragment that arithmetic made, and one that was loaded from shared memory."""
+
+    def code(*lines):
+        instructions = [(16 * i, *line) for i, line in enumerate(lines)]
+        return sass.MachineCode((*instructions, (16 * len(lines), "BRA", " 0x0")), 32, 0)
+
+    product = ("HMMA.16816.F32.BF16", " R4, R8, R12, R4")
+    dequantized = code(("LDSM.16.M88.4", " R12, [R2]"), ("HADD2.BF16", " R8, R20, R21"), product)
+    assert dequantized.weights_from() == "registers"
+    assert code(("LDSM.16.M88.4", " R8, [R2]"), product).weights_from() == "shared"
+    # Written at the end of the iteration before.
+    assert code(product, ("LDS.128", " R8, [R2]")).weights_from() == "shared"
+    group = ("HGMMA.64x16x16.F32.BF16", " R24, R4, gdesc[UR8]")
+    assert code(group).weights_from() == "registers"
+    assert code((group[0], " R24, gdesc[UR4], gdesc[UR8]")).weights_from() == "shared"
+    assert code(("UTCHMMA", " gdesc[UR4], tmem[UR5]")).weights_from() == "shared"
+    assert code(("FFMA", " R1, R2, R3, R1")).weights_from() == "-"
+
+
+def test_only_a_stack_that_is_used_is_a_spill():
+    def code(opcode):
+        return sass.MachineCode(((0, opcode, " R1, R2"),), 32, 8)
+
+    assert code("STL").spilled() == 8
+    assert code("FADD").spilled() == 0
 
 
 def test_interpreted_kernels_are_refused(tmp_path):

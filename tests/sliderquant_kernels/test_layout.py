@@ -65,7 +65,7 @@ def test_metadata_round_trip(case):
 
 
 def _plane_oracle(codes, bits):
-    """One code at a time, in Python integers: what interleaved rows are defined to be."""
+    """One code at a time, in Python integers: what planar rows are defined to be."""
     rows = []
     for row in codes.tolist():
         row = row + [0] * (-len(row) % 32)
@@ -73,9 +73,9 @@ def _plane_oracle(codes, bits):
         low = 0
         for width in {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}[bits]:
             values = [(code >> low) & (2**width - 1) for code in row]
-            count = 8 // width
-            for start in range(0, len(values), count):
-                out.append(sum(value << (i * width) for i, value in enumerate(values[start : start + count])))
+            columns = len(row) * width // 8
+            for j in range(columns):
+                out.append(sum(value << (i * width) for i, value in enumerate(values[j::columns])))
             low += width
         rows.append(out)
     return torch.tensor(rows, dtype=torch.uint8)
@@ -83,9 +83,9 @@ def _plane_oracle(codes, bits):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("k", [1, 32, 77])
-def test_interleaved_rows_are_what_the_triton_kernel_documents(bits, k, make_weight):
+def test_planar_rows_are_what_is_documented(bits, k, make_weight):
     codes = make_weight(bits, 5, k, None, True, torch.float32).codes
-    packed = bitpack.pack_rows(codes, bits, planar=False)
+    packed = bitpack.pack_rows(codes, bits)
     assert torch.equal(packed, _plane_oracle(codes, bits))
     assert packed.shape[1] == bitpack.row_bytes(k, bits) == -(-k // 32) * 32 * bits // 8
 
@@ -121,20 +121,26 @@ def test_memory_is_really_packed(bits):
     assert layout.bytes() == 256 * 1024 * bits // 8 + 256 * 8 * 2
 
 
-_GOOD = {"kind": "triton", "bits": 4, "n": 32, "k": 64, "group_size": 32, "symmetric": True, "version": 1}
+_GOOD = {"kind": "triton", "bits": 4, "n": 32, "k": 64, "group_size": 32, "symmetric": True, "version": 2}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, r"version: expected 1 for kind 'triton', got 2; repack"),
+        ({"version": 1}, r"version: expected 2 for kind 'triton', got 1; repack"),
         ({"kind": "marlin"}, r"kind: expected one of triton, .*, got 'marlin'"),
         ({"bits": 5}, r"bits: expected 2, 3, 4 or 8, got 5"),
         ({"group_size": 48}, r"group_size: expected 32, 64, 128 or None \(per channel\), got 48"),
         ({"group_size": 128}, r"k: expected a multiple of group_size=128, got 64"),
         ({"n": 0}, r"n: expected at least 1, got 0"),
-        ({"kind": "cpu_int4", "n": 33}, r"kind: 'cpu_int4' needs .* got bits=4, n=33, k=64; use choose_layout"),
-        ({"kind": "cpu_int8"}, r"kind: 'cpu_int8' needs 8 bits, per channel, symmetric, .* use choose_layout"),
+        (
+            {"kind": "cpu_int4", "n": 33, "version": 1},
+            r"kind: 'cpu_int4' needs .* got bits=4, n=33, k=64; use choose_layout",
+        ),
+        (
+            {"kind": "cpu_int8", "version": 1},
+            r"kind: 'cpu_int8' needs 8 bits, per channel, symmetric, .* use choose_layout",
+        ),
     ],
 )
 def test_bad_metadata_is_refused(change, message):
@@ -215,8 +221,11 @@ def test_unpack_refuses_what_another_layout_packed():
     packed = layout.pack(**_pack_case())
     other = WeightLayout("triton", 8, 32, 64, 32, False)
     with pytest.raises(
-        ValueError, match=r"weight: expected shape \(32, 64\) for this layout, got \(32, 32\); pack with"
+        ValueError, match=r"scale: expected shape \(2, 32, 2\) for this layout, got \(4, 32, 2\); pack with"
     ):
         other.unpack(packed)
+    with pytest.raises(ValueError, match=r"zero_point: expected None for kind 'triton' .* got a tensor"):
+        layout.unpack(PackedWeight(packed.weight, packed.scale, packed.weight))
+    planar = WeightLayout("cpu_bits", 4, 32, 64, 32, False)
     with pytest.raises(ValueError, match=r"zero_point: expected a tensor .* got None"):
-        layout.unpack(PackedWeight(packed.weight, packed.scale, None))
+        planar.unpack(planar.pack(**_pack_case())._replace(zero_point=None))

@@ -29,9 +29,9 @@ def test_opcheck(packed_weight, make_x):
     ops = torch.ops.sliderquant_kernels
     for shape in ((64,), (1, 64), (2, 3, 64), (0, 64)):
         bias = make_x((48,), torch.bfloat16) if len(shape) == 2 else None
-        torch.library.opcheck(
-            ops.weight_only_linear.default, (make_x(shape, torch.bfloat16), *packed, bias, *_fields(layout))
-        )
+        residual = make_x((*shape[:-1], 48), torch.bfloat16, seed=3) if len(shape) == 3 else None
+        operands = (make_x(shape, torch.bfloat16), *packed, bias, residual)
+        torch.library.opcheck(ops.weight_only_linear.default, (*operands, *_fields(layout), "", False))
     torch.library.opcheck(ops.dequantize.default, (*packed, *_fields(layout)), {"dtype": torch.float32})
 
 
@@ -129,6 +129,50 @@ def test_bad_x_and_bias_are_refused(packed_weight, x, bias, error, message):
         weight_only_linear(x, *packed_weight, bias)
 
 
+@pytest.mark.parametrize(
+    ("residual", "error", "message"),
+    [
+        (_x(2, 47), ValueError, r"residual: expected shape \(2, 48\) like the result, got \(2, 47\); expand"),
+        (_x(48), ValueError, r"residual: expected shape \(2, 48\) like the result, got \(48,\)"),
+        (
+            _x(2, 48, dtype=torch.float32),
+            TypeError,
+            r"residual: expected dtype torch.bfloat16 like x, got torch.float32",
+        ),
+        (_x(2, 48, device="meta"), ValueError, r"residual: expected device cpu like x, got meta; move it"),
+    ],
+)
+def test_bad_residual_is_refused(packed_weight, residual, error, message):
+    with pytest.raises(error, match=message):
+        weight_only_linear(_x(2, 64), *packed_weight, None, residual)
+
+
+def test_variants_belong_to_cuda(packed_weight):
+    with pytest.raises(ValueError, match=r"variant: expected one of warp_k, rows, dense on CUDA, got 'rows' for kind"):
+        weight_only_linear(_x(2, 64), *packed_weight, variant="rows")
+
+
+def test_residual_is_added(packed_weight, make_x):
+    packed, layout = packed_weight
+    x, bias, residual = (
+        make_x(shape, torch.bfloat16, seed) for seed, shape in enumerate(((2, 3, 64), (48,), (2, 3, 48)))
+    )
+    kept = residual.clone()
+    got = weight_only_linear(x, packed, layout, bias, residual)
+    assert torch.equal(got, weight_only_linear(x, packed, layout, bias) + residual)
+    assert torch.equal(residual, kept)
+
+
+def test_batch_invariance(packed_weight, make_x):
+    """A row has the same bits alone and among any others."""
+    packed, layout = packed_weight
+    x = make_x((70, 64), torch.bfloat16)
+    whole = weight_only_linear(x, packed, layout, batch_invariant=True)
+    for rows in (slice(0, 1), slice(3, 20), slice(69, 70), slice(0, 70)):
+        assert torch.equal(weight_only_linear(x[rows], packed, layout, batch_invariant=True), whole[rows])
+    assert torch.equal(whole[5], weight_only_linear(x[5], packed, layout))
+
+
 def _bits_weight(make_weight):
     layout = WeightLayout("cpu_bits", 4, 48, 64, 32, False)
     return layout.pack(*make_weight(4, 48, 64, 32, False, torch.bfloat16)[:3]), layout
@@ -195,7 +239,7 @@ def test_wrong_kinds_of_argument_are_refused(make_weight):
         dequantize(packed, layout, torch.int8)
     fields = ("marlin", 4, 48, 64, 32, False)
     with pytest.raises(ValueError, match=r"kind: expected one of .* got 'marlin'"):
-        torch.ops.sliderquant_kernels.weight_only_linear(_x(2, 64), *packed, None, *fields)
+        torch.ops.sliderquant_kernels.weight_only_linear(_x(2, 64), *packed, None, None, *fields, "", False)
 
 
 _WITHOUT_TRITON = """

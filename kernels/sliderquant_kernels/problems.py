@@ -1,0 +1,86 @@
+"""The grid of problems over which the kernels are compiled by `inspect`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from .tiles import Problem
+
+# Weights [N, K]: one for which there are plenty of tiles, one for which there are few, one whose K is an odd number of
+# blocks, one that fills no block.
+LARGE, SMALL, UNEVEN, ODD = (28672, 4096), (4096, 4096), (4096, 11008), (4096, 4100)
+_SHAPES = {LARGE: "large", SMALL: "small", UNEVEN: "uneven-K", ODD: "odd-K"}
+_BITS = (2, 3, 4, 8)
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to compile. `variant` None: what the rules choose. `epilogue`: with bias and residual."""
+
+    op: str
+    problem: Problem
+    variant: str | None = None
+    epilogue: bool = False
+
+    def describe(self) -> str:
+        """Its shape class in words."""
+        p = self.problem
+        grouping = f"g{p.group_size}" if p.group_size else "channel"
+        words = [f"W{p.bits}-{grouping}-{'sym' if p.symmetric else 'asym'}", str(p.dtype).removeprefix("torch.")]
+        if self.op == "weight_only_linear":
+            words.append(f"M={p.m}")
+        words.append(_SHAPES[(p.n, p.k)])
+        words += [self.variant] if self.variant else []
+        words += ["epilogue"] if self.epilogue else []
+        return " ".join(words)
+
+
+def weight_only_cases(full: bool) -> Iterator[Case]:
+    """Cases of the matmul."""
+    if full:
+        schemes = itertools.product(_BITS, (32, 64, 128, None), (True, False), (_BF16, _FP16))
+        for (bits, group_size, symmetric, dtype), m in itertools.product(schemes, (1, 16, 32, 64)):
+            for shape in (LARGE, SMALL):
+                yield _matmul(m, shape, bits, group_size, symmetric, dtype)
+        for bits, dtype, m in itertools.product(_BITS, (_BF16, _FP16), (1, 16, 32, 64)):
+            yield replace(_matmul(m, UNEVEN, bits, 128, False, dtype), epilogue=True)
+            yield _matmul(m, ODD, bits, None, False, dtype)
+        return
+    for m in (1, 8, 16, 32, 64):
+        yield _matmul(m, LARGE)
+    for m in (1, 16, 64):
+        yield _matmul(m, SMALL)
+    for bits in (2, 3, 8):
+        yield _matmul(1, LARGE, bits)
+        yield _matmul(16, SMALL, bits, 32, True, _FP16)
+        yield _matmul(64, LARGE, bits)
+    yield _matmul(1, LARGE, symmetric=True)
+    yield _matmul(1, SMALL, group_size=None, symmetric=True, dtype=_FP16)
+    yield _matmul(32, LARGE, group_size=64, dtype=_FP16)
+    yield replace(_matmul(1, UNEVEN), epilogue=True)
+    yield _matmul(32, ODD, 3, None)
+    yield _matmul(4096, LARGE)
+
+
+def _matmul(
+    m: int,
+    shape: tuple[int, int],
+    bits: int = 4,
+    group_size: int | None = 128,
+    symmetric: bool = False,
+    dtype: torch.dtype = _BF16,
+) -> Case:
+    return Case("weight_only_linear", Problem(m, *shape, bits, group_size, symmetric, dtype))
+
+
+def dequantize_cases(full: bool) -> Iterator[Case]:
+    """Cases of the dequantize op."""
+    grid = itertools.product(_BITS, (32, 128, None), (True, False), (_BF16, _FP16, _FP32))
+    quick = ((4, 128, False, _BF16), (3, 32, True, _FP16), (2, None, False, _FP32), (8, 128, True, _BF16))
+    for bits, group_size, symmetric, dtype in grid if full else quick:
+        yield Case("dequantize", Problem(1, *LARGE, bits, group_size, symmetric, dtype))

@@ -1,0 +1,199 @@
+"""From packed words to the operands of a matrix instruction, in registers.
+
+A code q is placed into the mantissa of a power of two whose lowest bit at that place counts ones (128 + q in bfloat16,
+1024 + q in float16, or a smaller power where q sits higher), by one three-input logic instruction and few shifts; then
+the same power plus the zero-point is subtracted, which is exact. Source: the "magic number" conversion of Kim et al.,
+"Who Says Elephants Can't Run" (arXiv 2211.10017), here for all widths and with zero-points for free.
+
+Triton's interpreter cannot run PTX: there and wherever `ARCH` is 0, plain Triton computes the same numbers.
+"""
+
+# Triton's tuples grow, Python's types of them do not.
+# mypy: allow-incomplete-defs, disable-error-code="assignment,misc"
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .fragments import THIRD_BITS
+
+
+class Field(NamedTuple):
+    """Where one code of a word is found: `word >> shift` has its lowest bit at `offset`."""
+
+    shift: int
+    offset: int
+
+
+def fields(bits: int, bf16: bool) -> tuple[Field, ...]:
+    """The codes of a word, in order. A place high in the mantissa saves a shift: bf16 has 7 bits, fp16 has 10."""
+    if bits in (2, 3):
+        return tuple(Field(shift, offset) for shift in (0, 6, 12) for offset in (0, 2, 4))[:8]
+    if bits == 4:
+        return (
+            tuple(Field(4 * i, 0) for i in range(4)) if bf16 else (Field(0, 0), Field(0, 4), Field(8, 0), Field(8, 4))
+        )
+    return (Field(0, 0), Field(8, 0))
+
+
+def power(offset: int, bf16: bool) -> int:
+    """The 16 bits of the power of two whose mantissa bit `offset` counts ones."""
+    mantissa, bias = (7, 127) if bf16 else (10, 15)
+    return (mantissa - offset + bias) << mantissa
+
+
+def unpack_ptx(bits: int, bf16: bool, arch: int, symmetric: bool) -> str:
+    """PTX from two words in the halves of a 32-bit register to P registers of two operands.
+
+    Operands: outputs $0 .. $P-1; the words; for 3 bits the bytes of third bits, one in each half; then, unless the
+    weight is symmetric, the power plus zero-point (8 bits in bf16: the zero-point) for each output.
+    """
+    kind = "bf16x2" if bf16 else "f16x2"
+    found = fields(bits, bf16)
+    count = len(found)
+    word, third = count, count + 1
+    fused = bf16 and arch < 90  # sub.bf16x2 needs sm_90
+    lines = [".reg .b32 w, h, one, negative, low, high;"]
+
+    def pair(value: int) -> str:
+        return f"0x{value << 16 | value:08X}"
+
+    # An operand of its own, even a constant one, would tempt the compiler to unpack in a layout of its choice and to
+    # carry the result through shared memory.
+    zero = [f"${count + 1 + (bits == 3) + i}" for i in range(count)]
+    if symmetric:
+        zero = [f"z{field.offset}" for field in found]
+        for offset in sorted({field.offset for field in found}):
+            raised = power(offset, bf16) | 2 ** (bits - 1) << offset
+            value = 0x4300 if bits == 8 and bf16 else raised
+            lines.append(f".reg .b32 z{offset}; mov.b32 z{offset}, {pair(value)};")
+
+    def subtract(target: str, value: str, amount: str) -> None:
+        if fused:
+            lines.append(f"xor.b32 negative, {amount}, 0x80008000;")
+            lines.append(f"fma.rn.bf16x2 {target}, {value}, one, negative;")
+        else:
+            lines.append(f"sub.{kind} {target}, {value}, {amount};")
+
+    if fused:
+        lines.append("mov.b32 one, 0x3F803F80;")
+    if bits == 8 and bf16:
+        # 128 + low nibble and 2048 + 16 * high nibble are exact, and so is every step to q - z.
+        lines.append(".reg .b32 middle; mov.b32 middle, 0x45084508;")
+        for i in range(2):
+            for name, shift, base in (("low", 8 * i, 0x4300), ("high", 8 * i + 4, 0x4500)):
+                lines.append(f"shr.u32 w, ${word}, {shift};")
+                lines.append(f"lop3.b32 {name}, w, 0x000F000F, {pair(base)}, 0xEA;")
+            subtract("low", "low", zero[i])
+            subtract("high", "high", "middle")
+            lines.append(f"fma.rn.bf16x2 ${i}, low, one, high;" if fused else f"add.bf16x2 ${i}, low, high;")
+        return "{ " + " ".join(lines) + " }"
+    width = 2 if bits == 3 else bits
+    shifted = f"${word}"
+    for i, (shift, offset) in enumerate(found):
+        if shift and (i == 0 or found[i - 1].shift != shift):
+            lines.append(f"shr.u32 w, ${word}, {shift};")
+            shifted = "w"
+        # (word & mask) | power
+        mask = (2**width - 1) << offset
+        lines.append(f"lop3.b32 ${i}, {shifted}, {pair(mask)}, {pair(power(offset, bf16))}, 0xEA;")
+        if bits == 3:
+            move = offset + 2 - THIRD_BITS[i]
+            source = f"${third}"
+            if move:
+                lines.append(f"sh{'l.b32' if move > 0 else 'r.u32'} h, ${third}, {abs(move)};")
+                source = "h"
+            lines.append(f"lop3.b32 ${i}, {source}, {pair(4 << offset)}, ${i}, 0xEA;")
+        subtract(f"${i}", f"${i}", zero[i])
+    return "{ " + " ".join(lines) + " }"
+
+
+def unpack_constraints(bits: int, bf16: bool, symmetric: bool) -> str:
+    """The register constraints of `unpack_ptx`."""
+    count = len(fields(bits, bf16))
+    return ",".join(["=r"] * count + ["r"] * (1 + (bits == 3) + (0 if symmetric else count)))
+
+
+# Tables for the kernels, which can read a constant but not call Python.
+_PTX: tl.constexpr = tl.constexpr(
+    {
+        10000 * symmetric + 1000 * bits + 100 * bf16 + arch: unpack_ptx(bits, bf16, arch, symmetric)
+        for symmetric, bits, bf16, arch in itertools.product((False, True), (2, 3, 4, 8), (False, True), (80, 90))
+    }
+)
+_CONSTRAINTS: tl.constexpr = tl.constexpr(
+    {
+        10000 * symmetric + 1000 * bits + 100 * bf16: unpack_constraints(bits, bf16, symmetric)
+        for symmetric, bits, bf16 in itertools.product((False, True), (2, 3, 4, 8), (False, True))
+    }
+)
+_OFFSETS: tl.constexpr = tl.constexpr(
+    {
+        1000 * bits + 100 * bf16 + i: field.offset
+        for bits, bf16 in itertools.product((2, 3, 4, 8), (False, True))
+        for i, field in enumerate(fields(bits, bf16))
+    }
+)
+_THIRD_BITS: tl.constexpr = tl.constexpr(THIRD_BITS)
+
+
+@triton.jit
+def raised_zero(zero, OFFSET: tl.constexpr, BF16: tl.constexpr):
+    """16 bits of (power + zero-point) at place 0 -> at place OFFSET: the zero-point moves up, the exponent down."""
+    if OFFSET == 0:
+        return zero
+    if BF16:
+        return ((zero & 0x7F) << OFFSET) | (0x4300 - OFFSET * 0x80)
+    return ((zero & 0x3FF) << OFFSET) | (0x6400 - OFFSET * 0x400)
+
+
+@triton.jit
+def unpack_planes(words, third, zeros, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, OPERAND: tl.constexpr,
+                  BF16: tl.constexpr, ZERO_BIAS: tl.constexpr, ARCH: tl.constexpr):  # fmt: skip
+    """Words -> a tuple of P planes of q - z in OPERAND.
+
+    Args:
+        words: uint16, any shape.
+        third: 3 bits: uint16 of the same shape with a byte each; otherwise unused.
+        zeros: stored (biased) zero-points, broadcastable to `words`, in the activations' dtype, which is that of the
+            planes under PTX; a tuple of as many as there are groups in a block. Only the dtype counts when SYMMETRIC.
+        ARCH: 80, 90, ... for PTX; 0 for plain Triton.
+    """
+    PLANES: tl.constexpr = 16 // (2 if BITS == 3 else BITS)
+    SHARE: tl.constexpr = PLANES // len(zeros)
+    if ARCH == 0:
+        q = words.to(tl.int32)
+        out = ()
+        for i in tl.static_range(PLANES):
+            value = (q >> (16 // PLANES * i)) & (2 ** (16 // PLANES) - 1)
+            if BITS == 3:
+                value |= ((third.to(tl.int32) >> _THIRD_BITS[i]) & 1) << 2
+            if SYMMETRIC:
+                value -= 2 ** (BITS - 1)
+            else:
+                value -= zeros[i // SHARE].to(tl.float32).to(tl.int32) - ZERO_BIAS
+            out = out + (value.to(OPERAND),)
+    else:
+        KEY: tl.constexpr = 10000 * SYMMETRIC + 1000 * BITS + 100 * BF16
+        PTX: tl.constexpr = _PTX[KEY + (90 if ARCH >= 90 else 80)]
+        CONSTRAINTS: tl.constexpr = _CONSTRAINTS[KEY]
+        operands = [words, third] if BITS == 3 else [words]
+        if not SYMMETRIC:
+            for i in tl.static_range(PLANES):
+                zero = zeros[i // SHARE].to(tl.uint16, bitcast=True)
+                operands = operands + [raised_zero(zero, _OFFSETS[1000 * BITS + 100 * BF16 + i], BF16)]
+        # A dtype that comes as a compile-time argument is not accepted inside a tuple: hence `like.dtype`.
+        like = zeros[0]
+        if BITS == 8:
+            out = tl.inline_asm_elementwise(PTX, CONSTRAINTS, operands, (like.dtype, like.dtype), True, 2)
+        elif BITS == 4:
+            out = tl.inline_asm_elementwise(PTX, CONSTRAINTS, operands,
+                                             (like.dtype, like.dtype, like.dtype, like.dtype), True, 2)  # fmt: skip
+        else:
+            out = tl.inline_asm_elementwise(PTX, CONSTRAINTS, operands,
+                                             (like.dtype, like.dtype, like.dtype, like.dtype,
+                                              like.dtype, like.dtype, like.dtype, like.dtype), True, 2)  # fmt: skip
+    return out

@@ -1,0 +1,158 @@
+"""The PTX of the unpacking, by emulation: every word, every width, on old and new architectures.
+
+The few instructions it takes are executed by torch on many registers at once: a GPU is not needed to know that the text
+computes the right numbers.
+"""
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sliderquant_kernels import fragments, unpack_triton
+
+_WORDS = torch.arange(1 << 16)
+
+_MASK = 0xFFFFFFFF
+
+
+def _run(text: str, constraints: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Execute PTX; inputs and outputs are int64 tensors that hold 32-bit registers, `$i` counts outputs first."""
+    outputs = constraints.split(",").count("=r")
+    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+    assert constraints.split(",").count("r") == len(inputs)
+    declared: set[str] = set()
+    for statement in text.strip("{} ").split(";"):
+        words = statement.replace(",", " ").split()
+        if not words:
+            continue
+        opcode, *operands = words
+        if opcode == ".reg":
+            declared.update(operands[1:])
+            continue
+        target, sources = operands[0], [_value(operand, registers) for operand in operands[1:]]
+        assert target.startswith("$") or target in declared, f"{target} is not declared"
+        assert target not in {f"${outputs + i}" for i in range(len(inputs))}, "an input is overwritten"
+        registers[target] = _execute(opcode, sources)
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+def _value(operand: str, registers: dict[str, torch.Tensor]) -> torch.Tensor:
+    if re.fullmatch(r"0x[0-9A-Fa-f]+|\d+", operand):
+        return torch.tensor(int(operand, 0))
+    return registers[operand]
+
+
+def _execute(opcode: str, sources: list[torch.Tensor]) -> torch.Tensor:
+    name, *kind = opcode.split(".")
+    if name == "mov":
+        return sources[0]
+    if name == "shr":
+        return sources[0] >> sources[1]
+    if name == "shl":
+        return (sources[0] << sources[1]) & _MASK
+    if name == "xor":
+        return sources[0] ^ sources[1]
+    if name == "lop3":
+        a, b, c, table = sources
+        assert int(table) == 0xEA
+        return (a & b) | c
+    dtype = torch.bfloat16 if kind[-1] == "bf16x2" else torch.float16
+    a, b, *rest = (_halves(source, dtype) for source in sources)
+    # One rounding of a result that fp64 holds exactly.
+    exact = {"sub": lambda: a - b, "add": lambda: a + b, "fma": lambda: a * b + rest[0]}[name]()
+    return _register(exact.to(dtype))
+
+
+def _halves(register: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    parts = torch.stack([register & 0xFFFF, register >> 16], -1)
+    return (parts - (parts >> 15) * 65536).to(torch.int16).view(dtype).double()
+
+
+def _register(halves: torch.Tensor) -> torch.Tensor:
+    parts = halves.view(torch.int16).long() & 0xFFFF
+    return parts[..., 0] | (parts[..., 1] << 16)
+
+
+def _pair(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Two 16-bit values as one register."""
+    return low | (high << 16)
+
+
+def _numbers(register: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The two 16-bit floating-point numbers of a register, `[..., 2]` fp64."""
+    return _halves(register, dtype)
+
+
+def _want(bits, words, third, zero):
+    count = fragments.planes(bits)
+    width = 16 // count
+    for i in range(count):
+        code = (words >> (width * i)) & (2**width - 1)
+        if bits == 3:
+            code = code | ((third >> fragments.THIRD_BITS[i]) & 1) << 2
+        yield code.double() - zero
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_word(bits, dtype, symmetric, arch):
+    bf16 = dtype == torch.bfloat16
+    text = unpack_triton.unpack_ptx(bits, bf16, arch, symmetric)
+    constraints = unpack_triton.unpack_constraints(bits, bf16, symmetric)
+    generator = torch.Generator().manual_seed(0)
+    # The other half of the register holds another word: neither may disturb the other.
+    others = _WORDS[torch.randperm(1 << 16, generator=generator)]
+    third, other_third = torch.randint(0, 256, (2, 1 << 16), generator=generator)
+    inputs = [_pair(_WORDS, others)]
+    if bits == 3:
+        inputs.append(_pair(third, other_third))
+    zeros = [2 ** (bits - 1)] if symmetric else sorted({0, 1, 2 ** (bits - 1), 2**bits - 2, 2**bits - 1})
+    for zero in zeros:
+        stored = torch.tensor([zero + fragments.zero_bias(bits, dtype)]).to(dtype).view(torch.int16).long() & 0xFFFF
+        raised = [_raised(stored, field.offset, bf16) for field in unpack_triton.fields(bits, bf16)]
+        operands = [] if symmetric else [_pair(value, value) for value in raised]
+        got = _run(text, constraints, inputs + operands)
+        halves = zip(_want(bits, _WORDS, third, zero), _want(bits, others, other_third, zero), strict=True)
+        for plane, (low, high) in zip(got, halves, strict=True):
+            found = _numbers(plane, dtype)
+            assert torch.equal(found[:, 0], low)
+            assert torch.equal(found[:, 1], high)
+
+
+def _raised(stored, offset, bf16):
+    """What `raised_zero` computes; that one is Triton and is held to this by `test_raised_zero`."""
+    mantissa = 7 if bf16 else 10
+    value = stored & (2**mantissa - 1)
+    return unpack_triton.power(offset, bf16) | value << offset if offset else stored
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("offset", [0, 2, 4])
+def test_raised_zero(offset, bf16):
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    stored = torch.arange(8) + fragments.zero_bias(4, dtype)
+    pattern = (stored.to(dtype).view(torch.int16).long()) & 0xFFFF
+    function = getattr(unpack_triton.raised_zero, "fn", unpack_triton.raised_zero)
+    got = function(pattern, offset, bf16)
+    raised = got.to(torch.int16).view(dtype).double()
+    # The power at this place plus the zero-point.
+    power = torch.tensor([unpack_triton.power(offset, bf16)]).to(torch.int16).view(dtype).double()
+    assert torch.equal(raised, power + torch.arange(8))
+
+
+def test_no_code_is_read_twice():
+    """Fields cover a word: 16 bits, without gaps."""
+    for bits in (2, 3, 4, 8):
+        for bf16 in (False, True):
+            width = 16 // fragments.planes(bits)
+            starts = [field.shift + field.offset for field in unpack_triton.fields(bits, bf16)]
+            assert starts == list(range(0, 16, width))
+            mantissa = 7 if bf16 else 10
+            taken = 3 if bits == 3 else width
+            if bits != 8:
+                assert all(field.offset + taken <= mantissa for field in unpack_triton.fields(bits, bf16))
