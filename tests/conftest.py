@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 # Triton decides between interpreter and compiler when it is first imported, by whatever test comes first: this file is
-# read before all of them.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# read before all of them. On a machine with a GPU the kernels run there instead.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "sliderquant" / "assets" / "demo-llama-5m"
@@ -19,8 +21,6 @@ SHARED = ROOT.parent / "shared"
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny tensors: with more threads, most of the time goes into waking them."""
-    import torch
-
     torch.set_num_threads(1)
 
 
@@ -41,7 +41,6 @@ def save_random_model(
     folder: Path, dtype: str = "bfloat16", seed: int = 0, model_type: str = "llama", **changes: object
 ) -> Path:
     """A tiny random causal language model of a family, saved as a user would have it, with the demo's tokenizer."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     settings = {

@@ -84,7 +84,8 @@ def inspect(case: Case, arch: str) -> Row:
     number = int(arch.removeprefix("sm_"))
     choice = Choice("dequantize", num_warps=4, num_stages=1)
     if case.op == "weight_only_linear":
-        choice = tiles.choose(case.problem, Device.typical(number), case.variant)
+        problem = replace(case.problem, m=max(case.problem.m, fewest_tokens()))
+        choice = tiles.choose(problem, Device.typical(number), case.variant)
     row = Row(arch, case.op, case.describe(), choice)
     if choice.variant == "dense":
         return replace(row, matrix_instruction="cuBLAS", weights_from="-")
@@ -164,6 +165,13 @@ def _compile(case: Case, choice: Choice, arch: int) -> Any:
             constants.setdefault(name, None)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=divisible)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def fewest_tokens() -> int:
+    """What the launch takes for fewer tokens, see there."""
+    from .weight_only_triton import FEWEST_TOKENS
+
+    return FEWEST_TOKENS
 
 
 def over_budget(rows: list[Row], budgets: dict[str, Any]) -> list[str]:

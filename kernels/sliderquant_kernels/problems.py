@@ -44,7 +44,7 @@ def weight_only_cases(full: bool) -> Iterator[Case]:
     """Cases of the matmul."""
     if full:
         schemes = itertools.product(_BITS, (32, 64, 128, None), (True, False), (_BF16, _FP16))
-        for (bits, group_size, symmetric, dtype), m in itertools.product(schemes, (1, 16, 32, 64)):
+        for (bits, group_size, symmetric, dtype), m in itertools.product(schemes, (1, 16, 32, 64, 256)):
             for shape in (LARGE, SMALL):
                 yield _matmul(m, shape, bits, group_size, symmetric, dtype)
         for bits, dtype, m in itertools.product(_BITS, (_BF16, _FP16), (1, 16, 32, 64)):
@@ -59,6 +59,8 @@ def weight_only_cases(full: bool) -> Iterator[Case]:
         yield _matmul(1, LARGE, bits)
         yield _matmul(16, SMALL, bits, 32, True, _FP16)
         yield _matmul(64, LARGE, bits)
+    yield _matmul(256, LARGE)
+    yield _matmul(256, SMALL, 8, None, True, _FP16)
     yield _matmul(1, LARGE, symmetric=True)
     yield _matmul(1, SMALL, group_size=None, symmetric=True, dtype=_FP16)
     yield _matmul(32, LARGE, group_size=64, dtype=_FP16)

@@ -122,7 +122,7 @@ def _variant(problem: Problem, device: Device) -> tuple[str, str]:
 
 # Beyond these, dequantizing once and cuBLAS win: 2.5 bytes a weight are moved once, against an unpacking for every 64
 # tokens. Derived, not measured: arithmetic in docs/kernels.md.
-DENSE_FROM = {80: 256, 86: 256, 89: 256, 90: 512, 100: 256, 120: 256}
+DENSE_FROM = {80: 512, 86: 512, 89: 512, 90: 512, 100: 256, 120: 512}
 
 
 def _warp_k(problem: Problem, device: Device, reason: str) -> Choice:
@@ -160,22 +160,22 @@ def _rows_block_m(problem: Problem, device: Device) -> int:
     if problem.m <= 16:
         return 16
     wide = block_inputs(problem.bits) > 128
-    return 32 if problem.m <= 32 or wide or family(device.arch) == 120 else 64
+    if problem.m <= 32 or wide or family(device.arch) == 120:
+        return 32
+    return 128 if problem.m >= 128 and family(device.arch) in (80, 90) else 64
 
 
 def _rows(problem: Problem, device: Device, block_m: int, reason: str) -> Choice:
     arch, wide = family(device.arch), block_inputs(problem.bits) > 128
     # For a batch-invariant choice `m` must not count: as if there were one tile of tokens.
     tiles_m = 1 if reason.startswith("batch") else -(-problem.m // block_m)
-    row_blocks = 8
-    if tiles_m * -(-problem.n // (ROWS * row_blocks)) < device.sm_count:
+    row_blocks, warps = 8, 8 if block_m == 128 else 4
+    if block_m < 128 and tiles_m * -(-problem.n // (ROWS * row_blocks)) < device.sm_count:
         row_blocks = 4
-    stages = 4
-    if SHARED_LIMIT[arch] < 128 * 1024 or wide:
-        stages = 3
+    stages = 3 if SHARED_LIMIT[arch] < 128 * 1024 or wide or block_m == 128 else 4
     k_blocks = -(-problem.k // block_inputs(problem.bits))
     split = _split(problem, device, tiles_m, row_blocks, k_blocks)
-    return Choice("rows", block_m, row_blocks, 4, stages, split, reason)
+    return Choice("rows", block_m, row_blocks, warps, stages, split, reason)
 
 
 def _split(problem: Problem, device: Device, tiles_m: int, row_blocks: int, steps: int) -> int:

@@ -26,9 +26,13 @@ _INTERPRETED_DEVICE = Device.typical(90)
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
+# Triton before 3.6 has no matrix product of 8 tokens: what is launched then is what 9 tokens take.
+FEWEST_TOKENS = 1 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else 9
+
+
 def problem_of(layout: WeightLayout, m: int, dtype: torch.dtype) -> Problem:
-    """The problem of `m` tokens of `dtype` times a packed weight."""
-    return Problem(m, layout.n, layout.k, layout.bits, layout.group_size, layout.symmetric, dtype)
+    """The problem, as the rules see it, of `m` tokens of `dtype` times a packed weight."""
+    return Problem(max(m, FEWEST_TOKENS), layout.n, layout.k, layout.bits, layout.group_size, layout.symmetric, dtype)
 
 
 def device_of(tensor: Tensor) -> Device:
