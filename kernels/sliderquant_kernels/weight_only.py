@@ -16,6 +16,7 @@ from . import cpu
 from .layout import DTYPES, PackedWeight, WeightLayout
 from .tiles import VARIANTS
 
+ALIGNMENT = 16
 _FIELDS = "str kind, int bits, int n, int k, int group_size, bool symmetric"
 # Not torch.library.custom_op: its Python wrappers cost more than everything else here does for one token on a CPU.
 _library = torch.library.Library("sliderquant_kernels", "DEF")
@@ -163,6 +164,16 @@ def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}; move it")
 
 
+def _check_alignment(**tensors: Tensor) -> None:
+    """The Triton kernels read 16 bytes at a time. What `layout.pack` returns is aligned, a slice need not be."""
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() % ALIGNMENT:
+            raise ValueError(
+                f"{name}: expected an address that is a multiple of {ALIGNMENT} bytes, got an offset of "
+                f"{tensor.data_ptr() % ALIGNMENT}; clone() the tensor"
+            )
+
+
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected float16, bfloat16 or float32, got {dtype}")
@@ -188,6 +199,7 @@ def _linear_cuda(x, weight, scale, zero_point, bias, residual, kind, bits, n, k,
                  batch_invariant):  # fmt: skip
     layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
     _check_operands(x, weight, scale, bias, residual, layout, variant)
+    _check_alignment(weight=weight, scale=scale)
     bias = None if bias is None else bias.contiguous()
     return _triton().weight_only_linear(x, weight, scale, bias, residual, layout, variant or None, batch_invariant)
 
@@ -208,6 +220,7 @@ def _dequantize_cpu(weight, scale, zero_point, kind, bits, n, k, group_size, sym
 def _dequantize_cuda(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric, dtype):
     _check_dtype(dtype)
     layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
+    _check_alignment(weight=weight, scale=scale)
     return _triton().dequantize(weight, scale, layout, dtype)
 
 

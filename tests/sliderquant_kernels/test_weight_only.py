@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, dequantize, weight_only_linear
+from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, dequantize, weight_only, weight_only_linear
 
 _KINDS = ["cpu_int4", "cpu_bits", "cpu_int8"]
 
@@ -227,6 +227,17 @@ def test_layout_of_another_device_is_refused(make_weight):
         weight_only_linear(_x(2, 64), packed, layout)
     with pytest.raises(ValueError, match=message):
         dequantize(packed, layout, torch.bfloat16)
+
+
+def test_misaligned_weights_are_refused():
+    """As the CUDA ops do; what they read 16 bytes at a time must start at such an address."""
+    buffer = torch.zeros(64, dtype=torch.uint8)
+    start = -buffer.data_ptr() % 16
+    weight_only._check_alignment(weight=buffer[start:])
+    with pytest.raises(
+        ValueError, match=r"weight: expected an address that is a multiple of 16 bytes, got an offset of 3"
+    ):
+        weight_only._check_alignment(scale=buffer[start:], weight=buffer[start + 3 :])
 
 
 def test_wrong_kinds_of_argument_are_refused(make_weight):
