@@ -1,0 +1,1 @@
+"""Kernels against their physical floors and the best public kernels: `python -m benchmarks kernels`."""

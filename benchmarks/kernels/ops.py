@@ -1,0 +1,8 @@
+"""The ops that are measured. An op is a module with the functions of `case.Op`; a further one is an entry here."""
+
+from . import weight_only
+from .case import Op
+
+__all__ = ["OPS"]
+
+OPS: dict[str, Op] = {op.NAME: op for op in (weight_only,)}

@@ -1,0 +1,85 @@
+"""What the weight-only kernels aim at on a GPU of the H200's class, and what the rows say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..case import Goal
+from ..figures import is_timed
+from .plan import MAIN_SCHEME
+from .providers.ours import CHOSEN
+
+__all__ = ["goals"]
+
+Row = dict[str, Any]
+LARGE, MEDIUM = 60e6, 30e6
+W2_SCHEME = "W2A16-g128"
+
+
+def goals(rows: list[Row], runs: dict[int, dict[str, Any]]) -> list[Goal]:
+    """Every goal with the worst figure among the rows that it speaks of; `rows` have been through `figures.derive`."""
+    ours = [
+        row
+        for row in rows
+        if is_timed(row)
+        and row["provider"] == CHOSEN
+        and row["dtype"] == "bf16"
+        and runs[row["run"]]["device"] == "cuda"
+    ]
+    main = [row for row in ours if row["scheme"] == MAIN_SCHEME]
+    single = [row for row in main if row["m"] == 1]
+    large = [row for row in single if row["weight_bytes"] >= LARGE]
+    medium = [row for row in single if MEDIUM <= row["weight_bytes"] < LARGE]
+    return [
+        _goal(f"{MAIN_SCHEME}, M = 1, weights of 60 MB and up: of copy bandwidth", 0.75, large, _copy_share),
+        _goal(f"{MAIN_SCHEME}, M = 1, weights of 30 to 60 MB: of copy bandwidth", 0.55, medium, _copy_share),
+        _goal(f"{MAIN_SCHEME}, M = 16: time over that of M = 1", 1.10, _pairs(main, 16), _over_first, at_least=False),
+        _goal(f"{MAIN_SCHEME}, M >= 2048: time of cuBLAS bf16 over ours", 0.90, _many(main), _ratio("ratio_to_16bit")),
+        _goal(f"{MAIN_SCHEME}, M = 1 to 64: best peer's time over ours", 1.0, _few(main), _ratio("ratio_to_best_peer")),
+        _goal(f"{W2_SCHEME}, M = 1: time of {MAIN_SCHEME} over its", 1.5, _w2_pairs(ours), _over_first),
+    ]  # fmt: skip
+
+
+def _goal(
+    text: str, target: float, rows: Iterable[Any], figure: Callable[[Any], float | None], at_least: bool = True
+) -> Goal:
+    figures = [(value, row) for row in rows if (value := figure(row)) is not None]
+    if not figures:
+        return Goal(text, target, None, at_least, "not measured")
+    worst, row = (min if at_least else max)(figures, key=lambda pair: pair[0])
+    row = row[0] if isinstance(row, tuple) else row
+    return Goal(text, target, worst, at_least, f"worst of {len(figures)}: {row['shape']}, M = {row['m']}")
+
+
+def _copy_share(row: Row) -> float:
+    return row["percent_of_copy"] / 100
+
+
+def _ratio(column: str) -> Callable[[Row], float | None]:
+    return lambda row: row.get(column)
+
+
+def _few(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["m"] <= 64]
+
+
+def _many(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["m"] >= 2048]
+
+
+def _over_first(pair: tuple[Row, Row]) -> float:
+    return pair[0]["q50_us"] / pair[1]["q50_us"]
+
+
+def _pairs(rows: list[Row], m: int) -> list[tuple[Row, Row]]:
+    """(the row of m tokens, that of one token) for each shape."""
+    first = {row["shape"]: row for row in rows if row["m"] == 1}
+    return [(row, first[row["shape"]]) for row in rows if row["m"] == m and row["shape"] in first]
+
+
+def _w2_pairs(rows: list[Row]) -> list[tuple[Row, Row]]:
+    """(W4, W2) of one token for each shape."""
+    single = [row for row in rows if row["m"] == 1]
+    two = {row["shape"]: row for row in single if row["scheme"] == W2_SCHEME}
+    return [(row, two[row["shape"]]) for row in single if row["scheme"] == MAIN_SCHEME and row["shape"] in two]

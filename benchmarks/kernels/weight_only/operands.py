@@ -1,0 +1,140 @@
+"""Random quantized weights and activations, and what their product must be."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sliderquant_kernels import reference
+
+from ..case import DTYPES, Arithmetic, Case, Prepared
+from ..checking import UNIT_ROUNDOFF, Expected, accumulation, sample_rows
+
+__all__ = ["Operands", "WeightScheme", "activations", "expected", "operands"]
+
+# Rows of the weight that are dequantized to fp64 at a time.
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """Bits, group size (None: per channel) and symmetry of a weight."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    @classmethod
+    def parse(cls, name: str) -> WeightScheme:
+        """Read `W4A16-g128`, `W8A16-sym`, ... Raises ValueError for anything else."""
+        found = re.fullmatch(r"W([2348])A16(?:-g(32|64|128))?(-sym)?", name)
+        if found is None:
+            raise ValueError(f"scheme: expected W{{2,3,4,8}}A16[-g32|-g64|-g128][-sym], got {name!r}")
+        return cls(int(found[1]), int(found[2]) if found[2] else None, bool(found[3]))
+
+    def __str__(self) -> str:
+        group = f"-g{self.group_size}" if self.group_size else ""
+        return f"W{self.bits}A16{group}{'-sym' if self.symmetric else ''}"
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Codes `[N, K]` uint8, scale `[N, G]` of dtype, zero_point `[N, G]` uint8 or None if symmetric."""
+
+    scheme: WeightScheme
+    dtype: torch.dtype
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    @property
+    def n(self) -> int:
+        """Output features."""
+        return self.codes.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Input features."""
+        return self.codes.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale: K per channel."""
+        return self.scheme.group_size or self.k
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight `[N, K]`, rounded once to dtype."""
+        parts = [
+            reference.dequantize(*self.part(start), self.scheme.bits).to(dtype) for start in range(0, self.n, CHUNK)
+        ]
+        return torch.cat(parts)
+
+    def offsets(self) -> Tensor:
+        """What the zero-points add to a weight: (2^(bits - 1) - zero_point) * scale `[N, G]` fp64, 0 if symmetric."""
+        if self.zero_point is None:
+            return torch.zeros_like(self.scale, dtype=torch.float64)
+        return (2 ** (self.scheme.bits - 1) - self.zero_point.double()) * self.scale.double()
+
+    def part(self, start: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scale and zero_point of CHUNK rows."""
+        rows = slice(start, start + CHUNK)
+        return self.codes[rows], self.scale[rows], None if self.zero_point is None else self.zero_point[rows]
+
+
+def operands(case: Case, device: torch.device) -> Operands:
+    """Uniformly random codes and zero-points; weights are of the size of a model's."""
+    scheme, dtype = WeightScheme.parse(case.scheme), DTYPES[case.dtype]
+    n, k = case.shape
+    generator = _generator(case, device)
+    groups = k // scheme.group_size if scheme.group_size else 1
+    codes = torch.randint(0, 2**scheme.bits, (n, k), dtype=torch.uint8, device=device, generator=generator)
+    scale = torch.rand(n, groups, device=device, generator=generator).add_(0.5).mul_(0.02 / 2 ** (scheme.bits - 1))
+    zero_point = None
+    if not scheme.symmetric:
+        zero_point = torch.randint(
+            0, 2**scheme.bits, (n, groups), dtype=torch.uint8, device=device, generator=generator
+        )
+    return Operands(scheme, dtype, codes, scale.to(dtype), zero_point)
+
+
+def activations(case: Case, weight: Operands) -> Tensor:
+    """x `[M, K]`, standard normal: neither timing nor checking is done on zeros."""
+    generator = _generator(case, weight.codes.device)
+    x = torch.randn(case.m, weight.k, device=weight.codes.device, generator=generator)
+    return x.to(weight.dtype)
+
+
+def expected(weight: Operands, x: Tensor, prepared: Prepared) -> Expected:
+    """x W^T in fp64, with the errors that the provider's roundings can make."""
+    rows = sample_rows(x.shape[0], torch.Generator(x.device).manual_seed(x.shape[0]))
+    chosen = x[rows].double()
+    squares = chosen.square().float()
+    u, arithmetic = UNIT_ROUNDOFF[weight.dtype], prepared.arithmetic(x.shape[0])
+    want, deviation = [], []
+    for start in range(0, weight.n, CHUNK):
+        if prepared.weight is None:
+            w = reference.dequantize(*weight.part(start), weight.scheme.bits)
+        else:
+            w = prepared.weight[start : start + CHUNK].double()
+        want.append(chosen @ w.t())
+        variance = _variance(weight, w, start, u, arithmetic)
+        deviation.append((squares @ variance.float().t()).sqrt_())
+    return Expected(rows, torch.cat(want, 1), torch.cat(deviation, 1), u * arithmetic.output_roundings)
+
+
+def _variance(weight: Operands, w: Tensor, start: int, u: float, arithmetic: Arithmetic) -> Tensor:
+    """Squared error of a product over the squared activation, for each weight of a chunk."""
+    per_weight = accumulation(weight.k) ** 2 + (arithmetic.weight_roundings * u) ** 2
+    variance = w.square() * per_weight
+    if arithmetic.offset_roundings:
+        offsets = weight.offsets()[start : start + CHUNK].square() * (arithmetic.offset_roundings * u) ** 2
+        variance += offsets.repeat_interleave(weight.group_size, 1)
+    return variance
+
+
+def _generator(case: Case, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(zlib.crc32(repr(case.key).encode()))

@@ -1,0 +1,232 @@
+"""The whole command on a CPU, in seconds: rows, resuming, absent peers, tables and pictures."""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from typing import ClassVar
+
+import pytest
+
+from benchmarks import report
+from benchmarks.kernels import command
+from benchmarks.kernels.floors import Floors
+from benchmarks.kernels.measure import Measurer
+from benchmarks.kernels.ops import OPS
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """`arguments(*words)`: parsed, with results into a folder of the test, on a machine without a GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def parse(*words):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        return parser.parse_args(["--subset", "tiny", "--out", str(tmp_path), *words])
+
+    return parse
+
+
+class InThisProcess:
+    """Workers without processes, and with floors that need no measuring."""
+
+    def __init__(self, count, setup, arguments):
+        self.arguments = arguments
+        self._answer = setup(*arguments)
+        self._answer.cache_bytes = 1 << 20  # or the copies of tiny tensors take seconds to make
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def ask(self, task, timeout):
+        if task == "floors" and isinstance(self._answer, Measurer):
+            return Floors(20.0, 0.2, 0.0)
+        return self._answer(task)
+
+    def run(self, tasks, timeout, until=None):
+        for task in tasks:
+            yield task, None if until is not None and time.monotonic() > until else self.ask(task, timeout)
+
+
+class FakeGpu:
+    """A measurer whose kernels take `slowness` times their floor; asked for what it was asked."""
+
+    slowness: ClassVar = {"cublas": 1.1, "sliderquant": 1.25, "humming": 1.3}
+
+    def __init__(self, device, settings, roof=None):
+        assert device == "cuda"
+        self.asked, self.floors = [], Floors(4000.0, 800.0, 1.5)
+
+    def __call__(self, task):
+        if isinstance(task, str):
+            return {"gpu": "Fake GPU", "threads": 1, "cores": 2, "cpu": "x86"} if task == "machine" else self.floors
+        FakeGpu.asked.append(task)
+        accuracy = {"relative_error": 1e-3, "tolerance": 4e-3, "worst_element": 0.5}
+        row = {**task.case.columns(), "provider": task.provider, "kind": task.kind, "status": "ok", **accuracy}
+        if task.kind != "time":
+            return row
+        n, k = task.case.shape
+        weight_bytes = n * k * (2 if task.provider == "cublas" else int(task.case.scheme[1]) / 8)
+        work = {"bytes": weight_bytes + 2 * task.case.m * (n + k), "flops": 2.0 * task.case.m * n * k}
+        us = self.slowness.get(task.provider, 2.0) * self.floors.floor_us(**_floor_arguments(work))
+        return {**row, **work, "weight_bytes": weight_bytes, "q20_us": us, "q50_us": us, "q80_us": us}
+
+
+def _floor_arguments(work):
+    return {"work_bytes": work["bytes"], "flops": work["flops"]}
+
+
+@pytest.fixture
+def fake_gpu(arguments, in_this_process, monkeypatch):
+    """A machine with a GPU, and what it was asked so far."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Fake GPU")
+    monkeypatch.setattr(command, "setup", FakeGpu)
+    monkeypatch.setattr(FakeGpu, "asked", [], raising=False)
+    monkeypatch.setattr("benchmarks.kernels.machine.installed", lambda name: None if "==" in name else "1.0")
+    return FakeGpu.asked
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(command, "Workers", InThisProcess)
+
+
+@pytest.fixture
+def result(tmp_path):
+    return tmp_path / "cpu" / "kernels-tiny.json"
+
+
+def test_measure_resume_and_report(arguments, result, capsys):
+    command.run(arguments())
+    first = json.loads(result.read_text())
+    assert {row["status"] for row in first["rows"]} == {"ok"}
+    assert {row["provider"] for row in first["rows"]} == {"onednn", "sliderquant", "torch-int4"}
+    assert all(row["q50_us"] > 0 and row["ratio_to_16bit"] > 0 and row["percent_of_floor"] > 0 for row in first["rows"])
+    assert all(row["relative_error"] <= row["tolerance"] for row in first["rows"])
+    run = first["runs"][0]
+    assert run["device"] == "cpu"
+    assert run["clocks"] is None
+    assert run["floors"]["copy_gbps"] > 0
+    assert {"torch", "sliderquant_kernels"} <= set(run["versions"])
+    assert {goal["passed"] for goal in first["goals"]} == {None}
+    assert not result.with_suffix(".journal").exists()
+    printed = capsys.readouterr().out
+    assert "no GPU: CPU routes" in printed
+    assert "goals: they are for a GPU" in printed
+
+    command.run(arguments())
+    second = json.loads(result.read_text())
+    times = [
+        [(row["provider"], row["m"], row["q50_us"], row["run"]) for row in each["rows"]] for each in (first, second)
+    ]
+    assert times[0] == times[1]
+    assert "us\n" not in capsys.readouterr().out.split("written to")[0]  # nothing was measured again
+
+    written = report.report(result)
+    assert written[0] == result.with_suffix(".md")
+    assert len(written) == 1 + 2 * 3
+    assert all(path.read_bytes().startswith(PNG) for path in written[1:])
+    text = written[0].read_text()
+    assert "## weight_only_linear W4A16-g128 bf16" in text
+    assert "| tiny | 256x512 | 4 | sliderquant |" in text
+    assert all(f"({path.name})" in text for path in written[1:])
+    assert "14 of 14 results agree with fp64" in text
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_an_absent_peer_is_one_error_row_and_gone_when_it_comes(arguments, result, monkeypatch, capsys):
+    (op,) = OPS.values()
+    peer = replace(op.PROVIDERS["torch-int4"], distribution="no-such-peer==7.0")
+    monkeypatch.setitem(op.PROVIDERS, "torch-int4", peer)
+    command.run(arguments("--providers", "torch-int4"))
+    rows = json.loads(result.read_text())["rows"]
+    failed = [row for row in rows if row["provider"] == "torch-int4"]
+    assert [(row["kind"], row["status"], row["error"]) for row in failed] == [
+        ("provider", "error", "not installed: pip install no-such-peer==7.0")
+    ]
+    assert {row["provider"] for row in rows} == {"torch-int4", "onednn"}
+    assert "absent: torch-int4: not installed" in capsys.readouterr().out
+    assert (
+        "| torch-int4 | error | not installed: pip install no-such-peer==7.0 | 1 |"
+        in report.report(result, plots=False)[0].read_text()
+    )
+
+    monkeypatch.setitem(op.PROVIDERS, "torch-int4", replace(peer, distribution=None))
+    command.run(arguments("--providers", "torch-int4"))
+    found = [row for row in json.loads(result.read_text())["rows"] if row["provider"] == "torch-int4"]
+    assert {(row["kind"], row["status"]) for row in found} == {("time", "ok")}
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_rows_of_other_versions_are_measured_again(arguments, result):
+    command.run(arguments("--providers", "onednn"))
+    content = json.loads(result.read_text())
+    content["rows"][0]["version"] = "older"
+    content["rows"][1]["q50_us"] = 1e9
+    result.write_text(json.dumps(content))
+    command.run(arguments("--providers", "onednn"))
+    rows = json.loads(result.read_text())["rows"]
+    assert sorted(row["run"] for row in rows) == [0] * (len(rows) - 1) + [1]
+    assert max(row["q50_us"] for row in rows) == 1e9  # kept, although it cannot be
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_out_of_time_rows_are_left_for_the_next_start(arguments, result, capsys):
+    command.run(arguments("--budget", "0.001"))
+    assert json.loads(result.read_text())["rows"] == []
+    assert "out of time: 14 rows" in capsys.readouterr().out
+    command.run(arguments())
+    assert len(json.loads(result.read_text())["rows"]) == 14
+
+
+def test_on_a_gpu_checks_come_first_then_compilation_then_times_and_the_goals_last(
+    arguments, fake_gpu, tmp_path, capsys
+):
+    command.run(arguments("--subset", "quick"))
+    kinds = [task.kind for task in fake_gpu]
+    assert kinds == sorted(kinds, key=["check", "warm", "time"].index)
+    assert set(kinds) == {"check", "warm", "time"}
+    # What compiles is called before anything is timed, and only that.
+    compiled = {task.provider for task in fake_gpu if task.kind == "warm"}
+    assert compiled == {"sliderquant", "sliderquant:warp_k", "sliderquant:rows", "sliderquant:dense"}
+
+    content = json.loads((tmp_path / "fake-gpu" / "kernels-quick.json").read_text())
+    absent = {row["provider"] for row in content["rows"] if row["kind"] == "provider"}
+    assert absent == {"humming", "torchao", "mslk", "conch", "bitsandbytes"}
+    assert not [task for task in fake_gpu if task.provider in absent]
+    assert [goal["passed"] for goal in content["goals"]] == [True, True, True, False, True, True]
+    last = capsys.readouterr().out.splitlines()[-6:]
+    assert [line[:4] for line in last] == ["pass", "pass", "pass", "MISS", "pass", "pass"]
+    assert last[0] == (
+        "pass  W4A16-g128, M = 1, weights of 60 MB and up: of copy bandwidth: 0.800 "
+        "(at least 0.75; worst of 1: 8192x28672, M = 1)"
+    )
+    assert last[3].startswith("MISS  W4A16-g128, M >= 2048: time of cuBLAS bf16 over ours: 0.880 (at least 0.9; ")
+
+    fake_gpu.clear()
+    command.run(arguments("--subset", "quick"))
+    assert fake_gpu == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--subset", "full"], "--subset: subset: expected one of quick, tiny on cpu, got 'full'"),
+        (["--providers", "marlin"], "--providers marlin: expected some of cublas, onednn, sliderquant"),
+    ],
+)
+def test_bad_arguments(arguments, words, message):
+    with pytest.raises(SystemExit, match=message.replace("(", r"\(")):
+        command.run(arguments(*words))
+
+
+def test_report_without_files_says_what_to_do(tmp_path):
+    with pytest.raises(SystemExit, match=r"no kernels-\*\.json in it; measure with python -m benchmarks kernels"):
+        report.run(argparse.Namespace(folder=tmp_path, no_plots=True))
