@@ -1,13 +1,14 @@
 """A checkpoint folder to a transformers model that runs on packed weights.
 
 The model is built without weights; every tensor then goes from the file to the device and, if it belongs to a quantized
-linear, into the layout of that device. No dense copy of a quantized weight is ever made: the peak is the packed model
-plus the codes of one layer.
+linear, into the layout of that device. Linears that read the same input become one packed weight. No dense copy of a
+quantized weight is ever made: the peak is the packed model plus the codes of one such weight.
 """
 
 import ctypes
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from sliderquant.checkpoint.skeleton import build_skeleton, check_against_model,
 from sliderquant.devices import resolve_device
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.modules.linear import PackedLinear
+from sliderquant.modules.merged import MergedLinear, can_merge, concatenate, shared_inputs
+from sliderquant.quantizer import QuantizedWeight
 
 __all__ = ["load"]
 
@@ -33,6 +36,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     *,
     attn_implementation: str | None = None,
+    merge: bool = True,
 ) -> PreTrainedModel:
     """Load a quantized checkpoint: of sliderquant, or of another tool in compressed-tensors' `pack-quantized` format.
 
@@ -42,6 +46,8 @@ def load(
         dtype: of scales, activations and all that is not quantized: `"auto"` (that of config.json), `"float32"`,
             `"bfloat16"` or `"float16"`. The codes stay as they are.
         attn_implementation: as in transformers: `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...
+        merge: pack q_proj, k_proj and v_proj as one weight, and gate_proj and up_proj: one kernel launch each. The
+            modules keep their places and `state_dict` its tensors; `sliderquant.modules.split_linears` undoes it.
 
     Returns:
         The model in evaluation mode, without gradients; `generate`, `save_pretrained` and `torch.compile` work on it.
@@ -60,7 +66,7 @@ def load(
     absent = check_against_model(checkpoint, model)
 
     _fill_dense(model, checkpoint, target, wanted)
-    _fill_packed(model, checkpoint, target, wanted)
+    _fill_packed(model, checkpoint, target, wanted, merge)
     packed = {f"{name}.weight" for name in checkpoint.schemes}
     if packed & model.all_tied_weights_keys.keys():
         # A packed output head is not the embedding, whatever the configuration says.
@@ -128,19 +134,68 @@ def _kept_dtype(model: PreTrainedModel, key: str, dtype: torch.dtype) -> torch.d
     return torch.float32 if kept & set(key.split(".")) else dtype
 
 
-def _fill_packed(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    for name, scheme in checkpoint.schemes.items():
+def _fill_packed(
+    model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, merge: bool
+) -> None:
+    groups = shared_inputs(model) if merge else []
+    merged = [names for names in groups if _can_merge(model, checkpoint, names, device, dtype)]
+    group_of = {name: names for names in merged for name in names}
+    for name in checkpoint.schemes:
+        names = group_of.get(name, (name,))
+        if name == names[0]:
+            _fill_linears(model, checkpoint, names, device, dtype)
+            _return_free_memory()
+
+
+def _can_merge(
+    model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> bool:
+    if not all(name in checkpoint.schemes for name in names):
+        return False
+    shapes = [checkpoint.linear_shapes[name] for name in names]
+    biased = [model.get_submodule(name).bias is not None for name in names]
+    return can_merge(shapes, [checkpoint.schemes[name] for name in names], biased, device, dtype)
+
+
+def _fill_linears(
+    model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put one linear, or several as one packed weight, into the model."""
+    quantized = _read_quantized(checkpoint, names, device, dtype)
+    scheme = checkpoint.schemes[names[0]]
+    biases = [model.get_submodule(name).bias for name in names]
+    try:
+        if len(names) == 1:
+            model.set_submodule(names[0], PackedLinear(quantized, scheme, biases[0], dtype=dtype))
+        else:
+            sizes = [checkpoint.linear_shapes[name][0] for name in names]
+            MergedLinear(quantized, scheme, sizes, concatenate(biases), dtype=dtype).attach(model, names)
+    except ValueError as error:  # of the kernels: a value that no quantizer writes
+        if len(names) > 1:
+            for name in names:  # the message shall name the one that holds it
+                _fill_linears(model, checkpoint, (name,), device, dtype)
+        where = f"{checkpoint.tensors[f'{names[0]}.weight_packed'].file}: layer {names[0]}"
+        raise CheckpointError(f"{where} cannot be packed for {device} in {dtype}: {error}") from error
+
+
+def _read_quantized(
+    checkpoint: Checkpoint, names: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> QuantizedWeight:
+    """The weights of one or more linears of one scheme, concatenated along the outputs, with scales in `dtype`."""
+    scheme = checkpoint.schemes[names[0]]
+    outputs = sum(checkpoint.linear_shapes[name][0] for name in names)
+    # Concatenating afterwards would hold the codes twice.
+    codes = torch.empty(outputs, checkpoint.linear_shapes[names[0]][1], dtype=torch.uint8, device=device)
+    scales, zero_points, start = [], [], 0
+    for name in names:
         parts = {part: tensor.to(device) for part, tensor in _read_parts(checkpoint, name).items()}
-        parent_name, _, child = name.rpartition(".")
-        bias = model.get_submodule(name).bias
-        try:
-            linear = PackedLinear(unpack(parts, scheme), scheme, bias, dtype=dtype)
-        except ValueError as error:  # of the kernels: a value that no quantizer writes
-            file = checkpoint.tensors[f"{name}.weight_packed"].file
-            raise CheckpointError(f"{file}: layer {name} cannot be packed for {device} in {dtype}: {error}") from error
-        setattr(model.get_submodule(parent_name), child, linear)
-        del parts
-        _return_free_memory()
+        quantized = unpack(parts, scheme)
+        stop = start + quantized.codes.shape[0]
+        codes[start:stop] = quantized.codes
+        scales.append(quantized.scale.to(dtype))
+        zero_points.append(quantized.zero_point)
+        start = stop
+    return QuantizedWeight(codes, torch.cat(scales), concatenate(zero_points))
 
 
 def _read_parts(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:

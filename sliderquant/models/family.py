@@ -15,6 +15,8 @@ class Family:
         base: module that maps token ids to the last hidden states.
         layers: list of decoder layers.
         linears: the linear layers inside a decoder layer, in the order of the data flow.
+        shared_inputs: those of them that multiply the same tensor, group by group; a group's linears are children of
+            one module.
         head: the output projection, which stays in 16 bits.
     """
 
@@ -30,5 +32,9 @@ class Family:
         "mlp.gate_proj",
         "mlp.up_proj",
         "mlp.down_proj",
+    )
+    shared_inputs: tuple[tuple[str, ...], ...] = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
     )
     head: str = "lm_head"

@@ -12,24 +12,99 @@ from sliderquant.quantizer import QuantizedWeight
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, dequantize, weight_only_linear
 
-__all__ = ["PackedLinear"]
+__all__ = ["PackedLinear", "QuantizedLinear"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class PackedLinear(nn.Module):
-    """`y = x @ dequantize(weight)^T + bias`, without the dense weight in memory.
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is codes, scales and zero-points, wherever they are kept.
 
-    The layout of the packed weight belongs to a device and a dtype: moving the module packs it again, and its codes are
-    never cast. `state_dict` does not depend on the layout: it holds the tensors of the checkpoint format, so that what
-    `save_pretrained` writes is a checkpoint.
+    `state_dict` holds the tensors of the checkpoint format under the layer's own name, so that what `save_pretrained`
+    writes is a checkpoint.
 
     Attributes:
         in_features, out_features: sizes of the dense weight `[out, in]`.
         scheme: how the weight is quantized.
-        layout: how it is packed in memory.
         dtype: of the scales and of the computation: float32, bfloat16 or float16.
         bias: `[out]` or None.
+    """
+
+    in_features: int
+    out_features: int
+    scheme: Scheme
+    dtype: torch.dtype
+    bias: Tensor | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed weight is."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight `[out, in]`, made anew at every access: model code that reads `linear.weight`, or its dtype
+        or device, gets what it expects."""
+        return self.dequantize()
+
+    def quantized(self) -> QuantizedWeight:
+        """The codes, scales (in `dtype`) and zero-points."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight `[out, in]` in `dtype`; None: the dtype of the module."""
+        raise NotImplementedError
+
+    def _replace(self, quantized: QuantizedWeight) -> None:
+        """Take another weight of the same shape and scheme."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.scheme.bits}, group_size={self.scheme.group_size}, symmetric={self.scheme.symmetric}"
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for part, tensor in pack(self.quantized(), self.scheme).items():
+            destination[prefix + part] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [part for part in PARTS if not (part == "weight_zero_point" and self.scheme.symmetric)]
+        missing = [prefix + name for name in names if prefix + name not in state_dict]
+        rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if missing:
+            missing_keys += missing
+            return
+        shape = tuple(state_dict[prefix + "weight_shape"].tolist())
+        if shape != (self.out_features, self.in_features):
+            error_msgs.append(
+                f"{prefix}weight_shape is {list(shape)}, expected [{self.out_features}, {self.in_features}]"
+            )
+            return
+        parts = {name: state_dict[prefix + name].to(self.device) for name in names}
+        self._replace(unpack(parts, self.scheme))
+
+
+class PackedLinear(QuantizedLinear):
+    """`y = x @ dequantize(weight)^T + bias`, without the dense weight in memory.
+
+    The layout of the packed weight belongs to a device and a dtype: moving the module packs it again, and its codes are
+    never cast. `state_dict` does not depend on the layout.
+
+    Attributes:
+        layout: how the weight is packed in memory.
     """
 
     packed_weight: Tensor
@@ -78,7 +153,6 @@ class PackedLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the packed weight is."""
         return self.packed_weight.device
 
     @property
@@ -86,30 +160,19 @@ class PackedLinear(nn.Module):
         """The packed tensors, as the kernels take them."""
         return PackedWeight(self.packed_weight, self.packed_scale, self.packed_zero_point)
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight `[out, in]`, made anew at every access: model code that reads `linear.weight`, or its dtype
-        or device, gets what it expects."""
-        return self.dequantize()
-
     def quantized(self) -> QuantizedWeight:
-        """The codes, scales (in `dtype`) and zero-points."""
         codes, scale, zero_point = self.layout.unpack(self.packed)
         return QuantizedWeight(codes, scale.to(self.dtype), None if self.scheme.symmetric else zero_point)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight `[out, in]` in `dtype`; None: the dtype of the module."""
         return dequantize(self.packed, self.layout, self.dtype if dtype is None else dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` in `dtype` -> `[..., out]`."""
         return weight_only_linear(x, self.packed, self.layout, self.bias)
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.scheme.bits}, group_size={self.scheme.group_size}, symmetric={self.scheme.symmetric}"
-        )
+    def _replace(self, quantized: QuantizedWeight) -> None:
+        self._store(quantized, self.dtype)
 
     def _store(self, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
         if dtype not in _DTYPES:
@@ -153,37 +216,6 @@ class PackedLinear(nn.Module):
         finally:
             self._buffers = moved
         return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for part, tensor in pack(self.quantized(), self.scheme).items():
-            destination[prefix + part] = tensor
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = [part for part in PARTS if not (part == "weight_zero_point" and self.scheme.symmetric)]
-        missing = [prefix + name for name in names if prefix + name not in state_dict]
-        rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if missing:
-            missing_keys += missing
-            return
-        shape = tuple(state_dict[prefix + "weight_shape"].tolist())
-        if shape != (self.out_features, self.in_features):
-            error_msgs.append(
-                f"{prefix}weight_shape is {list(shape)}, expected [{self.out_features}, {self.in_features}]"
-            )
-            return
-        parts = {name: state_dict[prefix + name].to(self.device) for name in names}
-        self._store(unpack(parts, self.scheme), self.dtype)
 
 
 def _same_dtype(fn: Callable[[Tensor], Tensor], buffer: Tensor | None) -> Tensor | None:

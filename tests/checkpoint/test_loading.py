@@ -18,7 +18,7 @@ from sliderquant.checkpoint import CheckpointWriter, read_checkpoint
 from sliderquant.checkpoint.packing import pack
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.loading import load
-from sliderquant.modules import PackedLinear
+from sliderquant.modules import LinearSlice, MergedLinear, PackedLinear, QuantizedLinear
 from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
@@ -47,7 +47,8 @@ def test_logits_are_those_of_the_stored_weights(scheme: str, tied: bool, tiny: T
     close(model(IDS).logits, made.model(IDS).logits)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 14
+    linears = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    assert sum(name.endswith("_proj") for name in linears) == 14
     assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) == tied
     assert model.name_or_path == str(made.path)
     assert model.generation_config.temperature == 0.7
@@ -57,6 +58,23 @@ def test_logits_are_those_of_the_stored_weights(scheme: str, tied: bool, tiny: T
 def test_shards_and_two_schemes(tiny: Tiny) -> None:
     made = tiny("W4A16-g64", down_proj="W3A16", max_shard_bytes=20_000)
     close(load(made.path)(IDS).logits, made.model(IDS).logits)
+
+
+@torch.no_grad()
+def test_merging_across_shards(tiny: Tiny) -> None:
+    """Linears that become one packed weight may lie in different files."""
+    made = tiny("W3A16-g32", max_shard_bytes=8_000, attention_bias=True)
+    files = read_checkpoint(made.path).files
+    owner = {key: path for path in files for key in load_file(path)}
+    prefix = "model.layers.0.self_attn"
+    assert owner[f"{prefix}.q_proj.weight_packed"] != owner[f"{prefix}.k_proj.weight_packed"]
+    merged, single = load(made.path), load(made.path, merge=False)
+    assert sum(isinstance(module, MergedLinear) for module in merged.modules()) == 4
+    assert not any(isinstance(module, (MergedLinear, LinearSlice)) for module in single.modules())
+    assert torch.equal(merged(IDS).logits, single(IDS).logits)
+    state = merged.state_dict()
+    for path in files:
+        assert all(torch.equal(state[key], tensor) for key, tensor in load_file(path).items())
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sliderquant.checkpoint import CheckpointWriter, read_checkpoint
 from sliderquant.loading import load
-from sliderquant.modules import PackedLinear
+from sliderquant.modules import QuantizedLinear
 from sliderquant.quantizer import dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
@@ -161,7 +161,8 @@ def test_same_logits(
 ) -> None:
     path, stored = written[case.name]
     model = load(path, device="cpu", dtype="float32")
-    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 14
+    linears = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    assert sum(name.endswith("_proj") for name in linears) == 14
     logits = model(IDS).logits
     assert relative(logits, read_by_transformers[f"{case.name}/logits"]) < 1e-4
     assert relative(logits, stored(IDS).logits) < 1e-4
