@@ -84,7 +84,8 @@ class Provider:
     distribution: the package that must be installed, pinned to the version that the adapter was written for.
     peer: somebody else's kernel for the same job, to be compared with.
     computes: how what it computes differs from the case's scheme; empty: not at all.
-    compiles: compiles at the first call of a new problem, so that it is worth warming up in parallel.
+    compilation: for those that compile at the first call, what of a case the compiled code depends on; None: nothing is
+        compiled. One case of each is called in parallel processes before anything is timed.
     accepts: why a case is not measured with it, or None.
     release: called when the graph that was timed is gone.
     """
@@ -95,7 +96,7 @@ class Provider:
     distribution: str | None = None
     peer: bool = False
     computes: str = ""
-    compiles: bool = False
+    compilation: Callable[[Case], Hashable] | None = None
     accepts: Callable[[Case], str | None] = lambda case: None
     release: Callable[[], None] = lambda: None
 

@@ -7,7 +7,6 @@ one it measures the CPU routes against torch's 16-bit matmul. Started again, it 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -30,8 +29,10 @@ from .workers import Failure, Workers
 
 # How much of a budget may go by before timing begins: checks, and compiling what will be timed.
 CHECK_SHARE, WARM_SHARE = 0.4, 0.6
-# Each holds a CUDA context.
-MOST_HELPERS = 14
+# Each holds a CUDA context, a weight, and what packing it takes.
+MOST_HELPERS, HELPER_BYTES = 14, 5e9
+# How often the file itself is written; between, rows are in the journal.
+WRITE_SECONDS = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         timings = [task for task in plan.timings if task.provider not in absent and not recorder.has(task)]
         try:
             if device == "cuda" and (checks or timings):
-                count = arguments.helpers or max(1, min(MOST_HELPERS, (os.cpu_count() or 2) - 2))
+                count = arguments.helpers or helpers_that_fit(known["machine"])
                 with Workers(count, setup, (device, setting)) as helpers:
                     recorder.record(helpers.run(checks, arguments.timeout, ends[CHECK_SHARE]))
                     warm_up(helpers, timings, arguments.timeout, ends[WARM_SHARE], progress)
@@ -88,6 +89,11 @@ def run(arguments: argparse.Namespace) -> None:
             store.update(clocks_after=machine.clocks(), seconds=round(time.monotonic() - started, 1))
             goals = finish(store)
     summary(store, goals, recorder, path)
+
+
+def helpers_that_fit(found: dict[str, Any]) -> int:
+    """Processes for checking and compiling: as many as CPU and GPU memory carry."""
+    return max(1, min(MOST_HELPERS, found["cores"] - 2, int(found["memory_bytes"] / HELPER_BYTES)))
 
 
 def settings(device: str, subset: str) -> Settings:
@@ -129,10 +135,14 @@ def known_machine(timer: Workers, arguments: argparse.Namespace) -> dict[str, An
 
 def warm_up(helpers: Workers, timings: list[Task], timeout: float, until: float | None, progress: Progress) -> None:
     """Compile in parallel what will be timed, into the compilers' caches on disk. Failures show when it is timed."""
-    compiled = [task._replace(kind="warm") for task in timings if OPS[task.case.op].PROVIDERS[task.provider].compiles]
+    compiled: dict[Any, Task] = {}
+    for task in timings:
+        compilation = OPS[task.case.op].PROVIDERS[task.provider].compilation
+        if compilation is not None:
+            compiled.setdefault((task.case.op, compilation(task.case)), task._replace(kind="warm"))
     if compiled:
-        progress.say(f"compiling for {len(compiled)} rows")
-        for _ in helpers.run(compiled, timeout, until):
+        progress.say(f"compiling {len(compiled)} kernels for {len(timings)} rows")
+        for _ in helpers.run(compiled.values(), timeout, until):
             pass
 
 
@@ -170,6 +180,7 @@ class Recorder:
     def __init__(self, store: Store, versions: dict[str, str], progress: Progress) -> None:
         self._store, self._versions, self._progress = store, versions, progress
         self.skipped: list[Task] = []
+        self._written = time.monotonic()
 
     def version(self, provider: Provider) -> str:
         """What a row of this provider depends on: the same again would be the same row."""
@@ -218,6 +229,9 @@ class Recorder:
                 answer = {**task.case.columns(), **columns}
             provider = OPS[task.case.op].PROVIDERS[task.provider]
             self._progress.row(self._store.add(answer, self.version(provider)))
+            if time.monotonic() - self._written > WRITE_SECONDS:
+                finish(self._store)
+                self._written = time.monotonic()
 
 
 def finish(store: Store) -> list[Goal]:

@@ -26,7 +26,8 @@ class Measurer:
     """Answers tasks with rows. Holds the operands of one key at a time, and what providers prepared from them."""
 
     def __init__(self, device: str, ops: dict[str, Op], settings: Settings, roof: Floors | None = None) -> None:
-        self.device = torch.device(device)
+        # With its index, as the tensors on it have.
+        self.device = torch.empty(0, device=device).device
         self.ops, self.settings = ops, settings
         self.cache_bytes = machine.cache_bytes(self.device)
         # Without a measurement, that of a small GPU: it only decides how many calls go into a graph.
@@ -34,7 +35,7 @@ class Measurer:
         self._key: Any = None
         self._operands: Any = None
         self._prepared: dict[str, Prepared] = {}
-        self._copies: dict[str, list[tuple[Tensor, ...]]] = {}
+        self._copies: dict[tuple[int, ...], list[tuple[Tensor, ...]]] = {}
         self._expected: dict[Any, Expected] = {}
         self._case_key: Any = None
         self._activations: Tensor | None = None
@@ -68,7 +69,7 @@ class Measurer:
             self._select(op, task.case)
             prepared = self._prepare(op, task.provider)
             assert self._activations is not None
-            return self._rotated(task.provider, prepared, self._activations)[0]
+            return self._rotated(prepared, self._activations)[0]
 
     def _make(self, task: Task) -> dict[str, Any]:
         op, case = self.ops[task.case.op], task.case
@@ -131,7 +132,7 @@ class Measurer:
 
     def _time(self, op: Op, case: Case, provider: str, prepared: Prepared, x: Tensor) -> dict[str, Any]:
         work = op.work(case, prepared)
-        calls, cache = self._rotated(provider, prepared, x)
+        calls, cache = self._rotated(prepared, x)
         if self.device.type == "cuda":
             for call in calls[:2]:
                 call()
@@ -150,14 +151,16 @@ class Measurer:
         name = op.BASELINE[self.device.type]
         if provider == name:
             return in_turns(calls, None, self.settings)
-        baseline, _ = self._rotated(name, self._prepare(op, name), x)
+        baseline, _ = self._rotated(self._prepare(op, name), x)
         return in_turns(calls, baseline, self.settings)
 
-    def _rotated(self, provider: str, prepared: Prepared, x: Tensor) -> tuple[list[Call], str]:
-        if provider not in self._copies:
+    def _rotated(self, prepared: Prepared, x: Tensor) -> tuple[list[Call], str]:
+        # Providers that read the same tensors share the copies.
+        tensors = tuple(tensor.data_ptr() for tensor in prepared.tensors)
+        if tensors not in self._copies:
             needed = copies_needed(prepared.bytes(), self.cache_bytes)
-            self._copies[provider] = copy_tensors(prepared.tensors, needed)
-        copies = self._copies[provider]
+            self._copies[tensors] = copy_tensors(prepared.tensors, needed)
+        copies = self._copies[tensors]
         megabytes = (
             f"{len(copies)} sets of {prepared.bytes() / 1e6:.1f} MB, {self.cache_bytes / 2**20:.0f} MiB of cache"
         )
@@ -191,6 +194,11 @@ class Measurer:
 
 def setup(device: str, settings: Settings, roof: Floors | None = None) -> Measurer:
     """A Measurer of all ops, for a process of its own."""
+    if device == "cuda":
+        torch.set_num_threads(1)  # Several processes share the CPU, and what counts runs on the GPU.
+    # Every capture of a graph collects garbage: what the imports have made need not be looked at again.
+    gc.collect()
+    gc.freeze()
     return Measurer(device, OPS, settings, roof)
 
 

@@ -13,7 +13,11 @@ from benchmarks.kernels import command
 from benchmarks.kernels.floors import Floors
 from benchmarks.kernels.measure import Measurer
 from benchmarks.kernels.ops import OPS
+from benchmarks.kernels.weight_only.providers import ours
+from sliderquant_kernels import tiles
 
+MACHINE = {"gpu": "Fake GPU", "threads": 1, "cores": 16, "cpu": "x86", "memory_bytes": 80e9}
+VARIANT_OF = {"sliderquant": None, **{ours.name_of(variant): variant for variant in tiles.VARIANTS}}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -65,7 +69,7 @@ class FakeGpu:
 
     def __call__(self, task):
         if isinstance(task, str):
-            return {"gpu": "Fake GPU", "threads": 1, "cores": 2, "cpu": "x86"} if task == "machine" else self.floors
+            return MACHINE if task == "machine" else self.floors
         FakeGpu.asked.append(task)
         accuracy = {"relative_error": 1e-3, "tolerance": 4e-3, "worst_element": 0.5}
         row = {**task.case.columns(), "provider": task.provider, "kind": task.kind, "status": "ok", **accuracy}
@@ -89,6 +93,7 @@ def fake_gpu(arguments, in_this_process, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Fake GPU")
     monkeypatch.setattr(command, "setup", FakeGpu)
     monkeypatch.setattr(FakeGpu, "asked", [], raising=False)
+    monkeypatch.setattr(ours, "_current_device", lambda: tiles.Device.typical(90))
     monkeypatch.setattr("benchmarks.kernels.machine.installed", lambda name: None if "==" in name else "1.0")
     return FakeGpu.asked
 
@@ -193,9 +198,11 @@ def test_on_a_gpu_checks_come_first_then_compilation_then_times_and_the_goals_la
     kinds = [task.kind for task in fake_gpu]
     assert kinds == sorted(kinds, key=["check", "warm", "time"].index)
     assert set(kinds) == {"check", "warm", "time"}
-    # What compiles is called before anything is timed, and only that.
-    compiled = {task.provider for task in fake_gpu if task.kind == "warm"}
-    assert compiled == {"sliderquant", "sliderquant:warp_k", "sliderquant:rows", "sliderquant:dense"}
+    # Everything that compiles is called once before anything is timed.
+    ours_timed = [task for task in fake_gpu if task.kind == "time" and task.provider in VARIANT_OF]
+    compiled = [ours.compilation(task.case, VARIANT_OF[task.provider]) for task in fake_gpu if task.kind == "warm"]
+    assert len(compiled) == len(set(compiled)) < 80
+    assert set(compiled) == {ours.compilation(task.case, VARIANT_OF[task.provider]) for task in ours_timed}
 
     content = json.loads((tmp_path / "fake-gpu" / "kernels-quick.json").read_text())
     absent = {row["provider"] for row in content["rows"] if row["kind"] == "provider"}
@@ -213,6 +220,13 @@ def test_on_a_gpu_checks_come_first_then_compilation_then_times_and_the_goals_la
     fake_gpu.clear()
     command.run(arguments("--subset", "quick"))
     assert fake_gpu == []
+
+
+@pytest.mark.parametrize(
+    ("cores", "memory", "helpers"), [(16, 80e9, 14), (4, 80e9, 2), (16, 24e9, 4), (1, 2e9, 1), (64, 140e9, 14)]
+)
+def test_as_many_helpers_as_the_machine_carries(cores, memory, helpers):
+    assert command.helpers_that_fit({"cores": cores, "memory_bytes": memory}) == helpers
 
 
 @pytest.mark.parametrize(

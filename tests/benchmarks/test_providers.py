@@ -15,7 +15,7 @@ from benchmarks.kernels.case import Case, Unsupported
 from benchmarks.kernels.checking import compare
 from benchmarks.kernels.weight_only import PROVIDERS
 from benchmarks.kernels.weight_only.providers import bitsandbytes, conch, ours, torch_int4, torchao
-from sliderquant_kernels import WeightLayout, tiles, workspace
+from sliderquant_kernels import tiles, workspace
 
 SCHEMES = ["W4A16-g128", "W4A16-g64-sym", "W2A16-g128", "W8A16", "W3A16-g32"]
 
@@ -244,12 +244,32 @@ def test_every_peer_names_its_package():
     ("m", "variant", "rounded"), [(1, None, 0), (16, "warp_k", 0), (64, "rows", 0), (4096, None, 1), (1, "dense", 1)]
 )
 def test_ours_is_held_to_the_arithmetic_of_the_kernel_that_is_launched(m, variant, rounded):
-    layout = WeightLayout("triton", 4, 4096, 4096, 128, False)
-    chosen = ours.choice(layout, torch.bfloat16, tiles.Device.typical(90), variant, m)
+    problem = tiles.Problem(m, 4096, 4096, 4, 128, False, torch.bfloat16)
+    chosen = ours.choice(problem, variant, tiles.Device.typical(90))
     assert chosen.variant == (variant or ("warp_k" if m == 1 else "dense"))
     assert ours.arithmetic(chosen).weight_roundings == rounded
     assert ours.describe(chosen).startswith(f"{chosen.variant} {chosen.block_m} x" if chosen.num_warps else "dense: ")
     assert ours.describe(chosen).endswith(chosen.reason)
+
+
+def test_what_ours_compiles_is_told_apart(monkeypatch):
+    def choose(problem, variant):
+        return tiles.Choice(variant or "warp_k", 8 if problem.m <= 8 else 16, reason=f"for {problem.m}")
+
+    def key(m, variant=None, shape=(4096, 4096), scheme="W4A16-g128", dtype="bf16"):
+        return ours.compilation(Case(weight_only.NAME, "", shape, m, scheme, dtype), variant)
+
+    monkeypatch.setattr(ours, "choice", choose)
+    assert key(2) == key(4) == key(8) == key(8, "warp_k")
+    assert key(16) == key(32)
+    different = [key(1), key(2), key(12), key(16), key(2, "rows"), key(2, shape=(8192, 4096)), key(2, dtype="fp16")]
+    assert len({*different, key(2, scheme="W4A16-g64")}) == 8
+
+
+def test_ours_packs_once_for_all_variants():
+    operands, _ = _operands()
+    first, second = ours.prepare(operands), ours.prepare(operands)
+    assert [tensor.data_ptr() for tensor in first.tensors] == [tensor.data_ptr() for tensor in second.tensors]
 
 
 def test_ours_lets_go_of_the_counters_of_captured_launches(monkeypatch):

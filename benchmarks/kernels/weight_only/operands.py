@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,8 @@ from ..checking import UNIT_ROUNDOFF, Expected, accumulation, sample_rows
 
 __all__ = ["Operands", "WeightScheme", "activations", "expected", "operands"]
 
-# Rows of the weight that are dequantized to fp64 at a time.
-CHUNK = 4096
+# Weights that are dequantized to fp64 at a time: 128 MB.
+CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class WeightScheme:
         return f"W{self.bits}A16{group}{'-sym' if self.symmetric else ''}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operands:
     """Codes `[N, K]` uint8, scale `[N, G]` of dtype, zero_point `[N, G]` uint8 or None if symmetric."""
 
@@ -68,10 +69,7 @@ class Operands:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight `[N, K]`, rounded once to dtype."""
-        parts = [
-            reference.dequantize(*self.part(start), self.scheme.bits).to(dtype) for start in range(0, self.n, CHUNK)
-        ]
-        return torch.cat(parts)
+        return torch.cat([reference.dequantize(*self.part(rows), self.scheme.bits).to(dtype) for rows in self.parts()])
 
     def offsets(self) -> Tensor:
         """What the zero-points add to a weight: (2^(bits - 1) - zero_point) * scale `[N, G]` fp64, 0 if symmetric."""
@@ -79,9 +77,13 @@ class Operands:
             return torch.zeros_like(self.scale, dtype=torch.float64)
         return (2 ** (self.scheme.bits - 1) - self.zero_point.double()) * self.scale.double()
 
-    def part(self, start: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes, scale and zero_point of CHUNK rows."""
-        rows = slice(start, start + CHUNK)
+    def parts(self) -> Iterator[slice]:
+        """The rows, some at a time."""
+        step = max(1, CHUNK // self.k)
+        return (slice(start, start + step) for start in range(0, self.n, step))
+
+    def part(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scale and zero_point of some rows."""
         return self.codes[rows], self.scale[rows], None if self.zero_point is None else self.zero_point[rows]
 
 
@@ -115,23 +117,23 @@ def expected(weight: Operands, x: Tensor, prepared: Prepared) -> Expected:
     squares = chosen.square().float()
     u, arithmetic = UNIT_ROUNDOFF[weight.dtype], prepared.arithmetic(x.shape[0])
     want, deviation = [], []
-    for start in range(0, weight.n, CHUNK):
+    for part in weight.parts():
         if prepared.weight is None:
-            w = reference.dequantize(*weight.part(start), weight.scheme.bits)
+            w = reference.dequantize(*weight.part(part), weight.scheme.bits)
         else:
-            w = prepared.weight[start : start + CHUNK].double()
+            w = prepared.weight[part].double()
         want.append(chosen @ w.t())
-        variance = _variance(weight, w, start, u, arithmetic)
+        variance = _variance(weight, w, part, u, arithmetic)
         deviation.append((squares @ variance.float().t()).sqrt_())
     return Expected(rows, torch.cat(want, 1), torch.cat(deviation, 1), u * arithmetic.output_roundings)
 
 
-def _variance(weight: Operands, w: Tensor, start: int, u: float, arithmetic: Arithmetic) -> Tensor:
+def _variance(weight: Operands, w: Tensor, part: slice, u: float, arithmetic: Arithmetic) -> Tensor:
     """Squared error of a product over the squared activation, for each weight of a chunk."""
     per_weight = accumulation(weight.k) ** 2 + (arithmetic.weight_roundings * u) ** 2
     variance = w.square() * per_weight
     if arithmetic.offset_roundings:
-        offsets = weight.offsets()[start : start + CHUNK].square() * (arithmetic.offset_roundings * u) ** 2
+        offsets = weight.offsets()[part].square() * (arithmetic.offset_roundings * u) ** 2
         variance += offsets.repeat_interleave(weight.group_size, 1)
     return variance
 

@@ -109,7 +109,7 @@ def _checks(device: str) -> Iterable[Task]:
     """Every variant x dtype x width x grouping x symmetry, and an odd shape of every variant, dtype and width."""
     schemes = [
         WeightScheme(bits, group, symmetric)
-        for group, symmetric, bits in product((128, None, 64, 32), (False, True), (4, 2, 3, 8))
+        for symmetric, group, bits in product((False, True), (128, None, 64, 32), (4, 2, 3, 8))
     ]
     few = [scheme for scheme in schemes if not scheme.symmetric and scheme.group_size in (128, None)]
     odd = [scheme for scheme in schemes if not scheme.symmetric and scheme.group_size in (32, None)]

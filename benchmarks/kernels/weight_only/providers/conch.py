@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,12 @@ def accepts(case: Case) -> str | None:
     return None
 
 
+def compilation(case: Case) -> Hashable:
+    """Triton specializes on sizes of 1 and on multiples of 16; N and K are such."""
+    group = WeightScheme.parse(case.scheme).group_size or case.shape[1]
+    return case.scheme, group, case.dtype, case.m == 1, case.m % 16 == 0
+
+
 def pack_columns(codes: Tensor, bits: int) -> Tensor:
     """Codes `[N, K]` uint8 -> `[K bits / 32, N]` int32: a word holds neighbours in K, the first one lowest."""
     per_word = 32 // bits
@@ -54,5 +62,7 @@ def pack_columns(codes: Tensor, bits: int) -> Tensor:
 
 
 PROVIDERS = [
-    Provider("conch", prepare, distribution="conch-triton-kernels==1.3", peer=True, compiles=True, accepts=accepts),
+    Provider(
+        "conch", prepare, distribution="conch-triton-kernels==1.3", peer=True, compilation=compilation, accepts=accepts
+    ),
 ]

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import replace
 from functools import lru_cache, partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, tiles, tuned, weight_only_linear, workspace
 
-from ...case import Arithmetic, Case, Prepared, Provider
-from ..operands import Operands
+from ...case import DTYPES, Arithmetic, Case, Prepared, Provider
+from ..operands import Operands, WeightScheme
 from . import dense
 
 CHOSEN = "sliderquant"
 # More tokens than one tile of the variant holds; the others take any number.
 MOST_TOKENS = {"warp_k": 16}
+# All variants read the same packed weight.
+_packed: WeakKeyDictionary[Operands, PackedWeight] = WeakKeyDictionary()
 
 
 def prepare(weight: Operands, variant: str | None = None) -> Prepared:
     """The weight, packed for the device it is on."""
     scheme, device = weight.scheme, weight.codes.device
     layout = choose_layout(scheme.bits, weight.n, weight.k, scheme.group_size, scheme.symmetric, device, weight.dtype)
-    packed = layout.pack(weight.codes, weight.scale, weight.zero_point)
+    packed = _packed.get(weight) or layout.pack(weight.codes, weight.scale, weight.zero_point)
+    _packed[weight] = packed
     tensors = tuple(tensor for tensor in packed if tensor is not None)
 
     def call(x: Tensor, t: tuple[Tensor, ...]) -> Tensor:
@@ -30,14 +36,24 @@ def prepare(weight: Operands, variant: str | None = None) -> Prepared:
 
     if device.type == "cpu":
         return Prepared(tensors, call, lambda m: _cpu_arithmetic(layout))
-    choose = partial(choice, layout, weight.dtype, _device(device), variant)
+
+    def choose(m: int) -> tiles.Choice:
+        return choice(_problem(layout, weight.dtype, m), variant)
+
     return Prepared(tensors, call, lambda m: arithmetic(choose(m)), note=lambda m: describe(choose(m)))
 
 
-def choice(layout: WeightLayout, dtype: torch.dtype, device: tiles.Device, variant: str | None, m: int) -> tiles.Choice:
-    """What the op launches for m tokens."""
-    problem = tiles.Problem(m, layout.n, layout.k, layout.bits, layout.group_size, layout.symmetric, dtype)
-    return tuned.choose(problem, device, variant)
+def choice(problem: tiles.Problem, variant: str | None, device: tiles.Device | None = None) -> tiles.Choice:
+    """What the op launches on the current device, or another one."""
+    return tuned.choose(problem, device or _current_device(), variant)
+
+
+def compilation(case: Case, variant: str | None) -> Hashable:
+    """Kernel and tile; Triton specializes on sizes of 1 and on multiples of 16, and the loop on how K is cut."""
+    scheme = WeightScheme.parse(case.scheme)
+    sizes = (*case.shape, scheme.bits, scheme.group_size, scheme.symmetric, DTYPES[case.dtype])
+    chosen = replace(choice(tiles.Problem(case.m, *sizes), variant), reason="")
+    return chosen, sizes, case.m == 1, case.m % 16 == 0
 
 
 def arithmetic(chosen: tiles.Choice) -> Arithmetic:
@@ -67,9 +83,13 @@ def _cpu_arithmetic(layout: WeightLayout) -> Arithmetic:
     return Arithmetic(weight_roundings=1, offset_roundings=int(layout.kind == "cpu_int4" and not layout.symmetric))
 
 
-@lru_cache(maxsize=8)
-def _device(device: torch.device) -> tiles.Device:
-    found = torch.cuda.get_device_properties(device)
+def _problem(layout: WeightLayout, dtype: torch.dtype, m: int) -> tiles.Problem:
+    return tiles.Problem(m, layout.n, layout.k, layout.bits, layout.group_size, layout.symmetric, dtype)
+
+
+@lru_cache(maxsize=1)
+def _current_device() -> tiles.Device:
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return tiles.Device(10 * found.major + found.minor, found.multi_processor_count, found.name)
 
 
@@ -78,11 +98,19 @@ def _accepts(variant: str, case: Case) -> str | None:
     return f"one tile of {variant} holds {most} tokens" if most is not None and case.m > most else None
 
 
-PROVIDERS = [Provider(CHOSEN, prepare, devices=("cuda", "cpu"), compiles=True, release=release)] + [
+PROVIDERS = [
+    Provider(
+        CHOSEN,
+        prepare,
+        devices=("cuda", "cpu"),
+        compilation=partial(compilation, variant=None),
+        release=release,
+    )
+] + [
     Provider(
         name_of(variant),
         partial(prepare, variant=variant),
-        compiles=True,
+        compilation=partial(compilation, variant=variant),
         accepts=partial(_accepts, variant),
         release=release,
     )
