@@ -184,16 +184,15 @@ def _read_quantized(
     """The weights of one or more linears of one scheme, concatenated along the outputs, with scales in `dtype`."""
     scheme = checkpoint.schemes[names[0]]
     outputs = sum(checkpoint.linear_shapes[name][0] for name in names)
-    # Concatenating afterwards would hold the codes twice.
+    # Filled in place: concatenating afterwards would hold the codes twice.
     codes = torch.empty(outputs, checkpoint.linear_shapes[names[0]][1], dtype=torch.uint8, device=device)
     scales, zero_points, start = [], [], 0
     for name in names:
         parts = {part: tensor.to(device) for part, tensor in _read_parts(checkpoint, name).items()}
-        quantized = unpack(parts, scheme)
-        stop = start + quantized.codes.shape[0]
-        codes[start:stop] = quantized.codes
-        scales.append(quantized.scale.to(dtype))
-        zero_points.append(quantized.zero_point)
+        stop = start + checkpoint.linear_shapes[name][0]
+        _, scale, zero_point = unpack(parts, scheme, codes[start:stop])
+        scales.append(scale.to(dtype))
+        zero_points.append(zero_point)
         start = stop
     return QuantizedWeight(codes, torch.cat(scales), concatenate(zero_points))
 

@@ -59,21 +59,26 @@ def pack(quantized: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     return parts
 
 
-def unpack(parts: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """The exact inverse of `pack`, on the device of `weight_packed`."""
+def unpack(parts: Mapping[str, Tensor], scheme: Scheme, codes: Tensor | None = None) -> QuantizedWeight:
+    """The exact inverse of `pack`, on the device of `weight_packed`.
+
+    Args:
+        codes: uint8 `[out, in]`, contiguous, to be filled with the codes; None: a new tensor.
+    """
     out_features, in_features = (int(size) for size in parts["weight_shape"])
-    codes = _by_rows(
-        lambda rows: _unpack_rows(rows, scheme.bits, in_features),
-        parts["weight_packed"].contiguous(),
-        codes_per_row=in_features,
-    )
-    scale = parts["weight_scale"]
+    words, scale = parts["weight_packed"].contiguous(), parts["weight_scale"]
+    if codes is None:
+        codes = words.new_empty(out_features, in_features, dtype=torch.uint8)
+    rows = _rows_at_a_time(in_features)
+    for start in range(0, out_features, rows):
+        _unpack_into(codes[start : start + rows], words[start : start + rows], scheme.bits)
     if scheme.symmetric:
         return QuantizedWeight(codes, scale, None)
     # A clone has strides of its own; `contiguous` leaves a turned single row of words as it is.
     words = parts["weight_zero_point"].T.clone(memory_format=torch.contiguous_format)
-    zero_point = _unpack_rows(words, scheme.bits, out_features).T
-    return QuantizedWeight(codes, scale, zero_point.contiguous())
+    zero_point = codes.new_empty(scale.shape[1], out_features)
+    _unpack_into(zero_point, words, scheme.bits)
+    return QuantizedWeight(codes, scale, zero_point.T.contiguous())
 
 
 def _signed(codes: Tensor, scheme: Scheme) -> Tensor:
@@ -81,30 +86,37 @@ def _signed(codes: Tensor, scheme: Scheme) -> Tensor:
     return (codes - scheme.offset).view(torch.int8)  # uint8 wraps around
 
 
-def _unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
-    """Words int32 `[rows, ceil(count * bits / 32)]`, contiguous -> codes uint8 `[rows, count]`.
+def _unpack_into(codes: Tensor, words: Tensor, bits: int) -> None:
+    """Fill codes uint8 `[rows, count]` from words int32 `[rows, ceil(count * bits / 32)]`, both contiguous.
 
     Not the library's unpacking, which takes 3 to 20 times as long for 2, 3 and 8 bits: as long as all else in loading.
     """
     # The fewest codes that fill whole bytes: 4 of 2 bits, 8 of 3 bits (in 3 bytes), 2 of 4 bits, 1 of 8 bits.
     run = 8 // math.gcd(bits, 8)
+    rows, count = codes.shape
     run_bytes, runs = run * bits // 8, math.ceil(count / run)
     stored = words.view(torch.uint8)
     if stored.shape[1] < runs * run_bytes:
         stored = nn.functional.pad(stored, (0, runs * run_bytes - stored.shape[1]))
     stored = stored[:, : runs * run_bytes].unflatten(1, (runs, run_bytes))
-    codes = stored.new_empty(words.shape[0], runs, run)
+    whole = codes if count == runs * run else codes.new_empty(rows, runs * run)
+    by_run = whole.view(rows, runs, run)
     for i in range(run):
         byte, shift = divmod(i * bits, 8)
         code = stored[..., byte] >> shift
         if shift + bits > 8:
             code |= stored[..., byte + 1] << (8 - shift)
-        torch.bitwise_and(code, 2**bits - 1, out=codes[..., i])
-    return codes.flatten(1)[:, :count]
+        torch.bitwise_and(code, 2**bits - 1, out=by_run[..., i])
+    if whole is not codes:
+        codes.copy_(whole[:, :count])
+
+
+def _rows_at_a_time(codes_per_row: int) -> int:
+    return max(1, _CODES_AT_A_TIME // codes_per_row)
 
 
 def _by_rows(function: Callable[[Tensor], Tensor], tensor: Tensor, codes_per_row: int) -> Tensor:
-    rows = max(1, _CODES_AT_A_TIME // max(1, codes_per_row))
+    rows = _rows_at_a_time(codes_per_row)
     if tensor.shape[0] <= rows:
         return function(tensor).contiguous()
     whole: Tensor | None = None

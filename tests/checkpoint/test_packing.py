@@ -82,3 +82,15 @@ def test_grouped(bits: int, symmetric: bool, out: int, groups: int, size: int, s
 def test_large_weights_are_packed_by_rows(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_CODES_AT_A_TIME", 1000)
     check(Scheme(bits), 23, 99, seed=1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("inputs", [96, 99])
+def test_codes_can_be_unpacked_into_a_tensor(bits: int, inputs: int) -> None:
+    weight = random_weight(Scheme(bits), 23, inputs, seed=2)
+    whole = torch.full((40, inputs), 255, dtype=torch.uint8)
+    codes = unpack(pack(weight, Scheme(bits)), Scheme(bits), whole[8:31]).codes
+    assert codes.data_ptr() == whole[8:].data_ptr()
+    assert torch.equal(whole[8:31], weight.codes)
+    assert (whole[:8] == 255).all()
+    assert (whole[31:] == 255).all()
