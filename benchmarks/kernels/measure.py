@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
+from collections import defaultdict
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,10 @@ from .timing import Call, Settings, Timing, copies_needed, copy_tensors, in_grap
 from .workers import Fatal
 
 __all__ = ["Measurer", "setup"]
+
+
+# A peer that has never worked, as for want of a library or a compiler, is not tried more often: failing takes time.
+MOST_FAILURES = 3
 
 
 class Measurer:
@@ -39,6 +44,8 @@ class Measurer:
         self._expected: dict[Any, Expected] = {}
         self._case_key: Any = None
         self._activations: Tensor | None = None
+        self._works: set[str] = set()
+        self._failures: dict[str, list[str]] = defaultdict(list)
 
     def __call__(self, task: Task | str) -> Any:
         """A row for a task; for the words `machine` and `floors`, what these modules measure."""
@@ -50,15 +57,21 @@ class Measurer:
         assert isinstance(task, Task)
         started = time.perf_counter()
         row = {**task.case.columns(), "provider": task.provider, "kind": task.kind, "status": "ok"}
+        failures = self._failures[task.provider]
+        if len(failures) == MOST_FAILURES:
+            return {**row, "status": "error", "error": f"not tried after {MOST_FAILURES} failures: {failures[-1]}"}
         try:
             with torch.inference_mode():
                 row |= self._make(task)
+            self._works.add(task.provider)
         except Unsupported as reason:
             row |= {"status": "unsupported", "error": str(reason)}
         except Exception as error:
             row |= {"status": "error", "error": describe_error(error)}
             if self._is_lost(error):
                 raise Fatal(row) from error
+            if self.ops[task.case.op].PROVIDERS[task.provider].peer and task.provider not in self._works:
+                failures.append(row["error"])
         row["seconds"] = round(time.perf_counter() - started, 3)
         return row
 

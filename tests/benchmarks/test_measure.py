@@ -1,6 +1,7 @@
 """Rows of providers that are right, wrong, broken or not for the job, made by an op that timing has never heard of."""
 
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,24 @@ def test_an_exception_is_a_row(measurer):
     assert row["status"] == "error"
     assert row["error"].startswith("RuntimeError: first line (test_measure.py:")
     assert measurer(_task("right"))["status"] == "ok"
+
+
+def test_a_peer_that_never_works_is_given_up(measurer, op):
+    op.PROVIDERS["peer"] = replace(op.PROVIDERS["breaks"], name="peer", peer=True)
+    rows = [measurer(_task(name, m=m)) for m in (1, 2, 4, 8) for name in ("peer", "breaks")]
+    errors = [row["error"].partition(":")[0] for row in rows]
+    assert errors[:7:2] == ["RuntimeError"] * 3 + ["not tried after 3 failures"]
+    assert errors[1::2] == ["RuntimeError"] * 4  # what is ours is tried every time
+    assert "first line" in rows[6]["error"]
+
+
+def test_a_peer_that_worked_once_is_always_tried(measurer, op):
+    op.PROVIDERS["peer"] = replace(op.PROVIDERS["right"], name="peer", peer=True)
+    assert measurer(_task("peer"))["status"] == "ok"
+    measurer(_task("base", shape=(32,)))
+    op.PROVIDERS["peer"] = replace(op.PROVIDERS["breaks"], name="peer", peer=True)
+    errors = [measurer(_task("peer", shape=(64 + i,)))["error"] for i in range(5)]
+    assert all(error.startswith("RuntimeError") for error in errors)
 
 
 def test_a_lost_device_ends_the_process_with_its_row(measurer, monkeypatch):
