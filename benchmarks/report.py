@@ -45,11 +45,19 @@ def report(path: Path, *, plots: bool = True) -> list[Path]:
     target = path.with_suffix(".md")
     pictures = []
     if plots:
-        from benchmarks import plots as drawing  # matplotlib is not needed for tables
-
-        pictures = drawing.draw(rows, runs, path)
+        pictures = _draw(rows, runs, path)
     target.write_text(markdown(path.stem, runs, rows, content["goals"], pictures), encoding="utf-8")
     return [target, *pictures]
+
+
+def _draw(rows: list[Row], runs: dict[int, Any], path: Path) -> list[Path]:
+    try:
+        from benchmarks.plots import draw  # Tables do without matplotlib.
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"plots need {error.name}: pip install '.[bench]', or leave them out with --no-plots"
+        ) from error
+    return draw(rows, runs, path)
 
 
 def markdown(

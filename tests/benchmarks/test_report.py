@@ -1,6 +1,7 @@
 """Tables and pictures of made-up results of a GPU."""
 
 import json
+import sys
 
 import pytest
 
@@ -59,6 +60,13 @@ def test_pictures_are_written_and_shown(file):
     ]
     assert all(path.stat().st_size > 10_000 for path in pictures)
     assert all(f"![{path.stem}]({path.name})" in table.read_text() for path in pictures)
+
+
+def test_without_matplotlib_it_says_what_to_install(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.plots")
+    with pytest.raises(SystemExit, match=r"plots need matplotlib.figure: pip install '\.\[bench\]', or .* --no-plots"):
+        report.report(file)
 
 
 def test_roofline_holds_every_row_below_the_roof(rows, run_facts):
