@@ -128,8 +128,8 @@ def test_other_members_of_the_family(random_model, calibration_file, tmp_path, c
 def test_an_uneven_model_with_the_fallback(tiny_llama, calibration_file, tmp_path):
     result = run(tiny_llama, tmp_path / "out", calibration_file, scheme="W4A16-g64", per_channel_fallback=True)
     model = result.load()
-    assert model.model.layers[0].mlp.down_proj.layout.group_size is None
-    assert model.model.layers[0].mlp.up_proj.layout.group_size == 64
+    assert model.model.layers[0].mlp.down_proj.scheme.group_size is None
+    assert model.model.layers[0].mlp.up_proj.scheme.group_size == 64
 
 
 def test_dry_plan_reads_no_calibration_and_writes_nothing(tiny_llama, tmp_path):
