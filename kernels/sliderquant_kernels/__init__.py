@@ -8,7 +8,21 @@ Depends on torch, and on triton for CUDA. `reference` says what is computed, `in
 that are not there.
 """
 
+from .activations import QuantizedActivations, quantize_activations
 from .layout import PackedWeight, WeightLayout, choose_layout
+from .low_bit import low_bit_linear
+from .low_bit_layout import LowBitLayout, choose_low_bit_layout
 from .weight_only import dequantize, weight_only_linear
 
-__all__ = ["PackedWeight", "WeightLayout", "choose_layout", "dequantize", "weight_only_linear"]
+__all__ = [
+    "LowBitLayout",
+    "PackedWeight",
+    "QuantizedActivations",
+    "WeightLayout",
+    "choose_layout",
+    "choose_low_bit_layout",
+    "dequantize",
+    "low_bit_linear",
+    "quantize_activations",
+    "weight_only_linear",
+]

@@ -157,30 +157,11 @@ class WeightLayout:
 
     def check_packed(self, packed: PackedWeight) -> None:
         """Raise ValueError or TypeError, naming the tensor, unless `packed` has this layout's shapes and dtypes."""
-        for name, tensor, spec in zip(PackedWeight._fields, packed, self.specs(), strict=True):
-            if (tensor is None) != (spec is None):
-                raise ValueError(
-                    f"{name}: expected {'None' if spec is None else 'a tensor'} for kind {self.kind!r} with "
-                    f"symmetric={self.symmetric}, got {'None' if tensor is None else 'a tensor'}; pack with layout.pack"
-                )
-            if tensor is None or spec is None:
-                continue
-            if tuple(tensor.shape) != spec.shape:
-                raise ValueError(
-                    f"{name}: expected shape {spec.shape} for this layout, got {tuple(tensor.shape)}; "
-                    "pack with the layout that is passed to the op"
-                )
-            if tensor.dtype != spec.dtype and (spec.dtype is not None or tensor.dtype not in DTYPES):
-                wanted = spec.dtype or "float16, bfloat16 or float32"
-                raise TypeError(f"{name}: expected dtype {wanted}, got {tensor.dtype}; pack with layout.pack")
-            if not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name}: expected a contiguous tensor, got strides {tensor.stride()}; call contiguous()"
-                )
+        check_specs(packed, self.specs(), f"kind {self.kind!r} with symmetric={self.symmetric}")
 
     def _check_pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
         top = 2**self.bits - 1
-        _check_codes("codes", codes, (self.n, self.k), top)
+        check_codes("codes", codes, (self.n, self.k), top)
         if tuple(scale.shape) != (self.n, self.groups):
             raise ValueError(f"scale: expected shape {(self.n, self.groups)}, got {tuple(scale.shape)}")
         if scale.dtype not in DTYPES:
@@ -200,7 +181,7 @@ class WeightLayout:
                 f"got {'None' if zero_point is None else 'a tensor'}; choose the layout for the weight's symmetry"
             )
         if zero_point is not None:
-            _check_codes("zero_point", zero_point, (self.n, self.groups), top)
+            check_codes("zero_point", zero_point, (self.n, self.groups), top)
         devices = {t.device for t in (codes, scale, zero_point) if t is not None}
         if len(devices) != 1:
             raise ValueError(
@@ -269,13 +250,38 @@ def _check_scheme(bits: int, n: int, k: int, group_size: int | None) -> None:
         raise ValueError(f"k: expected a multiple of group_size={group_size}, got {k}; use a smaller group or None")
 
 
-def _check_codes(name: str, tensor: Tensor, shape: tuple[int, int], top: int) -> None:
+def check_codes(name: str, tensor: Tensor, shape: tuple[int, int], top: int) -> None:
     if tensor.dtype != torch.uint8:
         raise TypeError(f"{name}: expected dtype torch.uint8, got {tensor.dtype}; convert it")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if tensor.numel() and int(tensor.max()) > top:
         raise ValueError(f"{name}: expected values in 0..{top}, got {int(tensor.max())}; quantize to this many bits")
+
+
+def check_specs(packed: PackedWeight, specs: tuple[TensorSpec | None, ...], layout: str) -> None:
+    """Raise ValueError or TypeError, naming the tensor, unless `packed` has the shapes and dtypes of `specs`.
+
+    layout: words for the message.
+    """
+    for name, tensor, spec in zip(PackedWeight._fields, packed, specs, strict=True):
+        if (tensor is None) != (spec is None):
+            raise ValueError(
+                f"{name}: expected {'None' if spec is None else 'a tensor'} for {layout}, got "
+                f"{'None' if tensor is None else 'a tensor'}; pack with layout.pack"
+            )
+        if tensor is None or spec is None:
+            continue
+        if tuple(tensor.shape) != spec.shape:
+            raise ValueError(
+                f"{name}: expected shape {spec.shape} for this layout, got {tuple(tensor.shape)}; "
+                "pack with the layout that is passed to the op"
+            )
+        if tensor.dtype != spec.dtype and (spec.dtype is not None or tensor.dtype not in DTYPES):
+            wanted = spec.dtype or "float16, bfloat16 or float32"
+            raise TypeError(f"{name}: expected dtype {wanted}, got {tensor.dtype}; pack with layout.pack")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}; call contiguous()")
 
 
 @lru_cache(maxsize=1024)

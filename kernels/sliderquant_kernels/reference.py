@@ -41,3 +41,15 @@ def weight_only_linear(
 def magnitude(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """sum_k |x| |weight| `[..., N]` fp64: what rounding errors of a dot product are proportional to."""
     return torch.matmul(x.double().abs(), dequantize(codes, scale, zero_point, bits).abs().t())
+
+
+def quantize_activations(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x `[..., K]` -> codes, scale, zero-point in fp64: the formulas of `activations`, with no rounding but theirs."""
+    low_code, high_code = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    x = x.double()
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = torch.maximum(-low, high) / ((2**bits - 1) / 2) if symmetric else (high - low) / (2**bits - 1)
+    scale = torch.where(scale > 0, scale, 1.0)
+    zero = torch.zeros_like(scale) if symmetric else (low_code - low / scale).round().clamp(low_code, high_code)
+    codes = ((x / scale).round() + zero).clamp(low_code, high_code)
+    return codes, scale.squeeze(-1), zero.squeeze(-1)

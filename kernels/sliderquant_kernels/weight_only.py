@@ -164,7 +164,7 @@ def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}; move it")
 
 
-def _check_alignment(**tensors: Tensor) -> None:
+def check_alignment(**tensors: Tensor) -> None:
     """The Triton kernels read 16 bytes at a time. What `layout.pack` returns is aligned, a slice need not be."""
     for name, tensor in tensors.items():
         if tensor.data_ptr() % ALIGNMENT:
@@ -199,7 +199,7 @@ def _linear_cuda(x, weight, scale, zero_point, bias, residual, kind, bits, n, k,
                  batch_invariant):  # fmt: skip
     layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
     _check_operands(x, weight, scale, bias, residual, layout, variant)
-    _check_alignment(weight=weight, scale=scale)
+    check_alignment(weight=weight, scale=scale)
     bias = None if bias is None else bias.contiguous()
     return _triton().weight_only_linear(x, weight, scale, bias, residual, layout, variant or None, batch_invariant)
 
@@ -220,7 +220,7 @@ def _dequantize_cpu(weight, scale, zero_point, kind, bits, n, k, group_size, sym
 def _dequantize_cuda(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric, dtype):
     _check_dtype(dtype)
     layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
-    _check_alignment(weight=weight, scale=scale)
+    check_alignment(weight=weight, scale=scale)
     return _triton().dequantize(weight, scale, layout, dtype)
 
 

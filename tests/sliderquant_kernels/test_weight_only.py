@@ -233,11 +233,11 @@ def test_misaligned_weights_are_refused():
     """As the CUDA ops do; what they read 16 bytes at a time must start at such an address."""
     buffer = torch.zeros(64, dtype=torch.uint8)
     start = -buffer.data_ptr() % 16
-    weight_only._check_alignment(weight=buffer[start:])
+    weight_only.check_alignment(weight=buffer[start:])
     with pytest.raises(
         ValueError, match=r"weight: expected an address that is a multiple of 16 bytes, got an offset of 3"
     ):
-        weight_only._check_alignment(scale=buffer[start:], weight=buffer[start + 3 :])
+        weight_only.check_alignment(scale=buffer[start:], weight=buffer[start + 3 :])
 
 
 def test_wrong_kinds_of_argument_are_refused(make_weight):

@@ -1,0 +1,155 @@
+"""The op of low-bit linears: int8 activations times a packed 2, 4 or 8-bit weight, in int32, exactly.
+
+activations = quantize_activations(x, bits=4)
+layout = choose_low_bit_layout(4, n, k, None, True, x.device)
+y = low_bit_linear(activations, layout.pack(codes, scale), layout, x.dtype)
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import low_bit_cpu
+from .activations import QuantizedActivations
+from .layout import DTYPES, PackedWeight
+from .low_bit_layout import LowBitLayout
+from .low_bit_tiles import VARIANTS
+from .weight_only import check_alignment
+
+_FIELDS = "str kind, int bits, int n, int k, int group_size, bool symmetric"
+_library = torch.library.Library("sliderquant_kernels", "FRAGMENT")
+_library.define(
+    "low_bit_linear(Tensor codes, Tensor x_scale, Tensor? x_zero, Tensor x_sum, Tensor weight, Tensor scale, "
+    f"Tensor constants, Tensor? bias, Tensor? residual, {_FIELDS}, ScalarType dtype, str variant) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def low_bit_linear(
+    activations: QuantizedActivations,
+    packed: PackedWeight,
+    layout: LowBitLayout,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    variant: str | None = None,
+) -> Tensor:
+    """Quantized activations times the transposed packed weight, plus bias, plus residual.
+
+    Args:
+        activations: of `quantize_activations`: int8 codes `[..., K]`, 4 or 8 bits, symmetric or not.
+        packed: what `layout.pack` returned.
+        layout: the layout that packed the weight. Per channel is the fast path; groups cost a conversion and two fp32
+            operations per output and group, and on sm_90 at group 128 most of what int8 gains over 16 bits.
+        dtype: of the result: fp16, bf16 or fp32.
+        bias: `[N]` of `dtype`, or None.
+        residual: `[..., N]` of `dtype`, or None.
+        variant: on CUDA, one of `low_bit_tiles.VARIANTS` to be used whatever the rules say; None: the best.
+
+    Returns:
+        `[..., N]`, contiguous. Per channel the sum over K is exact; rows do not depend on each other; deterministic.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, device or strides do not fit the layout.
+        NotImplementedError: when a gradient is asked of the result.
+    """
+    if not isinstance(layout, LowBitLayout):
+        raise TypeError(f"layout: expected a LowBitLayout, got {type(layout).__name__}; use choose_low_bit_layout")
+    if not isinstance(activations, QuantizedActivations):
+        raise TypeError(
+            f"activations: expected QuantizedActivations, got {type(activations).__name__}; use quantize_activations"
+        )
+    if not isinstance(packed, tuple) or len(packed) != 3:
+        raise TypeError(f"packed: expected a PackedWeight, got {type(packed).__name__}; use layout.pack")
+    fields = (layout.kind, layout.bits, layout.n, layout.k, layout.group_size or 0, layout.symmetric)
+    return _op(*activations, *packed, bias, residual, *fields, dtype, variant or "")
+
+
+@lru_cache(maxsize=1024)
+def _layout(kind: str, bits: int, n: int, k: int, group_size: int, symmetric: bool) -> LowBitLayout:
+    return LowBitLayout(kind, bits, n, k, group_size or None, symmetric)
+
+
+def _checked(operands: tuple, fields: tuple, dtype: torch.dtype, variant: str) -> LowBitLayout:
+    codes, x_scale, x_zero, x_sum, weight, scale, constants, bias, residual = operands
+    layout = _layout(*fields)
+    layout.check_packed(PackedWeight(weight, scale, constants))
+    # Meta tensors pass: they stand for either device while tracing.
+    if weight.device.type not in (layout.device_type, "meta"):
+        raise ValueError(
+            f"weight: kind {layout.kind!r} runs on {layout.device_type}, got tensors on {weight.device}; "
+            f"unpack, and repack for the device with choose_low_bit_layout(..., device={weight.device.type!r})"
+        )
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected float16, bfloat16 or float32, got {dtype}")
+    if codes.dtype != torch.int8:
+        raise TypeError(f"codes: expected dtype torch.int8, got {codes.dtype}; quantize with packed=False")
+    if codes.ndim < 1 or codes.shape[-1] != layout.k:
+        raise ValueError(f"codes: expected shape [..., {layout.k}], got {tuple(codes.shape)}; check the input size")
+    tokens, result = codes.shape[:-1], (*codes.shape[:-1], layout.n)
+    expected: tuple[tuple[str, Tensor | None, tuple[int, ...], torch.dtype], ...] = (
+        ("scale of the activations", x_scale, tokens, torch.float32),
+        ("zero_point of the activations", x_zero, tokens, torch.int32),
+        ("token_sum", x_sum, tokens, torch.int32),
+        ("bias", bias, (layout.n,), dtype),
+        ("residual", residual, result, dtype),
+    )
+    for name, tensor, shape, wanted in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype != wanted:
+            raise TypeError(f"{name}: expected dtype {wanted}, got {tensor.dtype}; convert it")
+    names = ("codes", "scale of the activations", "zero_point of the activations", "token_sum", "weight", "scale",
+             "constants", "bias", "residual")  # fmt: skip
+    for name, tensor in zip(names, operands, strict=True):
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"{name}: expected device {weight.device} like weight, got {tensor.device}; move it")
+    if variant and (layout.device_type != "cuda" or variant not in VARIANTS):
+        raise ValueError(
+            f"variant: expected one of {', '.join(VARIANTS)} on CUDA, got {variant!r} for kind {layout.kind!r}; "
+            "leave it out"
+        )
+    return layout
+
+
+def _on_cpu(*arguments: Any) -> Tensor:
+    operands, (dtype, variant) = arguments[:9], arguments[15:]
+    layout = _checked(operands, arguments[9:15], dtype, variant)
+    function: Any = low_bit_cpu.low_bit_linear
+    return function(*operands, layout, dtype)
+
+
+def _on_cuda(*arguments: Any) -> Tensor:
+    operands, (dtype, variant) = arguments[:9], arguments[15:]
+    layout = _checked(operands, arguments[9:15], dtype, variant)
+    check_alignment(weight=operands[4])
+    try:
+        from . import low_bit_launch
+    except ImportError as error:
+        raise ImportError("low-bit ops on CUDA need the package triton; install it or run on the CPU") from error
+    function: Any = low_bit_launch.low_bit_linear
+    return function(*operands, layout, dtype, variant or None)
+
+
+def _fake(*arguments: Any) -> Tensor:
+    operands, (dtype, variant) = arguments[:9], arguments[15:]
+    layout = _checked(operands, arguments[9:15], dtype, variant)
+    return operands[0].new_empty((*operands[0].shape[:-1], layout.n), dtype=dtype)
+
+
+def _no_backward(ctx: Any, grad: Tensor) -> None:
+    raise NotImplementedError("low_bit_linear is for inference and has no backward; call it under torch.no_grad()")
+
+
+_library.impl("low_bit_linear", _on_cpu, "CPU")
+_library.impl("low_bit_linear", _on_cuda, "CUDA")
+torch.library.register_fake("sliderquant_kernels::low_bit_linear", _fake, lib=_library)
+torch.library.register_autograd("sliderquant_kernels::low_bit_linear", _no_backward, lib=_library)
+_op = torch.ops.sliderquant_kernels.low_bit_linear.default

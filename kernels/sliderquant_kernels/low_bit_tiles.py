@@ -1,0 +1,61 @@
+"""Which kernel and tile a low-bit linear takes: a pure function, as in `tiles`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from .int8_fragments import ROWS, block_inputs
+from .tiles import Choice, Device, family
+
+VARIANTS = ("warp_k", "rows", "tiles")
+# On these the int8 instruction reads both operands from shared memory at full speed, and Triton feeds it without
+# detours; elsewhere the packed weight as left operand in registers compiles to less.
+_WITH_TILES = (90, 100)
+TILES_FROM = 512
+
+
+@lru_cache(maxsize=4096)
+def choose_low_bit(
+    m: int, n: int, k: int, bits: int, group_size: int | None, device: Device, variant: str | None = None
+) -> Choice:
+    """The kernel and tile for `m` tokens and a weight `[n, k]`.
+
+    Args:
+        variant: one of `VARIANTS` to be used whatever the rules say; None: the best.
+
+    Raises:
+        ValueError: the variant does not exist or cannot compute the problem.
+    """
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)} or None, got {variant!r}")
+    if variant == "tiles" and group_size is not None:
+        raise ValueError("variant: 'tiles' has no groups; use 'rows', or weights per channel")
+    reason = "asked for"
+    if variant is None:
+        variant, reason = "rows", "some tokens, or many where packed weights multiply best"
+        if m <= 16:
+            variant, reason = "warp_k", "up to 16 tokens: the weights' bytes decide"
+        elif m >= TILES_FROM and group_size is None and family(device.arch) in _WITH_TILES:
+            variant, reason = "tiles", "many tokens: weights are expanded to int8 once"
+    if variant == "warp_k":
+        return _warp_k(m, n, k, bits, device, reason)
+    if variant == "rows":
+        return _rows(m, n, group_size, device, reason)
+    return Choice("tiles", 128, 8, 8, 3, reason=reason)
+
+
+def _warp_k(m: int, n: int, k: int, bits: int, device: Device, reason: str) -> Choice:
+    block_m = 8 if m <= 8 else 16
+    tiles = -(-m // block_m) * -(-n // (ROWS * 4))
+    row_blocks, warps = (4, 4) if tiles >= 2 * device.sm_count else (2, 8) if 2 * tiles >= device.sm_count else (1, 8)
+    while warps > 1 and warps > -(-k // block_inputs(bits)):
+        warps //= 2
+    return Choice("warp_k", block_m, row_blocks, warps, 3 if block_m == 16 else 4, reason=reason)
+
+
+def _rows(m: int, n: int, group_size: int | None, device: Device, reason: str) -> Choice:
+    block_m = 32 if m <= 32 else 64 if m <= 64 or group_size is not None else 128
+    row_blocks, warps = 8, 8 if block_m == 128 else 4
+    if block_m < 128 and -(-m // block_m) * -(-n // (ROWS * row_blocks)) < device.sm_count:
+        row_blocks = 4
+    return Choice("rows", block_m, row_blocks, warps, 3 if block_m == 128 else 4, reason=reason)

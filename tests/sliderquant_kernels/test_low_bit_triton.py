@@ -1,0 +1,155 @@
+"""The Triton code of low-bit linears and of quantizing activations, in the interpreter; its PTX, by emulation."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sliderquant_kernels import LowBitLayout, QuantizedActivations, activations, int8_fragments, reference
+from sliderquant_kernels import activations_triton as quantizing
+from sliderquant_kernels import low_bit_launch as launch
+from sliderquant_kernels.low_bit_tiles import VARIANTS, choose_low_bit
+from sliderquant_kernels.low_bit_triton import plane_ptx
+from sliderquant_kernels.tiles import Choice, Device
+
+pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the kernels were imported without TRITON_INTERPRET=1")
+
+_CHOICES = {
+    "warp_k": Choice("warp_k", 8, 1, 2, 2),
+    "warp_k-wide": Choice("warp_k", 16, 2, 4, 2),
+    "rows": Choice("rows", 16, 4, 4, 2),
+    "tiles": Choice("tiles", 16, 2, 4, 2),
+}
+# N and K below, at and beyond a tile, an odd number of blocks along K, and a K that fills no block.
+_SHAPES = [(33, 256, None), (17, 192, 64), (20, 96, 32), (5, 77, None), (40, 640, 128), (16, 320, None)]
+
+
+def _activations(m, k, symmetric, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
+    zero = None if symmetric else torch.randint(-128, 128, (m,), dtype=torch.int32, generator=generator)
+    scale = torch.rand(m, generator=generator) * 0.02 + 0.001
+    return QuantizedActivations(codes, scale, zero, codes.int().sum(1).int())
+
+
+@pytest.mark.parametrize("shape", _SHAPES, ids=str)
+@pytest.mark.parametrize("name", _CHOICES)
+def test_low_bit_linear(name, shape, monkeypatch, make_weight, make_x):
+    n, k, group_size = shape
+    if name == "tiles" and group_size is not None:
+        with pytest.raises(ValueError, match="'tiles' has no groups"):
+            choose_low_bit(600, n, k, 4, group_size, Device.typical(90), "tiles")
+        return
+    monkeypatch.setattr(launch, "choose_low_bit", lambda *_: _CHOICES[name])
+    schemes = itertools.product((2, 4, 8), (True, False), (True, False))
+    for index, (bits, symmetric, x_symmetric) in enumerate(schemes):
+        if bits == 8 and group_size is not None and not symmetric:
+            continue
+        weight = make_weight(bits, n, k, group_size, symmetric, torch.float32)
+        layout = LowBitLayout("triton_int8", bits, n, k, group_size, symmetric)
+        packed = layout.pack(*weight[:3])
+        m = (1, 3, 17)[index % 3]
+        x = _activations(m, k, x_symmetric)
+        bias = make_x((n,), torch.float32, 2) if index % 2 else None
+        residual = make_x((m, n), torch.float32, 3) if index % 3 == 0 else None
+        got = launch.low_bit_linear(*x, *packed, bias, residual, layout, torch.float32)
+        exact = x.dequantize(torch.float64)
+        want = reference.weight_only_linear(exact, *weight, bias, residual)
+        # Sums are exact; each group's is scaled and added in fp32, in blocks of at least 32 inputs.
+        parts = k // 32 + 4
+        bound = 2.0**-23 * (parts * reference.magnitude(exact, *weight) + 4 * want.abs()) + 1e-30
+        for addend in (bias, residual):
+            bound += 0 if addend is None else 2.0**-22 * addend.abs()
+        # The zero-point of the activations is taken off in fp32 after the groups have been added up.
+        if not x_symmetric and group_size is not None:
+            bound += 2.0**-22 * 300 * reference.magnitude(torch.ones_like(exact) * x.scale[:, None], *weight)
+        assert ((got.double() - want).abs() <= bound).all(), (bits, symmetric, x_symmetric)
+
+
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
+@pytest.mark.parametrize("m", [0, 1, 20])
+def test_what_the_rules_choose(m, variant, make_weight):
+    weight = make_weight(4, 70, 256, None, True, torch.float32)
+    layout = LowBitLayout("triton_int8", 4, 70, 256, None, True)
+    x = _activations(m, 256, True)
+    y = launch.low_bit_linear(*x, *layout.pack(*weight[:3]), None, None, layout, torch.float16, variant)
+    assert y.shape == (m, 70)
+    want = reference.weight_only_linear(x.dequantize(torch.float64), *weight)
+    assert torch.allclose(y.double(), want, rtol=2e-3, atol=2e-3 * float(want.abs().max() if m else 1))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_ptx_of_the_planes(bits):
+    """Every byte beside every zero-point, four at a time: no code disturbs its neighbours."""
+    stored = torch.arange(256).repeat(2**bits)
+    zeros = torch.arange(2**bits).repeat_interleave(256)
+    stored, zeros = (t[torch.randperm(len(t), generator=torch.Generator().manual_seed(0))].view(-1, 4) for t in
+                     (stored, zeros))  # fmt: skip
+    word = (stored << torch.tensor([0, 8, 16, 24])).sum(1)
+    zero = (zeros << torch.tensor([0, 8, 16, 24])).sum(1)
+    for i in range(8 // bits):
+        code = stored >> (bits * i) & (2**bits - 1)
+        assert torch.equal(_bytes(_run(plane_ptx(bits, i, False), word, zero)), code)
+        assert torch.equal(_bytes(_run(plane_ptx(bits, i, True), word, zero)), code - zeros)
+
+
+def _run(text, word, zero):
+    """shr, and, sub, xor and lop3 on 32-bit registers."""
+    registers = {"$1": word, "$2": zero}
+    for statement in text.strip("{} ").split(";"):
+        opcode, *operands = statement.replace(",", " ").split() or [".reg"]
+        if opcode == ".reg":
+            continue
+        sources = [registers[o] if o in registers else torch.tensor(int(o, 0)) for o in operands[1:]]
+        registers[operands[0]] = {
+            "shr.u32": lambda a, b: a >> b,
+            "and.b32": lambda a, b: a & b,
+            "xor.b32": lambda a, b: a ^ b,
+            "sub.u32": lambda a, b: (a - b) & 0xFFFFFFFF,
+            "lop3.b32": lambda a, b, c, table: (a & b) | c,
+        }[opcode](*sources)
+    return registers["$0"]
+
+
+def _bytes(word):
+    parts = (word[:, None] >> torch.tensor([0, 8, 16, 24])) & 255
+    return parts - (parts >> 7) * 256
+
+
+@pytest.mark.parametrize("mode", ["plain", "norm", "gate"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantize_activations(bits, symmetric, mode, make_x):
+    """The same bits as plain torch wherever fp32 sums are not involved; elsewhere scales within fp32's rounding."""
+    for dtype, k in ((torch.float16, 77), (torch.float32, 300), (torch.float16, 1), (torch.float32, 128)):
+        x = make_x((3, k), dtype) * 3 + 0.5
+        x[1] = 0
+        weight = make_x((k,), dtype, 2) if mode == "norm" else None
+        gate = make_x((3, k), dtype, 3) if mode == "gate" else None
+        packed = bits == 4 and k % 2 == 0
+        got = quantizing.quantize_activations(x, bits, symmetric, weight, 1e-6, gate, packed)
+        want = torch.ops.sliderquant_kernels.quantize_activations(x, bits, symmetric, weight, 1e-6, gate, packed)
+        exact = mode == "plain" or dtype == torch.float16
+        assert ((got[1] - want[1]).abs() <= want[1] * (0 if exact else 2.0**-21)).all()
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[3], want[3])
+        assert symmetric or torch.equal(got[2], want[2])
+    empty = quantizing.quantize_activations(make_x((0, 8), torch.float16), bits, symmetric, None, 1e-6, None, False)
+    assert empty[0].shape == (0, 8)
+
+
+def test_expanded_weights_are_the_codes(make_weight):
+    for bits in (2, 4, 8):
+        codes = make_weight(bits, 37, 150, None, True, torch.float32).codes
+        layout = LowBitLayout("triton_int8", bits, 37, 150, None, True)
+        expanded = launch.expand(int8_fragments.pack_codes(codes, bits), layout)
+        assert torch.equal(expanded.int() + int8_fragments.shift(bits), codes.int())
+
+
+def test_rounding_is_half_to_even():
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 127.5]])  # its scale is 1
+    got = quantizing.quantize_activations(x, 8, True, None, 1e-6, None, False)
+    assert activations.quantize(x, 8, True)[0].tolist() == got[0].tolist()
+    assert got[0].tolist() == [[0, 2, 2, 0, -2, 127]]
