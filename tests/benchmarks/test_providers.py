@@ -101,6 +101,7 @@ def test_humming(modules, scheme):
     def humming_forward(config, x, weight, weight_scale, zero_point=None, locks=None, tuning_config=None):
         assert tuning_config == '{"block_shape": [8, 128, 64]}'
         assert locks.dtype == torch.int32
+        assert not locks.any()
         codes = _unpack(weight, config.bits).double()
         zero = 2.0 ** (config.bits - 1)
         group = codes.shape[1] // weight_scale.shape[1]

@@ -43,15 +43,16 @@ def prepare(weight: Operands) -> Prepared:
     config, tensors = prepare_and_transform_humming_tensors(
         tensors, weight.n, weight.k, schema, torch_dtype=weight.dtype, device=device
     )
+    # Every copy of a weight has counters of its own, as every layer: a kernel may begin before the last one has ended.
+    tensors["locks"] = torch.zeros(LOCKS, dtype=torch.int32, device=device)
     names = sorted(tensors)
-    locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
     tuned: dict[int, str] = {}
 
     def call(x: Tensor, t: tuple[Tensor, ...]) -> Tensor:
         m = x.shape[0]
         if m not in tuned:
             tuned[m] = json.dumps(get_heuristics_config(config, shape_m=m, device=device))
-        return humming_forward(config, x, locks=locks, tuning_config=tuned[m], **dict(zip(names, t, strict=True)))
+        return humming_forward(config, x, tuning_config=tuned[m], **dict(zip(names, t, strict=True)))
 
     return Prepared(tuple(tensors[name] for name in names), call, lambda m: ARITHMETIC)
 
