@@ -50,10 +50,10 @@ def choice(problem: tiles.Problem, variant: str | None, device: tiles.Device | N
 
 def compilation(case: Case, variant: str | None) -> Hashable:
     """Kernel and tile; Triton specializes on sizes of 1 and on multiples of 16, and the loop on how K is cut."""
-    scheme = WeightScheme.parse(case.scheme)
-    sizes = (*case.shape, scheme.bits, scheme.group_size, scheme.symmetric, DTYPES[case.dtype])
-    chosen = replace(choice(tiles.Problem(case.m, *sizes), variant), reason="")
-    return chosen, sizes, case.m == 1, case.m % 16 == 0
+    scheme, (n, k) = WeightScheme.parse(case.scheme), case.shape
+    problem = tiles.Problem(case.m, n, k, scheme.bits, scheme.group_size, scheme.symmetric, DTYPES[case.dtype])
+    chosen = replace(choice(problem, variant), reason="")
+    return chosen, replace(problem, m=0), case.m == 1, case.m % 16 == 0
 
 
 def arithmetic(chosen: tiles.Choice) -> Arithmetic:
