@@ -100,7 +100,8 @@ def choose(problem: Problem, device: Device, variant: str | None = None, batch_i
             )
         return Choice("dense", reason="no matrix unit multiplies exact fp32")
     if batch_invariant:
-        return _rows(problem, device, 32, "batch-invariant: one tile for every number of tokens")
+        # As if there were one tile of tokens: their number must not count.
+        return _rows(problem, device, 32, 1, "batch-invariant: one tile for every number of tokens")
     if variant is None:
         variant, reason = _variant(problem, device)
     else:
@@ -108,7 +109,8 @@ def choose(problem: Problem, device: Device, variant: str | None = None, batch_i
     if variant == "warp_k":
         return _warp_k(problem, device, reason)
     if variant == "rows":
-        return _rows(problem, device, _rows_block_m(problem, device), reason)
+        block_m = _rows_block_m(problem, device)
+        return _rows(problem, device, block_m, -(-problem.m // block_m), reason)
     return Choice("dense", reason=reason)
 
 
@@ -165,10 +167,8 @@ def _rows_block_m(problem: Problem, device: Device) -> int:
     return 128 if problem.m >= 128 and family(device.arch) in (80, 90) else 64
 
 
-def _rows(problem: Problem, device: Device, block_m: int, reason: str) -> Choice:
+def _rows(problem: Problem, device: Device, block_m: int, tiles_m: int, reason: str) -> Choice:
     arch, wide = family(device.arch), block_inputs(problem.bits) > 128
-    # For a batch-invariant choice `m` must not count: as if there were one tile of tokens.
-    tiles_m = 1 if reason.startswith("batch") else -(-problem.m // block_m)
     row_blocks, warps = 8, 8 if block_m == 128 else 4
     if block_m < 128 and tiles_m * -(-problem.n // (ROWS * row_blocks)) < device.sm_count:
         row_blocks = 4
