@@ -12,10 +12,11 @@ import threading
 import torch
 from torch import Tensor
 
-_POOL = 1 << 20  # counters, 4 MB: a graph of a 32-layer model takes some 30,000
+_POOL = 1 << 20  # counters, 4 MB: a graph of a 32-layer model takes some 10,000
 _lock = threading.Lock()
 _by_stream: dict[tuple[torch.device, int], Tensor] = {}
-_pools: dict[torch.device, list[Tensor]] = {}
+_pools: dict[torch.device, Tensor] = {}
+_taken: dict[torch.device, int] = {}
 
 
 def split_counters(count: int, device: torch.device) -> Tensor:
@@ -26,7 +27,7 @@ def split_counters(count: int, device: torch.device) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             return _captured(count, device)
         if device not in _pools:
-            _pools[device] = [torch.zeros(_POOL, dtype=torch.int32, device=device)]
+            _pools[device] = torch.zeros(_POOL, dtype=torch.int32, device=device)
             # Other streams may take counters from here: they have to be zero by then.
             torch.cuda.current_stream(device).synchronize()
         key = (device, torch.cuda.current_stream(device).cuda_stream)
@@ -37,10 +38,19 @@ def split_counters(count: int, device: torch.device) -> Tensor:
         return counters
 
 
+def release_captured() -> None:
+    """Hand the counters of all captured launches out again, for a process that captures graphs without end.
+
+    Safe when no graph captured before runs at the same time as one captured after this call.
+    """
+    with _lock:
+        _taken.clear()
+
+
 def _captured(count: int, device: torch.device) -> Tensor:
-    pool = _pools.get(device)
-    if pool is None or pool[0].numel() < count:
+    pool, first = _pools.get(device), _taken.get(device, 0)
+    if pool is None or first + count > pool.numel():
         # No warm-up before the capture, or more graphs than foreseen: the graph itself sets them to zero.
         return torch.zeros(count, dtype=torch.int32, device=device)
-    taken, pool[0] = pool[0][:count], pool[0][count:]
-    return taken
+    _taken[device] = first + count
+    return pool[first : first + count]

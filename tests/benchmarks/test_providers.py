@@ -274,8 +274,8 @@ def test_ours_packs_once_for_all_variants():
 
 
 def test_ours_lets_go_of_the_counters_of_captured_launches(monkeypatch):
-    pools = {torch.device("cuda", 0): [torch.zeros(4, dtype=torch.int32)]}
-    monkeypatch.setattr(workspace, "_pools", pools)
+    taken = {torch.device("cuda", 0): 100}
+    monkeypatch.setattr(workspace, "_taken", taken)
     for provider in PROVIDERS.values():
         provider.release()
-    assert pools == {}
+    assert taken == {}

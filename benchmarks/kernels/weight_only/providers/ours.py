@@ -71,7 +71,7 @@ def describe(chosen: tiles.Choice) -> str:
 def release() -> None:
     """Captured launches keep their counters as long as the process lives, and a launch that finds none left is slower.
     The graph that was timed is gone: start over."""
-    workspace._pools.clear()
+    workspace.release_captured()
 
 
 def name_of(variant: str) -> str:
