@@ -94,7 +94,13 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, gro
     """Codes `[N, K]`, scale `[N, G]` bf16, zero_point `[N, G]` or None -> (weight, fused `[G', N, 2]` bf16)."""
     n, k = codes.shape
     half = 2 ** (bits - 1)
-    weight = _convert((codes + (8 - half)).to(torch.int32))
+    # Not torch's own packer: it takes int32 codes, which is most of the peak of loading a model, and longer.
+    weight = torch.empty(n, k // 2, dtype=torch.uint8)
+    for start, rows, block, halves in _chunks(n, k):
+        for first in range(start, start + rows, block):
+            nibbles = planes((codes[first : first + block] + (8 - half)).t(), block, halves)
+            # Turned a block at a time: torch's copy is fast for a transposed matrix only.
+            weight[first : first + block].view(k, block // 2).copy_(nibbles[:, 0, 0] | (nibbles[:, 1, 0] << 4))
     zero = torch.zeros_like(scale) if zero_point is None else (half - zero_point.to(scale.dtype)) * scale
     group = op_group_size(k, group_size)
     assert group is not None
