@@ -1,4 +1,8 @@
-"""What is stored: bits, grouping and symmetry. `"W4A16-g128"` and `Scheme(bits=4, group_size=128)` are the same."""
+"""What is stored: bits, grouping and symmetry. `"W4A16-g128"` and `Scheme(bits=4, group_size=128)` are the same.
+
+Activations of 16 bits are not quantized. Those of 4 or 8 bits are the inputs of the linears, rounded while the model
+runs, each token to a grid of its own: nothing of them is stored but how.
+"""
 
 import math
 import re
@@ -6,43 +10,66 @@ from dataclasses import dataclass, replace
 
 from sliderquant.errors import InputError
 
-__all__ = ["BITS", "GROUP_SIZES", "Scheme"]
+__all__ = ["ACTIVATION_BITS", "BITS", "GROUP_SIZES", "Scheme"]
 
 BITS = (2, 3, 4, 8)
+ACTIVATION_BITS = (4, 8, 16)
 GROUP_SIZES = (32, 64, 128)
 
 _GRAMMAR = re.compile(
-    r"W(?P<bits>\d+)A(?P<activation_bits>\d+)(-(?P<grouping>g\d+|channel))?(-(?P<symmetry>sym|asym))?", re.IGNORECASE
+    r"W(?P<bits>\d+)A(?P<activation_bits>\d+)(-(?P<grouping>g\d+|channel))?(-(?P<symmetry>sym|asym))?"
+    r"(-act-(?P<activation_symmetry>sym|asym))?",
+    re.IGNORECASE,
 )
 _EXPECTED = (
-    "expected W{2,3,4,8}A16, then -g32, -g64 or -g128 for groups (none: one scale per output channel), then -sym for a "
-    "grid without zero-points; for example W4A16-g128, W2A16, W3A16-g64-sym"
+    "expected W{2,3,4,8}A16 or W{2,4,8}A{4,8}, then -g32, -g64 or -g128 for groups (none: one scale per output "
+    "channel), then -sym for weights without zero-points, then, after A4 and A8, -act-sym for activations without "
+    "zero-points; for example W4A16-g128, W2A16, W3A16-g64-sym, W4A4, W8A8-sym-act-sym"
 )
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weight of a linear layer is stored.
+    """How the weight of a linear layer is stored, and what its input is rounded to while the model runs.
 
     Attributes:
         bits: bits of one weight: 2, 3, 4 or 8.
         group_size: consecutive inputs of a row that share one scale and zero-point: 32, 64 or 128; None: a whole row.
         symmetric: no zero-point; the levels are -2^(bits-1) .. 2^(bits-1)-1 times the scale.
+        activation_bits: bits of one input of the layer: 4 or 8, with weights of 2, 4 or 8 bits; 16: not quantized.
+        activation_symmetric: the grid of a token has no zero-point.
     """
 
     bits: int
     group_size: int | None = None
     symmetric: bool = False
+    activation_bits: int = 16
+    activation_symmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise InputError(f"scheme: weights of {self.bits} bits are not supported; {_EXPECTED}")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise InputError(f"scheme: groups of {self.group_size} are not supported; {_EXPECTED}")
+        if self.activation_bits not in ACTIVATION_BITS:
+            raise InputError(f"scheme: activations of {self.activation_bits} bits are not supported; {_EXPECTED}")
+        if not self.quantizes_activations:
+            if self.activation_symmetric:
+                raise InputError(f"scheme: activations of 16 bits are not quantized: leave out -act-sym; {_EXPECTED}")
+        elif self.bits == 3:
+            raise InputError(
+                f"scheme: weights of 3 bits take activations of 16 bits only, not of {self.activation_bits}: use "
+                f"W3A16, or weights of 2 or 4 bits; {_EXPECTED}"
+            )
+        elif self.bits == 8 and self.group_size is not None and not self.symmetric:
+            raise InputError(
+                f"scheme: weights of 8 bits in groups, with activations of {self.activation_bits} bits, have no "
+                f"zero-points: add -sym, or leave out -g{self.group_size}; {_EXPECTED}"
+            )
 
     @classmethod
     def parse(cls, text: "str | Scheme") -> "Scheme":
-        """Read `W4A16-g128`, `w2a16`, `W3A16-g64-sym`, ...; a Scheme is returned as it is.
+        """Read `W4A16-g128`, `w2a16`, `W3A16-g64-sym`, `W4A4-act-sym`, ...; a Scheme is returned as it is.
 
         Raises:
             InputError: the text does not follow the grammar, or names a scheme that cannot be stored.
@@ -52,20 +79,31 @@ class Scheme:
         found = _GRAMMAR.fullmatch(text.strip())
         if found is None:
             raise InputError(f"scheme {text!r} is not understood: {_EXPECTED}")
-        if found["activation_bits"] != "16":
-            raise InputError(
-                f"scheme {text!r}: activations of {found['activation_bits']} bits are not supported; {_EXPECTED}"
-            )
         grouping = (found["grouping"] or "channel").lower()
         return cls(
             bits=int(found["bits"]),
             group_size=None if grouping == "channel" else int(grouping[1:]),
             symmetric=(found["symmetry"] or "").lower() == "sym",
+            activation_bits=int(found["activation_bits"]),
+            activation_symmetric=(found["activation_symmetry"] or "").lower() == "sym",
         )
 
     def __str__(self) -> str:
         grouping = "" if self.group_size is None else f"-g{self.group_size}"
-        return f"W{self.bits}A16{grouping}{'-sym' if self.symmetric else ''}"
+        activations = "-act-sym" if self.activation_symmetric else ""
+        return f"W{self.bits}A{self.activation_bits}{grouping}{'-sym' if self.symmetric else ''}{activations}"
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the layer's input is rounded, or goes into the product as it is."""
+        return self.activation_bits < 16
+
+    @property
+    def activations(self) -> str:
+        """In words: `4 bits per token, asymmetric`, or `not quantized`."""
+        if not self.quantizes_activations:
+            return "not quantized"
+        return f"{self.activation_bits} bits per token, {'symmetric' if self.activation_symmetric else 'asymmetric'}"
 
     @property
     def levels(self) -> int:

@@ -5,10 +5,17 @@ from hypothesis import strategies as st
 from sliderquant.errors import InputError
 from sliderquant.schemes import BITS, GROUP_SIZES, Scheme
 
-schemes = st.builds(Scheme, st.sampled_from(BITS), st.sampled_from((None, *GROUP_SIZES)), st.booleans())
+weight_only = st.builds(Scheme, st.sampled_from(BITS), st.sampled_from((None, *GROUP_SIZES)), st.booleans())
 
 
-@given(schemes)
+@st.composite
+def low_bit(draw: st.DrawFn) -> Scheme:
+    bits, group_size = draw(st.sampled_from((2, 4, 8))), draw(st.sampled_from((None, *GROUP_SIZES)))
+    symmetric = draw(st.booleans()) or (bits == 8 and group_size is not None)
+    return Scheme(bits, group_size, symmetric, draw(st.sampled_from((4, 8))), draw(st.booleans()))
+
+
+@given(weight_only | low_bit())
 def test_name_and_scheme_are_the_same_thing(scheme):
     assert Scheme.parse(str(scheme)) == scheme
     assert Scheme.parse(str(scheme).lower()) == scheme
@@ -18,6 +25,22 @@ def test_spellings():
     assert Scheme.parse("W4A16-g128") == Scheme(4, 128, symmetric=False)
     assert Scheme.parse("W2A16") == Scheme.parse("W2A16-channel-asym") == Scheme(2)
     assert str(Scheme(3, 64, symmetric=True)) == "W3A16-g64-sym"
+    assert Scheme.parse("W4A4") == Scheme.parse("w4a4-asym-act-asym") == Scheme(4, activation_bits=4)
+    assert Scheme.parse("W4A8-sym") == Scheme(4, None, True, 8, activation_symmetric=False)
+    assert Scheme.parse("W4A8-act-sym") == Scheme(4, None, False, 8, activation_symmetric=True)
+    assert str(Scheme(8, 128, True, 8, True)) == "W8A8-g128-sym-act-sym"
+
+
+def test_activations_in_words():
+    assert Scheme.parse("W4A16").activations == "not quantized"
+    assert Scheme.parse("W4A4-sym").activations == "4 bits per token, asymmetric"
+    assert Scheme.parse("W4A8-act-sym").activations == "8 bits per token, symmetric"
+
+
+def test_activations_take_nothing_in_a_checkpoint():
+    for weights, activations in (("W4A16-g64", "W4A4-g64"), ("W2A16-sym", "W2A8-sym-act-sym")):
+        assert Scheme.parse(weights).stored_bytes(96, 128) == Scheme.parse(activations).stored_bytes(96, 128)
+    assert Scheme.parse("W4A4-g64-act-sym").per_channel() == Scheme.parse("W4A4-act-sym")
 
 
 @pytest.mark.parametrize(
@@ -27,7 +50,13 @@ def test_spellings():
         ("W4A16-g128-", "not understood"),
         ("W5A16", "weights of 5 bits are not supported"),
         ("W4A16-g100", "groups of 100 are not supported"),
-        ("W4A4", "activations of 4 bits are not supported"),
+        ("W4A5", "activations of 5 bits are not supported"),
+        ("W4A2", "activations of 2 bits are not supported"),
+        ("W3A8", "weights of 3 bits take activations of 16 bits only, not of 8: use W3A16"),
+        ("W8A8-g128", "weights of 8 bits in groups, .* have no zero-points: add -sym, or leave out -g128"),
+        ("W4A16-act-sym", "activations of 16 bits are not quantized: leave out -act-sym"),
+        ("W4A4-act-sym-sym", "not understood"),
+        ("W4A4sym", "not understood"),
     ],
 )
 def test_bad_names_say_what_is_expected(text, message):

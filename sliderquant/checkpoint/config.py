@@ -1,6 +1,7 @@
 """`quantization_config` in config.json: which linears are quantized, and how."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from compressed_tensors.utils.match import match_name, match_targets
 
 from sliderquant._version import __version__
 from sliderquant.errors import CheckpointError, InputError
-from sliderquant.schemes import BITS, GROUP_SIZES, Scheme
+from sliderquant.schemes import ACTIVATION_BITS, BITS, GROUP_SIZES, Scheme
 
 __all__ = ["FORMAT_VERSION", "SchemeLookup", "quantization_config", "sliderquant_entry"]
 
@@ -25,10 +26,14 @@ FORMAT_VERSION = 1
 """Of what sliderquant adds to the format of compressed-tensors; a reader refuses a larger one."""
 
 _PACKED = CompressionFormat.pack_quantized.value
-_WEIGHT_FIELDS = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
+_FIELDS = {
+    "weights": ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"),
+    "input_activations": ("num_bits", "type", "symmetric", "strategy", "dynamic"),
+}
 _SUPPORTED = (
     f"sliderquant reads {_PACKED} with int weights of {', '.join(map(str, BITS))} bits, one scale per output channel "
-    f"or per group of {', '.join(map(str, GROUP_SIZES))}, and activations that are not quantized"
+    f"or per group of {', '.join(map(str, GROUP_SIZES))}, and input activations that are not quantized, or to int of "
+    f"{' or '.join(str(bits) for bits in ACTIVATION_BITS if bits < 16)} bits, dynamic, per token"
 )
 
 
@@ -61,6 +66,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
                 group_size=scheme.group_size,
                 dynamic=False,
             ),
+            input_activations=_input_activations(scheme),
             format=CompressionFormat.pack_quantized,
         )
         for index, (scheme, names) in enumerate(members.items())
@@ -73,8 +79,10 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
     )
     dumped = {key: value for key, value in built.model_dump(mode="json").items() if value is not None}
     for group in dumped["config_groups"].values():
-        # What else there is has no meaning for stored weights, and depends on the version of compressed-tensors.
-        group["weights"] = {key: value for key, value in group["weights"].items() if key in _WEIGHT_FIELDS}
+        # What else there is has no meaning here, and depends on the version of compressed-tensors.
+        for role, fields in _FIELDS.items():
+            if group[role] is not None:
+                group[role] = {key: value for key, value in group[role].items() if key in fields}
     return dumped
 
 
@@ -134,18 +142,44 @@ def _read_group(group: QuantizationScheme, outer_format: str, where: str) -> Sch
     stored_as = getattr(group.format, "value", group.format) or outer_format
     if stored_as != _PACKED:
         raise CheckpointError(f"{where}.format is {stored_as!r}, expected {_PACKED!r}. {_SUPPORTED}")
-    for role in ("input_activations", "output_activations"):
-        if getattr(group, role) is not None:
-            raise CheckpointError(f"{where}.{role}: quantized activations are not supported; {_SUPPORTED}")
-    weights = group.weights
+    if group.output_activations is not None:
+        raise CheckpointError(f"{where}.output_activations: quantized outputs are not supported; {_SUPPORTED}")
+    weights, activations = group.weights, group.input_activations
+    if activations is not None and (
+        activations.type != QuantizationType.INT.value
+        or activations.strategy != QuantizationStrategy.TOKEN.value
+        or activations.dynamic is not True
+    ):
+        raise CheckpointError(f"{where}.input_activations: expected dynamic integers per token; {_SUPPORTED}")
     if weights is None or weights.type != QuantizationType.INT.value or weights.dynamic:
         raise CheckpointError(f"{where}.weights: expected static integer weights; {_SUPPORTED}")
     if weights.strategy not in (QuantizationStrategy.GROUP.value, QuantizationStrategy.CHANNEL.value):
         raise CheckpointError(f"{where}.weights.strategy is {weights.strategy!r}, expected 'group' or 'channel'")
     grouped = weights.strategy == QuantizationStrategy.GROUP.value
     try:
-        return Scheme(weights.num_bits, weights.group_size if grouped else None, weights.symmetric)
+        scheme = Scheme(weights.num_bits, weights.group_size if grouped else None, weights.symmetric)
     except InputError as error:
         raise CheckpointError(
             f"{where}.weights: {weights.num_bits} bits, group_size {weights.group_size} is not supported; {_SUPPORTED}"
         ) from error
+    if activations is None:
+        return scheme
+    try:
+        return replace(scheme, activation_bits=activations.num_bits, activation_symmetric=activations.symmetric)
+    except InputError as error:
+        raise CheckpointError(
+            f"{where}.input_activations: {activations.num_bits} bits with weights of {weights.num_bits} bits, "
+            f"group_size {weights.group_size}, symmetric {weights.symmetric}, is not supported: {error}"
+        ) from error
+
+
+def _input_activations(scheme: Scheme) -> QuantizationArgs | None:
+    if not scheme.quantizes_activations:
+        return None
+    return QuantizationArgs(
+        num_bits=scheme.activation_bits,
+        type=QuantizationType.INT,
+        symmetric=scheme.activation_symmetric,
+        strategy=QuantizationStrategy.TOKEN,
+        dynamic=True,
+    )

@@ -1,4 +1,7 @@
-"""A linear layer whose weight stays packed: a thin module over `sliderquant_kernels`."""
+"""A linear layer whose weight stays packed: a thin module over `sliderquant_kernels`.
+
+Its scheme says what the weight is multiplied with: the input as it is, or the input rounded to 4 or 8 bits per token.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,10 +12,22 @@ from torch import Tensor, nn
 from sliderquant.checkpoint.packing import PARTS, pack, unpack
 from sliderquant.errors import InputError
 from sliderquant.quantizer import QuantizedWeight
+from sliderquant.quantizer import dequantize as dequantize_exactly
 from sliderquant.schemes import Scheme
-from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, dequantize, weight_only_linear
+from sliderquant_kernels import (
+    LowBitLayout,
+    PackedWeight,
+    WeightLayout,
+    choose_layout,
+    choose_low_bit_layout,
+    dequantize,
+    low_bit_linear,
+    quantize_activations,
+    weight_only_linear,
+)
+from sliderquant_kernels.activations import MAX_K
 
-__all__ = ["PackedLinear", "QuantizedLinear"]
+__all__ = ["PackedLinear", "QuantizedLinear", "layout_for"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,6 +78,7 @@ class QuantizedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.scheme.bits}, group_size={self.scheme.group_size}, symmetric={self.scheme.symmetric}"
+            + (f", activations={self.scheme.activations}" if self.scheme.quantizes_activations else "")
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -100,6 +116,9 @@ class QuantizedLinear(nn.Module):
 class PackedLinear(QuantizedLinear):
     """`y = x @ dequantize(weight)^T + bias`, without the dense weight in memory.
 
+    With a scheme that quantizes activations x is rounded first, each token to a grid of its own, and the product is one
+    of integers: see `sliderquant_kernels.quantize_activations` and `low_bit_linear`.
+
     The layout of the packed weight belongs to a device and a dtype: moving the module packs it again, and its codes are
     never cast. `state_dict` does not depend on the layout.
 
@@ -107,6 +126,7 @@ class PackedLinear(QuantizedLinear):
         layout: how the weight is packed in memory.
     """
 
+    layout: WeightLayout | LowBitLayout
     packed_weight: Tensor
     packed_scale: Tensor
     packed_zero_point: Tensor | None
@@ -165,11 +185,19 @@ class PackedLinear(QuantizedLinear):
         return QuantizedWeight(codes, scale.to(self.dtype), None if self.scheme.symmetric else zero_point)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        return dequantize(self.packed, self.layout, self.dtype if dtype is None else dtype)
+        wanted = self.dtype if dtype is None else dtype
+        if isinstance(self.layout, LowBitLayout):
+            return dequantize_exactly(self.quantized(), self.scheme).to(wanted)
+        return dequantize(self.packed, self.layout, wanted)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` in `dtype` -> `[..., out]`."""
-        return weight_only_linear(x, self.packed, self.layout, self.bias)
+        if not isinstance(self.layout, LowBitLayout):
+            return weight_only_linear(x, self.packed, self.layout, self.bias)
+        if x.dtype != self.dtype:
+            raise TypeError(f"x: expected dtype {self.dtype} like the layer, got {x.dtype}; convert x or the layer")
+        rounded = quantize_activations(x, self.scheme.activation_bits, self.scheme.activation_symmetric)
+        return low_bit_linear(rounded, self.packed, self.layout, self.dtype, self.bias)
 
     def _replace(self, quantized: QuantizedWeight) -> None:
         self._store(quantized, self.dtype)
@@ -180,15 +208,7 @@ class PackedLinear(QuantizedLinear):
             raise InputError(f"dtype {dtype}: a packed linear computes in {expected}; its codes cannot be cast")
         codes, scale, zero_point = quantized
         self.dtype = dtype
-        self.layout: WeightLayout = choose_layout(
-            self.scheme.bits,
-            self.out_features,
-            self.in_features,
-            self.scheme.group_size,
-            self.scheme.symmetric,
-            codes.device,
-            dtype,
-        )
+        self.layout = layout_for(self.scheme, self.out_features, self.in_features, codes.device, dtype)
         packed = self.layout.pack(codes, scale.to(dtype), zero_point)
         # Not persistent: what is saved is the checkpoint format, see _save_to_state_dict.
         self.register_buffer("packed_weight", packed.weight, persistent=False)
@@ -216,6 +236,21 @@ class PackedLinear(QuantizedLinear):
         finally:
             self._buffers = moved
         return self
+
+
+def layout_for(
+    scheme: Scheme, out_features: int, in_features: int, device: torch.device, dtype: torch.dtype
+) -> WeightLayout | LowBitLayout:
+    """The layout of a packed weight of a scheme on a device, for a computation in `dtype`.
+
+    Raises ValueError for a shape that the kernels do not compute.
+    """
+    shape = (scheme.bits, out_features, in_features, scheme.group_size, scheme.symmetric)
+    if not scheme.quantizes_activations:
+        return choose_layout(*shape, device, dtype)
+    if in_features > MAX_K:
+        raise ValueError(f"{in_features} inputs: at most {MAX_K} are quantized per token; use W{scheme.bits}A16")
+    return choose_low_bit_layout(*shape, device)
 
 
 def _same_dtype(fn: Callable[[Tensor], Tensor], buffer: Tensor | None) -> Tensor | None:

@@ -1,4 +1,5 @@
-"""Linear layers that read the same input, as one packed weight: one kernel launch instead of two or three.
+"""Linear layers that read the same input, as one packed weight: one kernel launch instead of two or three, and an input
+that is quantized, where the scheme says so, once.
 
 The weights of q_proj, k_proj and v_proj (gate_proj and up_proj) are concatenated along their outputs and packed as one
 `MergedLinear`. In the places of the layers are `LinearSlice`s, so that the model's own code runs unchanged and the
@@ -26,10 +27,9 @@ from torch.utils.hooks import RemovableHandle
 
 from sliderquant.errors import InputError
 from sliderquant.models import FAMILIES
-from sliderquant.modules.linear import PackedLinear, QuantizedLinear
+from sliderquant.modules.linear import PackedLinear, QuantizedLinear, layout_for
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.schemes import Scheme
-from sliderquant_kernels import choose_layout
 
 __all__ = ["LinearSlice", "MergedLinear", "can_merge", "concatenate", "merge_linears", "shared_inputs", "split_linears"]
 
@@ -255,7 +255,7 @@ def can_merge(
     scheme, inputs = schemes[0], shapes[0][1]
     total = sum(outputs for outputs, _ in shapes)
     kinds = {
-        choose_layout(scheme.bits, outputs, inputs, scheme.group_size, scheme.symmetric, device, dtype).kind
+        layout_for(scheme, outputs, inputs, device, dtype).kind
         for outputs in (total, *(outputs for outputs, _ in shapes))
     }
     return len(kinds) == 1

@@ -14,6 +14,13 @@ def with_weights(**changes: object) -> dict:
     return BASE | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
 
 
+def with_activations(**changes: object) -> dict:
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True} | changes
+    config = with_weights(num_bits=4)
+    config["config_groups"]["group_0"]["input_activations"] = activations
+    return config
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [None, 32, 64, 128])
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -50,6 +57,29 @@ def test_what_is_written_is_what_the_format_says() -> None:
             }
         },
     }
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W4A8-g64-sym", "W2A8-act-sym", "W8A8", "W8A8-g128-sym-act-sym"])
+def test_activations_round_trip(scheme: str) -> None:
+    parsed = Scheme.parse(scheme)
+    config = quantization_config({"a.b": parsed}, ["lm_head"])
+    assert config["config_groups"]["group_0"]["input_activations"] == {
+        "num_bits": parsed.activation_bits,
+        "type": "int",
+        "symmetric": parsed.activation_symmetric,
+        "strategy": "token",
+        "dynamic": True,
+    }
+    assert config["config_groups"]["group_0"]["output_activations"] is None
+    QuantizationConfig.model_validate(config)
+    assert SchemeLookup(config, "here").find("model.layers.7.mlp.up_proj") == parsed
+
+
+def test_schemes_that_differ_in_activations_alone_go_by_name() -> None:
+    schemes = {name: Scheme.parse(name) for name in ("W4A16", "W4A4", "W4A8", "W4A4-act-sym")}
+    lookup = SchemeLookup(quantization_config({f"a.{name}": scheme for name, scheme in schemes.items()}, []), "here")
+    for name, scheme in schemes.items():
+        assert lookup.find(f"a.{name}") == scheme
 
 
 def test_two_schemes_go_by_name() -> None:
@@ -109,7 +139,21 @@ def test_configurations_of_other_tools() -> None:
                     | {"input_activations": {"num_bits": 8, "strategy": "token", "dynamic": True}}
                 }
             },
-            "input_activations: quantized activations are not supported",
+            "input_activations: 8 bits with weights of 3 bits, .* is not supported",
+        ),
+        (with_activations(num_bits=6), "input_activations: 6 bits with weights of 4 bits, .* is not supported"),
+        (with_activations(type="float"), "input_activations: expected dynamic integers per token"),
+        (with_activations(strategy="tensor"), "input_activations: expected dynamic integers per token"),
+        (with_activations(strategy="tensor", dynamic=False), "input_activations: expected dynamic integers per token"),
+        (
+            BASE
+            | {
+                "config_groups": {
+                    "group_0": BASE["config_groups"]["group_0"]
+                    | {"output_activations": {"num_bits": 8, "strategy": "token", "dynamic": True}}
+                }
+            },
+            "output_activations: quantized outputs are not supported",
         ),
     ],
 )

@@ -12,7 +12,9 @@ from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SCHEMES = ("W2A16-g32", "W3A16-g64-sym", "W4A16-g32", "W4A16-sym", "W4A16", "W8A16", "W8A16-sym")
+WEIGHT_ONLY = ("W2A16-g32", "W3A16-g64-sym", "W4A16-g32", "W4A16-sym", "W4A16", "W8A16", "W8A16-sym")
+LOW_BIT = ("W4A4", "W4A4-sym-act-sym", "W4A8-g32", "W4A8-g64-sym-act-sym", "W2A8-act-sym", "W8A8", "W8A8-g32-sym")
+SCHEMES = (*WEIGHT_ONLY, *LOW_BIT)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,11 +43,22 @@ def same(actual: QuantizedWeight, expected: QuantizedWeight) -> None:
             assert torch.equal(one, other), name
 
 
+def rounded(x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
+    """x `[..., in]`, each token rounded to its own grid, which holds 0: in fp32; the product with the scale exactly."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    least, most = x.float().amin(-1, keepdim=True).clamp(max=0), x.float().amax(-1, keepdim=True).clamp(min=0)
+    span = 2 * torch.maximum(-least, most) if symmetric else most - least
+    scale = span / (high - low)
+    scale[scale == 0] = 1
+    zero = torch.zeros_like(scale) if symmetric else torch.round(low - least / scale).clamp(low, high)
+    return (((x.float() / scale).round() + zero).clamp(low, high) - zero).double() * scale.double()
+
+
 def tensor_bytes(module: nn.Module) -> int:
     return sum(t.untyped_storage().nbytes() for t in [*module.parameters(), *module.buffers()])
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(48, 64), (37, 90)])
 def test_forward(scheme: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -65,6 +78,46 @@ def test_forward(scheme: str, dtype: torch.dtype, shape: tuple[int, int]) -> Non
         assert y.shape == expected.shape
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
         assert (y.double() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("scheme", LOW_BIT)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(48, 64), (37, 90)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward_with_rounded_inputs(scheme: str, dtype: torch.dtype, shape: tuple[int, int], bias: bool) -> None:
+    if shape[1] % 32 and "-g" in scheme:
+        pytest.skip("a group does not divide the inputs")
+    linear, quantized = make(scheme, *shape, dtype=dtype, bias=bias)
+    parsed = linear.scheme
+    same(linear.quantized(), quantized)
+    dense = dequantize(quantized, parsed)
+    assert torch.equal(linear.dequantize(torch.float32), dense)
+    assert torch.equal(linear.dequantize(), dense.to(dtype))
+    for leading in ((1,), (2, 3), (40,), (0,)):
+        x = torch.randn(*leading, shape[1]).to(dtype) * 3 + 0.5
+        if leading == (40,) and parsed.group_size is None:
+            x[0] = 0  # in groups, asymmetric, that is a difference of large sums in fp32
+        simulated = rounded(x, parsed.activation_bits, parsed.activation_symmetric)
+        expected = torch.nn.functional.linear(simulated, dense.double(), linear.bias.double() if bias else None)
+        y = linear(x)
+        assert y.dtype == dtype
+        assert y.shape == expected.shape
+        # The integers are exact. What is left: a few roundings in fp32, and that of the result to its dtype.
+        largest = simulated.abs() @ dense.double().abs().T + 1
+        error = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+        assert ((y.double() - expected).abs() <= 2.0**-20 * largest + error * expected.abs()).all()
+
+
+def test_low_bit_inputs_of_another_dtype() -> None:
+    linear, _ = make("W4A4", dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=r"x: expected dtype torch.bfloat16 like the layer, got torch.float32"):
+        linear(torch.randn(2, 64))
+
+
+def test_more_inputs_than_a_token_can_have() -> None:
+    codes, scale = torch.zeros(1, 32769, dtype=torch.uint8), torch.ones(1, 1)
+    with pytest.raises(ValueError, match="32769 inputs: at most 32768 are quantized per token; use W4A16"):
+        PackedLinear(QuantizedWeight(codes, scale, None), Scheme.parse("W4A4-sym"))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -198,6 +251,7 @@ def test_repr() -> None:
     assert repr(make("W3A16-sym", bias=False)[0]) == (
         "PackedLinear(in_features=64, out_features=48, bias=False, bits=3, group_size=None, symmetric=True)"
     )
+    assert repr(make("W4A4-act-sym")[0]).endswith("symmetric=False, activations=4 bits per token, symmetric)")
 
 
 @pytest.mark.parametrize(("out", "inputs"), [(8192, 2048), (2048, 8192)])

@@ -26,9 +26,11 @@ from sliderquant.modules import (
     merge_linears,
     split_linears,
 )
+from sliderquant.modules import linear as linear_module
 from sliderquant.modules.merged import can_merge
 from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
+from sliderquant_kernels import quantize_activations
 
 IN, SIZES = 64, (64, 32, 48)
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -115,7 +117,10 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("scheme", ["W2A16-g32", "W3A16-g64-sym", "W4A16-g32", "W4A16-sym", "W8A16", "W8A16-sym"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["W2A16-g32", "W3A16-g64-sym", "W4A16-g32", "W4A16-sym", "W8A16", "W8A16-sym", "W4A4", "W2A8-g32-act-sym", "W8A8"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_same_bits_in_one_launch(scheme: str, dtype: torch.dtype, bias: bool) -> None:
@@ -127,6 +132,20 @@ def test_the_same_bits_in_one_launch(scheme: str, dtype: torch.dtype, bias: bool
             assert torch.equal(got, expected)
         assert pair.launches == launches
         assert not pair.left
+
+
+def test_a_shared_input_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, x, seen = Pair("W4A4"), torch.randn(2, IN), []
+
+    def counted(x: torch.Tensor, *arguments: Any) -> Any:
+        seen.append(x)
+        return quantize_activations(x, *arguments)
+
+    monkeypatch.setattr(linear_module, "quantize_activations", counted)
+    pair.both(x)
+    assert len(seen) == 1
+    pair.single(x)
+    assert len(seen) == 1 + len(NAMES)
 
 
 @pytest.mark.parametrize("order", itertools.permutations(NAMES))
@@ -407,6 +426,9 @@ def test_what_can_be_merged() -> None:
     assert not can_merge([(64, 64), (32, 128)], same, biased, CPU, torch.float32)
     assert not can_merge(shapes, [scheme, scheme.per_channel()], biased, CPU, torch.float32)
     assert not can_merge(shapes, same, [True, False], CPU, torch.float32)
+    low_bit = Scheme.parse("W4A8-g32")
+    assert can_merge(shapes, [low_bit, low_bit], biased, CPU, torch.float32)
+    assert not can_merge(shapes, [low_bit, scheme], biased, CPU, torch.float32)
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has one layout")
@@ -423,7 +445,8 @@ def test_merging_changes_no_layout() -> None:
 
 
 def count_products(program: torch.fx.GraphModule) -> int:
-    return sum("weight_only_linear" in str(node.target) for node in program.graph.nodes)
+    ops = ("weight_only_linear", "low_bit_linear")
+    return sum(any(op in str(node.target) for op in ops) for node in program.graph.nodes)
 
 
 class Programs:
@@ -434,13 +457,14 @@ class Programs:
         self.products: list[int] = []
 
     def __call__(self, program: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        self.products.append(sum("weight_only_linear" in str(node.target) for node in program.graph.nodes))
+        self.products.append(count_products(program))
         return program.forward
 
 
 @pytest.mark.parametrize("what", ["the module", "its forward", "a module around it"])
-def test_compile_without_graph_breaks(what: str) -> None:
-    pair, programs = Pair(), Programs()
+@pytest.mark.parametrize("scheme", ["W4A16-g32", "W4A4"])
+def test_compile_without_graph_breaks(what: str, scheme: str) -> None:
+    pair, programs = Pair(scheme), Programs()
     pair.merged._forward_hooks.clear()
     if what == "its forward":
         pair.both.forward = torch.compile(pair.both.forward, fullgraph=True, backend=programs)
@@ -519,11 +543,16 @@ def quantized_model(
     return folder / "out"
 
 
-@pytest.fixture(scope="module", params=FAMILY_TYPES)
+MODELS = [(model_type, "W4A16-g32") for model_type in FAMILY_TYPES]
+MODELS += [("qwen2", "W4A4"), ("llama", "W4A8-g32-sym-act-sym")]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def checkpoint(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, random_model: Callable[..., Path]
 ) -> Path:
-    return quantized_model(tmp_path_factory.mktemp(request.param), request.param, random_model, lambda _: "W4A16-g32")
+    model_type, scheme = request.param
+    return quantized_model(tmp_path_factory.mktemp(model_type), model_type, random_model, lambda _: scheme)
 
 
 IDS = torch.arange(2 * 11).view(2, 11) * 7 % 2000
