@@ -12,43 +12,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Adding and subtracting 1.5 * 2^23 rounds an fp32 number below 2^22 to an integer, half to even.
-_ROUNDER: tl.constexpr = tl.constexpr(12582912.0)
+# Added to an fp32 number below 2^22 it leaves the number's nearest integer, half to even, in the lowest mantissa bits.
+_ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23
+_ROUNDER_BITS: tl.constexpr = tl.constexpr(0x4B400000)
 
 
 @triton.jit
-def round_half_even(x):
-    """fp32, |x| < 2^22. Holds as long as the compiler does not take floating-point arithmetic for real arithmetic,
-    which Triton's does not."""
-    return (x + _ROUNDER) - _ROUNDER
+def _quotient(x, scale, IEEE: tl.constexpr):
+    """x / scale, correctly rounded. Without IEEE by one correction of x times the reciprocal (Markstein 1990), which
+    takes three instructions; the interpreter, which has no fused multiply-add, needs IEEE."""
+    if IEEE:
+        out = tl.div_rn(x, tl.zeros_like(x) + scale)
+    else:
+        reciprocal = tl.div_rn(1.0, scale)
+        near = x * reciprocal
+        out = tl.fma(tl.fma(-near, tl.zeros_like(x) + scale, x), tl.zeros_like(x) + reciprocal, near)
+    return out
 
 
 @triton.jit
-def quantize_row(x, mask, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """fp32 `[BLOCK]`, 0 where not mask -> codes fp32 (0 there), scale fp32, zero fp32, sum int32."""
+def quantize_row(x, padding, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: tl.constexpr):
+    """x fp32, 0 in its last `padding` values -> codes int32 (the zero-point there), scale fp32, zero and sum int32."""
     LOW: tl.constexpr = -(2 ** (BITS - 1))
     HIGH: tl.constexpr = 2 ** (BITS - 1) - 1
     if SYMMETRIC:
-        scale = tl.div_rn(tl.max(tl.abs(x), 0), (2**BITS - 1) / 2.0)
+        scale = tl.div_rn(tl.max(tl.abs(x)), (2**BITS - 1) / 2.0)
         scale = tl.where(scale > 0, scale, 1.0)
-        zero = 0.0
-        codes = round_half_even(tl.div_rn(x, scale))
+        zero = 0
+        clamped = tl.minimum(tl.maximum(_quotient(x, scale, IEEE), LOW), HIGH)
     else:
-        low = tl.minimum(tl.min(x, 0), 0.0)
-        high = tl.maximum(tl.max(x, 0), 0.0)
+        low = tl.minimum(tl.min(x), 0.0)
+        high = tl.maximum(tl.max(x), 0.0)
         scale = tl.div_rn(high - low, 2.0**BITS - 1)
         scale = tl.where(scale > 0, scale, 1.0)
-        zero = tl.minimum(tl.maximum(round_half_even(LOW - tl.div_rn(low, scale)), LOW), HIGH)
-        codes = round_half_even(tl.div_rn(x, scale)) + zero
-    codes = tl.minimum(tl.maximum(codes, LOW), HIGH)
-    codes = tl.where(mask, codes, 0.0)
-    return codes, scale, zero, tl.sum(codes.to(tl.int32), 0)
+        zero = ((LOW - tl.div_rn(low, scale)) + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
+        zero = tl.minimum(tl.maximum(zero, LOW), HIGH)
+        # Clamped before it is rounded: the bounds are integers, so that it is the same.
+        clamped = tl.minimum(tl.maximum(_quotient(x, scale, IEEE), (LOW - zero).to(tl.float32)),
+                             (HIGH - zero).to(tl.float32))  # fmt: skip
+    codes = (clamped + _ROUNDER).to(tl.int32, bitcast=True) - (_ROUNDER_BITS - zero)
+    return codes, scale, zero, tl.sum(codes) - padding * zero
 
 
 @triton.jit
 def quantize_kernel(x_ptr, norm_ptr, gate_ptr, codes_ptr, scale_ptr, zero_ptr, sum_ptr, K, eps,
-                    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, PACKED: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
+                    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+                    IEEE: tl.constexpr):  # fmt: skip
     """One program a token of `[M, K]`; BLOCK is K rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
@@ -64,9 +73,9 @@ def quantize_kernel(x_ptr, norm_ptr, gate_ptr, codes_ptr, scale_ptr, zero_ptr, s
         gate = tl.load(gate_ptr + row * K + offsets, mask, 0.0).to(tl.float32)
         silu = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
         x = (silu * x).to(DTYPE).to(tl.float32)
-    codes, scale, zero, total = quantize_row(x, mask, BITS, SYMMETRIC)
+    codes, scale, zero, total = quantize_row(x, BLOCK - K, BITS, SYMMETRIC, IEEE)
     if PACKED:
-        low, high = tl.split(tl.reshape(codes.to(tl.int32) & 15, (BLOCK // 2, 2)))
+        low, high = tl.split(tl.reshape(codes & 15, (BLOCK // 2, 2)))
         pairs = tl.arange(0, BLOCK // 2)
         tl.store(codes_ptr + row * (K // 2) + pairs, (low | (high << 4)).to(tl.uint8), pairs < K // 2)
     else:
@@ -74,13 +83,23 @@ def quantize_kernel(x_ptr, norm_ptr, gate_ptr, codes_ptr, scale_ptr, zero_ptr, s
     tl.store(scale_ptr + row, scale)
     tl.store(sum_ptr + row, total)
     if not SYMMETRIC:
-        tl.store(zero_ptr + row, zero.to(tl.int32))
+        tl.store(zero_ptr + row, zero)
+
+
+# Whether TRITON_INTERPRET was set when the kernel was defined.
+INTERPRETED = not isinstance(quantize_kernel, triton.JITFunction)
 
 
 def quantize_options(k: int) -> dict[str, Any]:
     """Triton's options for rows of `k` values: up to 32 a thread, 64 in the longest."""
     warps = min(max(triton.next_power_of_2(k) // (32 * 32), 1), 16)
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+
+
+def quantize_constants(k: int, bits: int, symmetric: bool, packed: bool) -> dict[str, Any]:
+    """The compile-time arguments of `quantize_kernel`; shared by the launch and by `inspect`."""
+    block = max(triton.next_power_of_2(k), 2)
+    return {"BITS": bits, "SYMMETRIC": symmetric, "PACKED": packed, "BLOCK": block, "IEEE": INTERPRETED}
 
 
 def quantize_activations(
@@ -106,7 +125,6 @@ def quantize_activations(
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         quantize_kernel[(rows,)](
             x, norm_weight, gate, codes, scale, None if symmetric else zero, total, k, norm_eps,
-            BITS=bits, SYMMETRIC=symmetric, PACKED=packed, BLOCK=max(triton.next_power_of_2(k), 2),
-            **quantize_options(k),
+            **quantize_constants(k, bits, symmetric, packed), **quantize_options(k),
         )  # fmt: skip
     return codes, scale, zero, total

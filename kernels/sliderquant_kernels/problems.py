@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,11 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compile. `variant` None: what the rules choose. `epilogue`: with bias and residual."""
+    """One thing to compile.
+
+    `variant` None: what the rules choose. For `quantize_activations` it is what is fused, `rms_norm` or `silu_mul`, and
+    `bits` and `symmetric` are those of the activations. `epilogue`: with bias and residual.
+    """
 
     op: str
     problem: Problem
@@ -32,7 +36,10 @@ class Case:
         p = self.problem
         grouping = f"g{p.group_size}" if p.group_size else "channel"
         words = [f"W{p.bits}-{grouping}-{'sym' if p.symmetric else 'asym'}", str(p.dtype).removeprefix("torch.")]
-        if self.op == "weight_only_linear":
+        if self.op == "quantize_activations":
+            words = [f"A{p.bits}-{'sym' if p.symmetric else 'asym'}", words[1], f"K={p.k}"]
+            return " ".join([*words, self.variant] if self.variant else words)
+        if self.op in ("weight_only_linear", "low_bit_linear"):
             words.append(f"M={p.m}")
         words.append(_SHAPES[(p.n, p.k)])
         words += [self.variant] if self.variant else []
@@ -86,3 +93,37 @@ def dequantize_cases(full: bool) -> Iterator[Case]:
     quick = ((4, 128, False, _BF16), (3, 32, True, _FP16), (2, None, False, _FP32), (8, 128, True, _BF16))
     for bits, group_size, symmetric, dtype in grid if full else quick:
         yield Case("dequantize", Problem(1, *LARGE, bits, group_size, symmetric, dtype))
+
+
+def low_bit_cases(full: bool) -> Iterator[Case]:
+    """Cases of the low-bit matmul."""
+
+    def case(m: int, shape: tuple[int, int], bits: int = 4, group_size: int | None = None) -> Case:
+        return replace(_matmul(m, shape, bits, group_size, bits == 8), op="low_bit_linear")
+
+    if full:
+        for bits, group_size, m in itertools.product((2, 4, 8), (None, 32, 128), (1, 16, 32, 64, 256, 4096)):
+            for shape in (LARGE, SMALL, UNEVEN):
+                yield case(m, shape, bits, group_size)
+        return
+    for m in (1, 16, 64, 4096):
+        yield case(m, LARGE)
+    yield case(1, SMALL, 2)
+    yield case(1, LARGE, 8)
+    yield replace(case(64, SMALL, 4, 128), epilogue=True)
+    yield case(16, UNEVEN, 4, 32)
+
+
+def quantize_cases(full: bool) -> Iterator[Case]:
+    """Cases of quantizing activations: the sizes of real hidden states and intermediate activations."""
+    sizes = (768, 4096, 5120, 8192, 11008, 14336, 18944, 28672) if full else (4096, 14336)
+    for k, bits, fused in itertools.product(sizes, (4, 8) if full else (4,), (None, "rms_norm", "silu_mul")):
+        yield Case("quantize_activations", Problem(1, 0, k, bits, None, False, _BF16), fused)
+
+
+GRIDS: dict[str, Callable[[bool], Iterator[Case]]] = {
+    "weight_only_linear": weight_only_cases,
+    "dequantize": dequantize_cases,
+    "low_bit_linear": low_bit_cases,
+    "quantize_activations": quantize_cases,
+}

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from .fragments import ROWS, block_bytes, block_inputs
+from .fragments import ROWS, block_inputs
 
 VARIANTS = ("warp_k", "rows", "dense")
 # Streaming multiprocessors of the GPU that stands for an architecture where none is at hand: A100, RTX 3090, L40S,
@@ -187,9 +187,3 @@ def _split(problem: Problem, device: Device, tiles_m: int, row_blocks: int, step
             break
         split *= 2
     return split
-
-
-def bytes_in_flight(choice: Choice, bits: int, programs_per_sm: int) -> int:
-    """Packed bytes that the pipelines of one multiprocessor have under way."""
-    blocks = choice.row_blocks * (choice.num_warps if choice.variant == "warp_k" else 1)
-    return programs_per_sm * (choice.num_stages - 1) * blocks * block_bytes(bits)

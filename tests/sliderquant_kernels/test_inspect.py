@@ -11,13 +11,16 @@ pytest.importorskip("triton")
 
 from sliderquant_kernels import inspect, sass
 
-# What may multiply, by kernel: warps that split K stay on the instruction of a warp; rows take the widest there is.
-_MATRIX = {
-    "sm_80": {"warp_k": "HMMA", "rows": "HMMA"},
-    "sm_90": {"warp_k": "HMMA", "rows": "HGMMA"},
-    "sm_100": {"warp_k": "HMMA", "rows": "UTCHMMA"},
-    "sm_120": {"warp_k": "HMMA", "rows": "HMMA"},
-}
+# What may multiply, by op and kernel: warps that split K stay on the instruction of a warp; the others take the widest
+# there is.
+_PLAIN = {"weight_only_linear": "HMMA", "low_bit_linear": "IMMA"}
+
+
+def _matrix_instruction(arch, op, variant):
+    plain = _PLAIN[op]
+    if variant == "warp_k" or arch not in ("sm_90", "sm_100"):
+        return plain
+    return f"UTC{plain}" if arch == "sm_100" else f"{plain[0]}GMMA"
 
 
 def _run(tmp_path, *arguments, **environment):
@@ -27,30 +30,34 @@ def _run(tmp_path, *arguments, **environment):
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arch", _MATRIX)
-def test_default_grid(arch, tmp_path):
-    done = _run(tmp_path, "--json", f"--arch={arch}")
+@pytest.mark.parametrize("arch", inspect.ARCHITECTURES)
+def test_grid(arch, tmp_path):
+    """All of the default grid on sm_90; on the others the main job, one dequantization, and low-bit linears."""
+    rest = [] if arch == "sm_90" else ["--match", r"^W4-(g128|channel)-asym bfloat16 (M=(1|16|32|64|4096) )?large$"]
+    done = _run(tmp_path, "--json", f"--arch={arch}", *rest)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     rows = json.loads(done.stdout)
     assert {row["arch"] for row in rows} == {arch}
     variants = set()
     for row in rows:
         variant = row["choice"]["variant"]
-        variants.add(variant)
+        variants.add((row["op"], variant))
         if variant == "dense":
             continue
         assert not row["error"]
         assert row["spills"] == 0
         assert 0 < row["registers"] <= 255
         assert row["instructions"] > 100
-        if row["op"] == "dequantize":
-            assert row["matrix_instruction"] == "none", row
+        if row["op"] not in _PLAIN:
             continue
-        assert row["matrix_instruction"] == _MATRIX[arch][variant], row
-        # tcgen05 never takes the weight from registers; everything else does.
-        assert row["weights_from"] == ("shared" if row["matrix_instruction"] == "UTCHMMA" else "registers"), row
-        _check_main_job(arch, row)
-    assert variants == {"warp_k", "rows", "dense", "dequantize"}
+        assert row["matrix_instruction"] == _matrix_instruction(arch, row["op"], variant), row
+        # tcgen05 takes no weight from registers, nor do tiles of expanded codes; 8-bit codes need no unpacking at all.
+        if not row["matrix_instruction"].startswith("UTC") and variant != "tiles" and "W8-channel" not in row["shape"]:
+            assert row["weights_from"] == "registers", row
+        if row["op"] == "weight_only_linear":
+            _check_main_job(arch, row)
+    wanted = {("weight_only_linear", name) for name in ("warp_k", "rows", "dense")} | {("dequantize", "dequantize")}
+    assert wanted | {("low_bit_linear", "warp_k"), ("low_bit_linear", "rows")} <= variants
 
 
 def _check_main_job(arch, row):
@@ -91,8 +98,8 @@ def test_every_quick_case_has_a_budget():
     wanted = {
         f"{arch} {case.op} {case.describe()}"
         for arch in inspect.ARCHITECTURES
-        for case in inspect.cases(inspect.OPS)
-        if case.op == "weight_only_linear" and case.problem.m < 4096
+        for case in inspect.cases(("weight_only_linear", "low_bit_linear"))
+        if case.problem.m < 4096
     }
     assert wanted <= set(budgets)
 

@@ -1,0 +1,196 @@
+"""What a launch of each op comes down to: the kernel, the types of its arguments, its constants.
+
+For compiling it without a GPU; everything is taken from where the launch itself takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from . import int8_fragments, tiles
+from .fragments import block_bytes, weight_shape
+from .layout import WeightLayout
+from .low_bit_layout import LowBitLayout
+from .low_bit_tiles import choose_low_bit
+from .problems import Case
+from .tiles import Choice, Device
+
+_POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+@dataclass
+class Launch:
+    """One launch.
+
+    Attributes:
+        function: the Triton kernel; None: nothing of ours is launched.
+        types: of the arguments that are pointers or floats; `sizes`: of those that are integers, with their values.
+        packed_bytes: of the weight that one program takes in a step of its loop; 0 without a loop over a weight.
+        elements: of x that one program takes, for ops without a weight.
+    """
+
+    choice: Choice
+    function: Any = None
+    types: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    packed_bytes: int = 0
+    elements: int = 0
+
+    @property
+    def num_warps(self) -> int:
+        return self.options["num_warps"]
+
+
+def describe_launch(case: Case, arch: int) -> Launch:
+    """The launch of a case on the device that stands for an architecture."""
+    return _BUILDERS[case.op](case, Device.typical(arch))
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """Compile for an architecture such as 90. Raises whatever the compiler throws."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(launch.function, triton.JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
+    # What the launcher's specialization would find: torch aligns tensors, and these sizes are multiples of 16 or not.
+    plain = {parameter.name for parameter in launch.function.params if parameter.do_not_specialize}
+    constants = dict(launch.constants)
+    signature: dict[str, str] = {}
+    divisible: dict[tuple[int], Any] = {}
+    for position, name in enumerate(launch.function.arg_names):
+        if name in launch.types:
+            signature[name] = launch.types[name]
+            if signature[name].startswith("*"):
+                divisible[(position,)] = [["tt.divisibility", 16]]
+        elif name in launch.sizes and (launch.sizes[name] != 1 or name in plain):
+            signature[name] = "i32"
+            if launch.sizes[name] % 16 == 0 and name not in plain:
+                divisible[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants.setdefault(name, launch.sizes.get(name))
+    source = ASTSource(fn=launch.function, signature=signature, constexprs=constants, attrs=divisible)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def _weight_only(case: Case, device: Device) -> Launch:
+    from . import matmul_triton as kernels
+    from . import weight_only_triton as host
+
+    problem, values = case.problem, _POINTER[case.problem.dtype]
+    choice = tiles.choose(replace(problem, m=max(problem.m, host.FEWEST_TOKENS)), device, case.variant)
+    if choice.variant == "dense":
+        return Launch(choice)
+    types = {"weight_ptr": "*u8", "partial_ptr": "*fp32", "counter_ptr": "*i32"}
+    types |= dict.fromkeys(("x_ptr", "scale_ptr", "bias_ptr", "residual_ptr", "y_ptr"), values)
+    if not case.epilogue:
+        del types["bias_ptr"], types["residual_ptr"]
+    if choice.split == 1:
+        del types["partial_ptr"], types["counter_ptr"]
+    warp_k = choice.variant == "warp_k"
+    return Launch(
+        choice,
+        kernels.warp_k_kernel if warp_k else kernels.rows_kernel,
+        types,
+        _sizes(case),
+        host.matmul_constants(problem, choice, device.arch),
+        host.launch_options(choice.num_warps, choice.num_stages),
+        packed_bytes=choice.row_blocks * (choice.num_warps if warp_k else 1) * block_bytes(problem.bits),
+    )
+
+
+def _dequantize(case: Case, device: Device) -> Launch:
+    from . import matmul_triton as kernels
+    from . import weight_only_triton as host
+
+    problem, values = case.problem, _POINTER[case.problem.dtype]
+    layout = WeightLayout("triton", problem.bits, problem.n, problem.k, problem.group_size, problem.symmetric)
+    return Launch(
+        Choice("dequantize", num_warps=4, num_stages=1),
+        kernels.dequantize_kernel,
+        {"weight_ptr": "*u8", "scale_ptr": values, "out_ptr": values},
+        _sizes(case),
+        host.dequantize_constants(layout, problem.dtype),
+        host.DEQUANTIZE_OPTIONS,
+    )
+
+
+def _sizes(case: Case, shape: Callable[..., tuple[int, int, int]] = weight_shape) -> dict[str, int]:
+    problem = case.problem
+    row_blocks, k_blocks, _ = shape(problem.n, problem.k, problem.bits)
+    return {"M": problem.m, "N": problem.n, "K": problem.k, "row_blocks": row_blocks, "k_blocks": k_blocks}
+
+
+def _low_bit(case: Case, device: Device) -> Launch:
+    from . import low_bit_launch as host
+    from . import low_bit_triton as kernels
+
+    problem = case.problem
+    layout = LowBitLayout("triton_int8", problem.bits, problem.n, problem.k, problem.group_size, problem.symmetric)
+    m = max(problem.m, host.FEWEST_TOKENS)
+    choice = choose_low_bit(m, problem.n, problem.k, problem.bits, problem.group_size, device, case.variant)
+    types = {"x_ptr": "*i8", "x_scale_ptr": "*fp32", "x_zero_ptr": "*i32", "x_sum_ptr": "*i32", "scale_ptr": "*fp32",
+             "constant_ptr": "*i32", "y_ptr": _POINTER[problem.dtype]}  # fmt: skip
+    if case.epilogue:
+        types |= {"bias_ptr": types["y_ptr"], "residual_ptr": types["y_ptr"]}
+    groups = int8_fragments.groups_of(problem.k, problem.bits, problem.group_size)
+    sizes = _sizes(case, int8_fragments.weight_shape) | {"groups": groups}
+    functions = {
+        "warp_k": kernels.low_bit_warp_k_kernel,
+        "rows": kernels.low_bit_rows_kernel,
+        "tiles": kernels.int8_tiles_kernel,
+    }
+    if choice.variant == "tiles":
+        sizes["NP"] = sizes.pop("row_blocks") * int8_fragments.ROWS
+        packed_bytes = 0
+    else:
+        shares = choice.num_warps if choice.variant == "warp_k" else 1
+        packed_bytes = choice.row_blocks * shares * int8_fragments.BYTES
+    return Launch(
+        choice,
+        functions[choice.variant],
+        types | {"weight_ptr": "*i8" if choice.variant == "tiles" else "*u8"},
+        sizes,
+        host.matmul_constants(layout, choice),
+        host.launch_options(choice.num_warps, choice.num_stages),
+        packed_bytes=packed_bytes,
+    )
+
+
+def _quantize(case: Case, device: Device) -> Launch:
+    from . import activations_triton as host
+
+    problem, values = case.problem, _POINTER[case.problem.dtype]
+    types = {"x_ptr": values, "codes_ptr": "*i8", "scale_ptr": "*fp32", "sum_ptr": "*i32", "eps": "fp32"}
+    if not problem.symmetric:
+        types["zero_ptr"] = "*i32"
+    if case.variant == "rms_norm":
+        types["norm_ptr"] = values
+    if case.variant == "silu_mul":
+        types["gate_ptr"] = values
+    options = host.quantize_options(problem.k)
+    return Launch(
+        Choice(case.variant or "quantize", num_warps=options["num_warps"], num_stages=1),
+        host.quantize_kernel,
+        types,
+        {"K": problem.k},
+        host.quantize_constants(problem.k, problem.bits, problem.symmetric, packed=False),
+        options,
+        elements=problem.k,
+    )
+
+
+_BUILDERS: dict[str, Callable[[Case, Device], Launch]] = {
+    "weight_only_linear": _weight_only,
+    "dequantize": _dequantize,
+    "low_bit_linear": _low_bit,
+    "quantize_activations": _quantize,
+}
