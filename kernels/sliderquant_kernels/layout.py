@@ -17,13 +17,16 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import bits as bitpack
 from . import cpu_int4, fragments
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -48,12 +51,8 @@ class TensorSpec(NamedTuple):
 
 
 @dataclass(frozen=True)
-class WeightLayout:
-    """One weight `[n, k]` of `bits`-bit codes in the memory order `kind`, of that kind's `version`.
-
-    `group_size` is 32, 64, 128, or None for one scale per output channel; `version` 0 becomes the current one. Raises
-    ValueError for what no kernel computes.
-    """
+class PackedLayout:
+    """What all layouts are: a kind of some version for codes of a weight `[n, k]`. See `WeightLayout`."""
 
     kind: str
     bits: int
@@ -63,18 +62,74 @@ class WeightLayout:
     symmetric: bool
     version: int = 0
 
-    def __post_init__(self) -> None:
-        if self.kind not in VERSIONS:
+    versions: ClassVar[dict[str, int]]
+
+    def _check_kind(self) -> None:
+        """Version 0 becomes the current one. Raises ValueError for an unknown kind or another version."""
+        if self.kind not in self.versions:
             raise ValueError(
-                f"kind: expected one of {', '.join(VERSIONS)}, got {self.kind!r}; take it from choose_layout"
+                f"kind: expected one of {', '.join(self.versions)}, got {self.kind!r}; take it from choose_layout"
             )
+        current = self.versions[self.kind]
         if self.version == 0:
-            object.__setattr__(self, "version", VERSIONS[self.kind])
-        if self.version != VERSIONS[self.kind]:
+            object.__setattr__(self, "version", current)
+        if self.version != current:
             raise ValueError(
-                f"version: expected {VERSIONS[self.kind]} for kind {self.kind!r}, got {self.version}; "
+                f"version: expected {current} for kind {self.kind!r}, got {self.version}; "
                 "repack the weight with this version of sliderquant_kernels"
             )
+
+    @property
+    def groups(self) -> int:
+        """Scales per output channel, G."""
+        return 1 if self.group_size is None else self.k // self.group_size
+
+    def metadata(self) -> dict[str, Any]:
+        """The fields as plain data, for `from_metadata`."""
+        return asdict(self)
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any]) -> Self:
+        """The layout that `metadata` describes. Raises ValueError for another version, kind or set of fields."""
+        fields = set(cls.__dataclass_fields__) - {"versions"}
+        if set(metadata) != fields:
+            raise ValueError(f"metadata: expected the fields {sorted(fields)}, got {sorted(metadata)}")
+        return cls(**metadata)
+
+    def _check_parts(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Raise ValueError or TypeError unless shapes, dtypes, codes and devices are those of one weight."""
+        top = 2**self.bits - 1
+        check_codes("codes", codes, (self.n, self.k), top)
+        if tuple(scale.shape) != (self.n, self.groups):
+            raise ValueError(f"scale: expected shape {(self.n, self.groups)}, got {tuple(scale.shape)}")
+        if scale.dtype not in DTYPES:
+            raise TypeError(f"scale: expected float16, bfloat16 or float32, got {scale.dtype}; convert it")
+        if (zero_point is None) != self.symmetric:
+            raise ValueError(
+                f"zero_point: expected {'None' if self.symmetric else 'a tensor'} with symmetric={self.symmetric}, "
+                f"got {'None' if zero_point is None else 'a tensor'}; choose the layout for the weight's symmetry"
+            )
+        if zero_point is not None:
+            check_codes("zero_point", zero_point, (self.n, self.groups), top)
+        devices = {t.device for t in (codes, scale, zero_point) if t is not None}
+        if len(devices) != 1:
+            raise ValueError(
+                f"codes, scale, zero_point: expected one device, got {sorted(map(str, devices))}; move them"
+            )
+
+
+@dataclass(frozen=True)
+class WeightLayout(PackedLayout):
+    """One weight `[n, k]` of `bits`-bit codes in the memory order `kind`, of that kind's `version`.
+
+    `group_size` is 32, 64, 128, or None for one scale per output channel; `version` 0 becomes the current one. Raises
+    ValueError for what no kernel computes.
+    """
+
+    versions: ClassVar[dict[str, int]] = VERSIONS
+
+    def __post_init__(self) -> None:
+        self._check_kind()
         _check_scheme(self.bits, self.n, self.k, self.group_size)
         if self.kind == "cpu_int4" and not cpu_int4.fits(self.bits, self.n, self.k, self.group_size):
             raise ValueError(
@@ -87,11 +142,6 @@ class WeightLayout:
                 f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}, n={self.n}, k={self.k}; "
                 "use choose_layout or 'cpu_bits'"
             )
-
-    @property
-    def groups(self) -> int:
-        """Scales per output channel, G."""
-        return 1 if self.group_size is None else self.k // self.group_size
 
     @property
     def device_type(self) -> str:
@@ -131,18 +181,6 @@ class WeightLayout:
         codes = bitpack.unpack_rows(weight, self.bits, self.k)
         return codes.contiguous(), scale, zero_point
 
-    def metadata(self) -> dict[str, Any]:
-        """The fields as plain data, for `from_metadata`."""
-        return asdict(self)
-
-    @classmethod
-    def from_metadata(cls, metadata: dict[str, Any]) -> WeightLayout:
-        """The layout that `metadata` describes. Raises ValueError for another version, kind or set of fields."""
-        fields = set(cls.__dataclass_fields__)
-        if set(metadata) != fields:
-            raise ValueError(f"metadata: expected the fields {sorted(fields)}, got {sorted(metadata)}")
-        return cls(**metadata)
-
     def specs(self) -> tuple[TensorSpec, TensorSpec, TensorSpec | None]:
         """What the packed weight, scale and zero_point must look like."""
         return _specs(self.kind, self.bits, self.n, self.k, self.group_size, self.symmetric)
@@ -160,12 +198,7 @@ class WeightLayout:
         check_specs(packed, self.specs(), f"kind {self.kind!r} with symmetric={self.symmetric}")
 
     def _check_pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
-        top = 2**self.bits - 1
-        check_codes("codes", codes, (self.n, self.k), top)
-        if tuple(scale.shape) != (self.n, self.groups):
-            raise ValueError(f"scale: expected shape {(self.n, self.groups)}, got {tuple(scale.shape)}")
-        if scale.dtype not in DTYPES:
-            raise TypeError(f"scale: expected float16, bfloat16 or float32, got {scale.dtype}; convert it")
+        self._check_parts(codes, scale, zero_point)
         if self.kind in ("cpu_int4", "cpu_int8") and scale.dtype != torch.bfloat16:
             raise TypeError(
                 f"scale: kind {self.kind!r} expects bfloat16, got {scale.dtype}; "
@@ -175,18 +208,6 @@ class WeightLayout:
         limit = torch.finfo(scale.dtype).max / (8 if self.kind == "cpu_int4" else 1)
         if not bool(((scale > 0) & (scale <= limit)).all()):
             raise ValueError(f"scale: expected values above 0 and up to {limit:.3g}, got zero, negative, huge or NaN")
-        if (zero_point is None) != self.symmetric:
-            raise ValueError(
-                f"zero_point: expected {'None' if self.symmetric else 'a tensor'} with symmetric={self.symmetric}, "
-                f"got {'None' if zero_point is None else 'a tensor'}; choose the layout for the weight's symmetry"
-            )
-        if zero_point is not None:
-            check_codes("zero_point", zero_point, (self.n, self.groups), top)
-        devices = {t.device for t in (codes, scale, zero_point) if t is not None}
-        if len(devices) != 1:
-            raise ValueError(
-                f"codes, scale, zero_point: expected one device, got {sorted(map(str, devices))}; move them"
-            )
         if self.device_type == "cpu" and codes.device.type != "cpu":
             raise ValueError(
                 f"codes: kind {self.kind!r} packs on the cpu, got {codes.device}; "

@@ -8,44 +8,30 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from . import int8_fragments as fragments
-from .layout import DTYPES, GROUP_SIZES, PackedWeight, TensorSpec, check_codes, check_specs
+from .layout import GROUP_SIZES, PackedLayout, PackedWeight, TensorSpec, check_specs
 
 VERSIONS = {"triton_int8": 1, "cpu_int8_rows": 1}
 
 
 @dataclass(frozen=True)
-class LowBitLayout:
+class LowBitLayout(PackedLayout):
     """One weight `[n, k]` of `bits`-bit codes (2, 4, 8) for products with int8 activations.
 
     `group_size` is 32, 64, 128, or None for one scale per output channel, the fast path; 8 bits in groups only
     symmetric. `version` 0 becomes the current one. Raises ValueError for what no kernel computes.
     """
 
-    kind: str
-    bits: int
-    n: int
-    k: int
-    group_size: int | None
-    symmetric: bool
-    version: int = 0
+    versions: ClassVar[dict[str, int]] = VERSIONS
 
     def __post_init__(self) -> None:
-        if self.kind not in VERSIONS:
-            raise ValueError(f"kind: expected one of {', '.join(VERSIONS)}, got {self.kind!r}")
-        if self.version == 0:
-            object.__setattr__(self, "version", VERSIONS[self.kind])
-        if self.version != VERSIONS[self.kind]:
-            raise ValueError(
-                f"version: expected {VERSIONS[self.kind]} for kind {self.kind!r}, got {self.version}; "
-                "repack the weight with this version of sliderquant_kernels"
-            )
+        self._check_kind()
         if self.bits not in fragments.BITS:
             raise ValueError(f"bits: expected 2, 4 or 8, got {self.bits}; store 3-bit codes as 4-bit ones")
         limit = fragments.MAX_K[self.bits]
@@ -63,11 +49,6 @@ class LowBitLayout:
                 "symmetric: 8-bit weights in groups have no zero-points here, since int8 holds no difference of two "
                 "8-bit numbers; quantize them symmetrically or per channel"
             )
-
-    @property
-    def groups(self) -> int:
-        """Scales per output channel, G."""
-        return 1 if self.group_size is None else self.k // self.group_size
 
     @property
     def device_type(self) -> str:
@@ -88,7 +69,9 @@ class LowBitLayout:
 
         Raises ValueError or TypeError for anything else, and for codes or zero-points beyond 2^bits - 1.
         """
-        self._check(codes, scale, zero_point)
+        self._check_parts(codes, scale, zero_point)
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            raise ValueError("scale: expected finite values above 0, got zero, negative, infinite or NaN")
         constants = fragments.constants(codes, scale, zero_point, self.bits, self.group_size)
         scales = fragments.pack_scales(scale, self.k, self.bits, self.group_size)
         if self.kind == "triton_int8":
@@ -110,39 +93,6 @@ class LowBitLayout:
     def check_packed(self, packed: PackedWeight) -> None:
         """Raise ValueError or TypeError, naming the tensor, unless `packed` has this layout's shapes and dtypes."""
         check_specs(packed, self.specs(), f"kind {self.kind!r}")
-
-    def metadata(self) -> dict[str, Any]:
-        """The fields as plain data, for `from_metadata`."""
-        return asdict(self)
-
-    @classmethod
-    def from_metadata(cls, metadata: dict[str, Any]) -> LowBitLayout:
-        """The layout that `metadata` describes. Raises ValueError for another version, kind or set of fields."""
-        fields = set(cls.__dataclass_fields__)
-        if set(metadata) != fields:
-            raise ValueError(f"metadata: expected the fields {sorted(fields)}, got {sorted(metadata)}")
-        return cls(**metadata)
-
-    def _check(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
-        check_codes("codes", codes, (self.n, self.k), 2**self.bits - 1)
-        if tuple(scale.shape) != (self.n, self.groups):
-            raise ValueError(f"scale: expected shape {(self.n, self.groups)}, got {tuple(scale.shape)}")
-        if scale.dtype not in DTYPES:
-            raise TypeError(f"scale: expected float16, bfloat16 or float32, got {scale.dtype}; convert it")
-        if not bool(((scale > 0) & scale.isfinite()).all()):
-            raise ValueError("scale: expected finite values above 0, got zero, negative, infinite or NaN")
-        if (zero_point is None) != self.symmetric:
-            raise ValueError(
-                f"zero_point: expected {'None' if self.symmetric else 'a tensor'} with symmetric={self.symmetric}, "
-                f"got {'None' if zero_point is None else 'a tensor'}; choose the layout for the weight's symmetry"
-            )
-        if zero_point is not None:
-            check_codes("zero_point", zero_point, (self.n, self.groups), 2**self.bits - 1)
-        devices = {t.device for t in (codes, scale, zero_point) if t is not None}
-        if len(devices) != 1:
-            raise ValueError(
-                f"codes, scale, zero_point: expected one device, got {sorted(map(str, devices))}; move them"
-            )
 
 
 def choose_low_bit_layout(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .matmul_triton import NOT_SPECIALIZED, _tile
+from .matmul_triton import NOT_SPECIALIZED, store_tile, tile_of
 
 
 def plane_ptx(bits: int, i: int, subtract: bool) -> str:
@@ -91,18 +91,6 @@ def _scaled(acc, x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, of
 
 
 @triton.jit
-def _store(value, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N):
-    """value fp32 `[rows, tokens]` + bias + residual -> y `[M, N]`, rounded once."""
-    mask = (offs_n[:, None] < N) & (offs_m[None, :] < M)
-    offset = offs_m[None, :].to(tl.int64) * N + offs_n[:, None]
-    if bias_ptr is not None:
-        value += tl.load(bias_ptr + offs_n, offs_n < N, 0.0).to(tl.float32)[:, None]
-    if residual_ptr is not None:
-        value += tl.load(residual_ptr + offset, mask, 0.0).to(tl.float32)
-    tl.store(y_ptr + offset, value.to(y_ptr.dtype.element_ty), mask)
-
-
-@triton.jit
 def _group_zero(constant_ptr, group, row_block, NP, W: tl.constexpr, ROW_BLOCKS: tl.constexpr):
     """Zero-points of the groups `group` `[W]`: uint8 `[W, rows, 1]`."""
     row = row_block[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
@@ -132,7 +120,7 @@ def low_bit_warp_k_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr,
     BLOCK_K: tl.constexpr = 32 * PLANES
     ROWS: tl.constexpr = ROW_BLOCKS * 16
     GROUPED: tl.constexpr = GROUP_SIZE != 0
-    offs_m, offs_n, row_block = _tile(M, BLOCK_M, ROW_BLOCKS, row_blocks)
+    offs_m, offs_n, row_block = tile_of(M, BLOCK_M, ROW_BLOCKS, row_blocks)
     NP = row_blocks * 16
     warp = tl.arange(0, W)
     x_rows = x_ptr + offs_m[None, None, :].to(tl.int64) * K
@@ -167,7 +155,7 @@ def low_bit_warp_k_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr,
                 acc = tl.dot(_plane(stored, zero, i, BITS, False, ASM), x, acc, out_dtype=tl.int32)
     y = _scaled(tl.sum(acc, 0), x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, offs_n, offs_m, M, NP,
                 groups, GROUPED)  # fmt: skip
-    _store(y, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
+    store_tile(y, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -181,7 +169,7 @@ def low_bit_rows_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr, s
     BLOCK_K: tl.constexpr = 32 * PLANES
     ROWS: tl.constexpr = ROW_BLOCKS * 16
     GROUPED: tl.constexpr = GROUP_SIZE != 0
-    offs_m, offs_n, row_block = _tile(M, BLOCK_M, ROW_BLOCKS, row_blocks)
+    offs_m, offs_n, row_block = tile_of(M, BLOCK_M, ROW_BLOCKS, row_blocks)
     NP = row_blocks * 16
     x_rows = x_ptr + tl.minimum(offs_m, M - 1)[None, :].to(tl.int64) * K
     inside = tl.arange(0, 32)[:, None]
@@ -212,7 +200,7 @@ def low_bit_rows_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr, s
                 acc = tl.dot(plane, x, acc, out_dtype=tl.int32)
     y = _scaled(acc, x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, offs_n, offs_m, M, NP, groups,
                 GROUPED)  # fmt: skip
-    _store(y, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
+    store_tile(y, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -243,7 +231,7 @@ def int8_tiles_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr, sca
             x = tl.load(x_ptrs + k, (offs_k[:, None] < K - k) & (offs_m[None, :] >= 0), 0)
         acc = tl.dot(w, x, acc, out_dtype=tl.int32)
     y = _scaled(acc, x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, offs_n, offs_m, M, NP, 1, False)
-    _store(y, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
+    store_tile(y, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED[1:])

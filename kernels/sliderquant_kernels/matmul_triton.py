@@ -79,7 +79,7 @@ def _load_scales(scale_ptr, group, row_block, row_blocks, W: tl.constexpr, ROW_B
 
 
 @triton.jit
-def _store(value, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N):
+def store_tile(value, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N):
     """value fp32 `[rows, tokens]` + bias + residual -> y `[M, N]`, rounded once."""
     mask = (offs_n[:, None] < N) & (offs_m[None, :] < M)
     offset = offs_m[None, :].to(tl.int64) * N + offs_n[:, None]
@@ -91,7 +91,7 @@ def _store(value, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N):
 
 
 @triton.jit
-def _tile(M, BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr, row_blocks):
+def tile_of(M, BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr, row_blocks):
     """Tokens `[BLOCK_M]`, rows `[16 ROW_BLOCKS]` and row blocks `[ROW_BLOCKS]` of this program. The tiles of the same
     rows run next to each other, so that the weight is read from memory once."""
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -110,7 +110,7 @@ def _finish(value, y_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, offs
     a tile adds them up in the order of the splits: whichever that is, the result is the same. Its counter goes back
     to 0 for the next launch."""
     if SPLIT == 1:
-        _store(value, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
+        store_tile(value, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
     else:
         mask = (offs_n[:, None] < N) & (offs_m[None, :] < M)
         size = M.to(tl.int64) * N
@@ -122,7 +122,7 @@ def _finish(value, y_ptr, bias_ptr, residual_ptr, partial_ptr, counter_ptr, offs
             total = tl.zeros_like(value)
             for split in tl.static_range(SPLIT):
                 total += tl.load(partial_ptr + split * size + offset, mask, 0.0, cache_modifier=".cg")
-            _store(total, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
+            store_tile(total, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
             tl.store(counter, 0)
 
 
@@ -163,7 +163,7 @@ def warp_k_kernel(x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, p
     BLOCK_K: tl.constexpr = 32 * PLANES
     ROWS: tl.constexpr = ROW_BLOCKS * 16
     ZERO: tl.constexpr = ZERO_BIAS + 2 ** (BITS - 1)
-    offs_m, offs_n, row_block = _tile(M, BLOCK_M, ROW_BLOCKS, row_blocks)
+    offs_m, offs_n, row_block = tile_of(M, BLOCK_M, ROW_BLOCKS, row_blocks)
     warp = tl.arange(0, W)
     x_rows = x_ptr + offs_m[None, None, :].to(tl.int64) * K
     inside = tl.arange(0, 32)[None, :, None]
@@ -219,7 +219,7 @@ def rows_kernel(x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, par
     BLOCK_K: tl.constexpr = 32 * PLANES
     ROWS: tl.constexpr = ROW_BLOCKS * 16
     ZERO: tl.constexpr = ZERO_BIAS + 2 ** (BITS - 1)
-    offs_m, offs_n, row_block = _tile(M, BLOCK_M, ROW_BLOCKS, row_blocks)
+    offs_m, offs_n, row_block = tile_of(M, BLOCK_M, ROW_BLOCKS, row_blocks)
     # Tokens beyond the end are computed from the last one and not stored.
     x_rows = x_ptr + tl.minimum(offs_m, M - 1)[None, :].to(tl.int64) * K
     inside = tl.arange(0, 32)[:, None]
