@@ -12,6 +12,7 @@ from sliderquant.methods import Method, Settings
 from sliderquant.models.source import ModelSource
 from sliderquant.schemes import Scheme
 from sliderquant.windows import Window, schedule
+from sliderquant_kernels.activations import MAX_K
 
 __all__ = ["Plan", "make_plan"]
 
@@ -93,7 +94,8 @@ def make_plan(
             the whole model would be refused otherwise.
 
     Raises:
-        InputError: the group size does not divide some linear's input size; samples or seqlen out of range.
+        InputError: the group size does not divide some linear's input size, or that is too long for quantized
+            activations; samples or seqlen out of range.
     """
     if samples < 1:
         raise InputError(f"samples {samples}: expected at least 1")
@@ -146,6 +148,11 @@ def _schemes(
                 raise InputError(f"{source.name}: tensor {name}.weight is missing from the safetensors files")
             in_features = shapes[f"{name}.weight"][0][1]
             found[name] = scheme
+            if scheme.quantizes_activations and in_features > MAX_K:
+                raise InputError(
+                    f"scheme {scheme}: {name} has {in_features} inputs, and tokens are quantized up to {MAX_K}: use "
+                    f"W{scheme.bits}A16"
+                )
             if not scheme.fits(in_features):
                 misfits[name.split(".", 3)[-1]] = in_features
                 found[name] = scheme.per_channel()
@@ -172,12 +179,17 @@ def _memory(
 ) -> tuple[int, int]:
     """Bytes on the device and on the host. A layer that is refined holds, in fp32, its weights, their refined and their
     fake-quantized values, what the quantizer keeps for its backward pass (two tensors) and the gradients of both; and
-    the activations of a batch that autograd keeps, some 16 hidden and 5 intermediate vectors a token."""
+    the activations of a batch that autograd keeps, some 16 hidden and 5 intermediate vectors a token. A linear that
+    quantizes its input keeps that, and 5 bytes for its backward pass, besides."""
     config = source.config
     if settings is None:
         return 4 * layer_weights * 4, 4 * layer_weights * 4
     largest = max(len(window) for window in windows)
-    activations = settings.batch_size * seqlen * (16 * config.hidden_size + 5 * config.intermediate_size)
+    kept = 16 * config.hidden_size + 5 * config.intermediate_size
+    if any(scheme.quantizes_activations for scheme in schemes.values()):
+        inputs = [source.shapes[f"{name}.weight"][0][1] for name in source.linear_names(0)]
+        kept += math.ceil(sum(inputs) * 9 / 4)
+    activations = settings.batch_size * seqlen * kept
     device = largest * 4 * (7 * layer_weights + activations)
     stream = samples * seqlen * config.hidden_size * 4
     in_memory = 3 * stream if stream <= settings.stream_memory_gb * _GB / 3 else 0

@@ -8,6 +8,9 @@ a group, `low <= 0 <= high`, and b bits:
     code         q = clamp(round(w / s) + z, 0, 2^b - 1)
     value        w^ = (q - z) * s
 
+An activation of 4 or 8 bits is rounded while the model runs, each token `[in]` to its own grid, with an fp32 scale and
+codes from -2^(b-1): the formulas of `sliderquant_kernels.activations`, and its bits.
+
 Invariant: the scale is rounded to the dtype in which it is stored *before* it is used and the zero-point is a code, so
 that what is trained is what is stored. `(q - z) * s` is exact in fp32: |q - z| < 2^8 and s has at most 11 bits of
 mantissa when it is stored in 16 bits.
@@ -26,6 +29,7 @@ __all__ = [
     "clipped_grid",
     "dequantize",
     "fake_quantize",
+    "fake_quantize_activations",
     "find_grid",
     "quantize",
     "round_to_nearest",
@@ -116,6 +120,19 @@ def clipped_grid(
     return find_grid(low, high, scheme, dtype)
 
 
+def fake_quantize_activations(x: Tensor, scheme: Scheme) -> Tensor:
+    """x `[..., in]` with every token rounded to the grid of its own range, in fp32, then in the dtype of x.
+
+    On a CPU equal bit for bit to `sliderquant_kernels.quantize_activations(x, ...).dequantize(x.dtype)`.
+    Differentiable: rounding of x and of the zero-point passes gradients straight through; the range is that of the
+    current x.
+
+    Args:
+        scheme: with activations of 4 or 8 bits.
+    """
+    return _FakeQuantizeActivations.apply(x, scheme.activation_bits, scheme.activation_symmetric)
+
+
 def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:
     out_features, in_features = weight.shape
     groups = scheme.groups(in_features)
@@ -178,3 +195,49 @@ class _FakeQuantize(torch.autograd.Function):
         grad_low = grad_bottom * low * shrink_low * (1 - shrink_low) if ctx.clips else None
         grad_high = grad_top * high * shrink_high * (1 - shrink_high) if ctx.clips else None
         return grad_weight.view_as(grad), grad_low, grad_high, None, None
+
+
+class _FakeQuantizeActivations(torch.autograd.Function):
+    """The gradients of `_FakeQuantize`, for a grid per token and without clipping."""
+
+    @staticmethod
+    def forward(ctx, x, bits, symmetric):
+        lowest, highest, levels = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2**bits - 1
+        wide = x.float()
+        low, low_at = wide.min(dim=-1, keepdim=True)
+        high, high_at = wide.max(dim=-1, keepdim=True)
+        low_inside, high_inside = low < 0, high > 0
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = torch.maximum(-low, high) / (levels / 2) if symmetric else (high - low) / levels
+        scale = torch.where(scale > 0, scale, 1.0)
+        zero_point = torch.zeros_like(scale)
+        if not symmetric:
+            # Not round(-low / scale) + lowest: in fp32 the two may round differently.
+            zero_point = torch.round(lowest - low / scale).clamp_(lowest, highest)
+        steps = wide / scale
+        code = torch.round(steps).add_(zero_point)
+        inside = (code >= lowest) & (code <= highest)
+        code = code.clamp_(lowest, highest).sub_(zero_point)
+        value = (code * scale).to(x.dtype)
+        by_scale = code.sub_(steps.mul_(inside))
+        ctx.save_for_backward(inside, by_scale, scale, low, high, low_at, high_at, low_inside, high_inside)
+        ctx.symmetric, ctx.levels = symmetric, levels
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        inside, by_scale, scale, low, high, low_at, high_at, low_inside, high_inside = ctx.saved_tensors
+        wide = grad.float()
+        grad_scale = (wide * by_scale).sum(dim=-1, keepdim=True)
+        grad_x = wide * inside
+        if ctx.symmetric:
+            per_end = grad_scale / (ctx.levels / 2)
+            high_wins = high >= -low
+            grad_high, grad_low = per_end * high_wins, -per_end * ~high_wins
+        else:
+            grad_steps = grad_x.sum(dim=-1, keepdim=True) - wide.sum(dim=-1, keepdim=True)
+            grad_high = (grad_scale + grad_steps * low / scale) / ctx.levels
+            grad_low = -grad_high - grad_steps
+        grad_x.scatter_add_(-1, low_at, grad_low * low_inside)
+        grad_x.scatter_add_(-1, high_at, grad_high * high_inside)
+        return grad_x.to(grad.dtype), None, None

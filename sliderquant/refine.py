@@ -3,11 +3,14 @@
     W~ = W + (1/r) * B @ A        A [r, in] Kaiming-uniform with a = sqrt(5), B [out, r] zeros
     Y  = X @ Q(W~)^T + bias       Q: quantizer.fake_quantize with a learned clipping of every group's range
 
+With activations of 4 or 8 bits, Q_x(X) instead of X: quantizer.fake_quantize_activations, of which nothing is learned.
+
 Source: SliderQuant (arXiv 2603.25284); the clipping is OmniQuant's. Everything learned is merged: what remains after
 `merge` is a quantized weight and nothing else.
 
-In a stage of intra-layer sliding only the first `fraction` of the input channels passes through the quantizer, the rest
-of W~ stays in full precision. Per channel, the range of such a stage is that of the channels that pass.
+In a stage of intra-layer sliding only the first `fraction` of the input channels passes through the quantizers, the
+rest of W~ and X stays in full precision. Per channel and per token, the range of such a stage is that of the channels
+that pass.
 """
 
 import math
@@ -20,7 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sliderquant.methods import Settings
-from sliderquant.quantizer import QuantizedWeight, clipped_grid, dequantize, fake_quantize, quantize
+from sliderquant.quantizer import (
+    QuantizedWeight,
+    clipped_grid,
+    dequantize,
+    fake_quantize,
+    fake_quantize_activations,
+    quantize,
+)
 from sliderquant.schemes import Scheme
 
 __all__ = ["RefinedLinear", "generator_for", "refined_linears"]
@@ -39,8 +49,8 @@ class RefinedLinear(nn.Module):
         bias: fp32 `[out]` or None; not learned.
         low_rank_a, low_rank_b: fp32 `[rank, in]` and `[out, rank]`, or None.
         clip_low, clip_high: fp32 `[out, groups]` before the sigmoid, or None.
-        quantized: whether `forward` uses the quantizer; False: the original layer.
-        fraction: the share of the input channels that passes through the quantizer.
+        quantized: whether `forward` uses the quantizers; False: the original layer.
+        fraction: the share of the input channels that passes through the quantizers.
     """
 
     def __init__(
@@ -99,10 +109,19 @@ class RefinedLinear(nn.Module):
     def _on_the_grid(self, weight: Tensor) -> Tensor:
         return fake_quantize(weight, self.clip_low, self.clip_high, self.scheme, self.stored_dtype)
 
+    def effective_input(self, x: Tensor) -> Tensor:
+        """What `forward` multiplies x `[..., in]` as."""
+        if not self.quantized or not self.scheme.quantizes_activations:
+            return x
+        if self.fraction >= 1:
+            return fake_quantize_activations(x, self.scheme)
+        passed = round(self.fraction * x.shape[-1])
+        return torch.cat((fake_quantize_activations(x[..., :passed], self.scheme), x[..., passed:]), dim=-1)
+
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]`."""
         weight = self.effective_weight() if self._frozen is None else self._frozen
-        return F.linear(x, weight, self.bias)
+        return F.linear(self.effective_input(x), weight, self.bias)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:

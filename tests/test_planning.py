@@ -67,3 +67,18 @@ def test_the_size_on_disk_is_what_the_checkpoint_takes(tiny_llama, tmp_path):
 def test_numbers_out_of_range(tiny_llama, arguments, message):
     with pytest.raises(InputError, match=message):
         plan_for(tiny_llama, **arguments)
+
+
+def test_more_inputs_than_a_token_can_have(tiny_llama, monkeypatch):
+    monkeypatch.setattr("sliderquant.planning.MAX_K", 95)  # down_proj has 96
+    assert plan_for(tiny_llama, "W4A16").schemes
+    with pytest.raises(
+        InputError, match=r"W4A4: .*down_proj has 96 inputs, and tokens are quantized up to 95: use W4A16"
+    ):
+        plan_for(tiny_llama, "W4A4")
+
+
+def test_quantized_activations_take_memory_while_learning_and_none_on_disk(tiny_llama):
+    plain, low_bit = plan_for(tiny_llama, "W4A16"), plan_for(tiny_llama, "W4A4")
+    assert low_bit.memory_bytes > plain.memory_bytes
+    assert low_bit.disk_bytes == plain.disk_bytes

@@ -7,8 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sliderquant.quantizer import clipped_grid, dequantize, fake_quantize, quantize, round_to_nearest
+from sliderquant.quantizer import (
+    clipped_grid,
+    dequantize,
+    fake_quantize,
+    fake_quantize_activations,
+    quantize,
+    round_to_nearest,
+)
 from sliderquant.schemes import BITS, Scheme
+from sliderquant_kernels import quantize_activations
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 schemes = st.builds(Scheme, st.sampled_from(BITS), st.sampled_from((None, 32, 64)), st.booleans())
@@ -157,3 +165,68 @@ def test_gradients_of_a_one_sided_group():
     want = torch.autograd.grad(autograd_oracle(*leaves, scheme, torch.bfloat16), leaves, upstream)
     for mine, theirs in zip(got, want, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+# Activations
+
+
+ACTIVATIONS = ("W4A4", "W4A8", "W4A4-act-sym", "W4A8-act-sym")
+
+
+def random_tokens(dtype=torch.float32):
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)) * 3
+    x[0, 0], x[0, 1], x[0, 2] = 0, x[0, 1].abs() + 0.1, -x[0, 2].abs() - 0.1  # no range, and ranges that must reach 0
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_activations_are_rounded_as_the_kernels_do(name, dtype):
+    scheme, x = Scheme.parse(name), random_tokens(dtype)
+    want = quantize_activations(x, scheme.activation_bits, scheme.activation_symmetric).dequantize(dtype)
+    got = fake_quantize_activations(x, scheme)
+    assert got.dtype == dtype
+    assert torch.equal(got, want)
+
+
+@given(
+    hnp.arrays(np.float32, (2, 9), elements=st.floats(-100, 100, width=32)),
+    st.sampled_from(ACTIVATIONS),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_activations_are_rounded_as_the_kernels_do(values, name):
+    scheme, x = Scheme.parse(name), torch.from_numpy(values)
+    want = quantize_activations(x, scheme.activation_bits, scheme.activation_symmetric).dequantize()
+    assert torch.equal(fake_quantize_activations(x, scheme), want)
+
+
+def activations_oracle(x, bits, symmetric):
+    """The same function written plainly, with rounding passed straight through, differentiated by autograd."""
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = torch.maximum(-low, high) / ((2**bits - 1) / 2) if symmetric else (high - low) / (2**bits - 1)
+    scale = torch.where(scale > 0, scale, 1.0)
+    zero = torch.zeros_like(scale) if symmetric else straight_through(torch.round, least - low / scale)
+    zero = zero.clamp(least, most)
+    return ((straight_through(torch.round, x / scale) + zero).clamp(least, most) - zero) * scale
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gradients_of_activations_agree_with_autograd(name):
+    scheme = Scheme.parse(name)
+    x = random_tokens()[0, 1:].requires_grad_()
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    (got,) = torch.autograd.grad(fake_quantize_activations(x, scheme), x, upstream)
+    wanted = activations_oracle(x, scheme.activation_bits, scheme.activation_symmetric)
+    (want,) = torch.autograd.grad(wanted, x, upstream)
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert (got - upstream).abs().max() > 0.01  # the ends of the range get more than their own
+
+
+def test_gradients_of_a_token_of_zeros_and_of_half_precision():
+    x = random_tokens(torch.bfloat16).requires_grad_()
+    upstream = torch.ones_like(x)
+    (got,) = torch.autograd.grad(fake_quantize_activations(x, Scheme.parse("W4A4")), x, upstream)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got[0, 0], upstream[0, 0])
+    assert got.isfinite().all()

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sliderquant.methods import Settings
-from sliderquant.quantizer import dequantize, fake_quantize, round_to_nearest
+from sliderquant.quantizer import dequantize, fake_quantize, fake_quantize_activations, round_to_nearest
 from sliderquant.refine import RefinedLinear, generator_for, refined_linears
 from sliderquant.schemes import Scheme
 
@@ -120,3 +120,35 @@ def test_generators_depend_on_the_seed_and_the_name_alone():
 def test_refined_linears_are_found_by_name():
     module = torch.nn.ModuleDict({"inner": torch.nn.Sequential(make()), "other": torch.nn.Linear(2, 2)})
     assert list(refined_linears(module)) == ["inner.0"]
+
+
+def test_a_layer_that_is_quantized_rounds_its_input():
+    linear, x = make("W4A4-g32"), torch.randn(5, 64) * 2
+    rounded = fake_quantize_activations(x, linear.scheme)
+    expected = torch.nn.functional.linear(rounded, linear.effective_weight(), linear.bias)
+    assert not torch.equal(rounded, x)
+    assert torch.equal(linear(x), expected)
+    with linear.frozen():
+        assert torch.equal(linear(x), expected)
+    linear.quantized = False
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias))
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_a_stage_rounds_the_first_channels_of_the_input_only(fraction):
+    linear, x = make("W4A4-act-sym"), torch.randn(5, 64)
+    x[:, -1] = 100  # is not in the range of the channels that pass
+    linear.fraction = fraction
+    passed = round(64 * fraction)
+    got = linear.effective_input(x)
+    assert torch.equal(got[:, :passed], fake_quantize_activations(x[:, :passed], linear.scheme))
+    assert torch.equal(got[:, passed:], x[:, passed:])
+    expected = torch.nn.functional.linear(got, linear.effective_weight(), linear.bias)
+    assert torch.equal(linear(x), expected)
+
+
+def test_the_gradient_reaches_the_layers_before():
+    linear, x = make("W4A4"), torch.randn(5, 64, requires_grad=True)
+    linear(x).square().sum().backward()
+    assert x.grad.norm() > 0
+    assert linear.low_rank_b.grad.norm() > 0

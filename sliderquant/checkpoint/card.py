@@ -78,4 +78,10 @@ def render_card(info: CardInfo, schemes: Mapping[str, Scheme], total_bytes: int)
         ],
         asymmetric=asymmetric,
         unreadable=asymmetric and len(counts) > 1,
+        activations=sorted({scheme.activations for scheme in schemes.values() if scheme.quantizes_activations}),
+        vllm_quantizes=all(
+            scheme.symmetric and scheme.activation_symmetric
+            for scheme in schemes.values()
+            if scheme.quantizes_activations
+        ),
     )

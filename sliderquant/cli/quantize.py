@@ -18,7 +18,9 @@ _METHODS = "rtn or sliderquant"
 def command(
     model: Annotated[str, typer.Argument(help="Local folder, or id on the Hugging Face hub.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the checkpoint to write.")] = None,
-    scheme: Annotated[str, typer.Option(help="W{2,3,4,8}A16[-g32|-g64|-g128][-sym].")] = "W4A16-g128",
+    scheme: Annotated[
+        str, typer.Option(help="W{2,3,4,8}A16 or W{2,4,8}A{4,8}[-g32|-g64|-g128][-sym][-act-sym].")
+    ] = "W4A16-g128",
     method: Annotated[str, typer.Option(help=_METHODS)] = "sliderquant",
     calibration: Annotated[
         str, typer.Option(help="wikitext2, c4, stdlib, or a text or .jsonl file; FILE[:1000000] takes a part.")

@@ -38,6 +38,13 @@ def test_describe(tiny: Tiny) -> None:
     json.dumps(asdict(found))
 
 
+def test_describe_activations(tiny: Tiny) -> None:
+    found = describe(tiny("W4A4-g64", down_proj="W4A8-act-sym").path)
+    assert found.schemes == {"W4A4-g64": 12, "W4A8-act-sym": 2}
+    assert found.activations == {"4 bits per token, asymmetric": 12, "8 bits per token, symmetric": 2}
+    assert describe(tiny("W4A16-g64", folder="plain").path).activations == {"not quantized": 14}
+
+
 def test_describe_without_report(tiny: Tiny) -> None:
     folder = tiny().path
     (folder / "sliderquant-report.json").unlink()
@@ -88,6 +95,27 @@ def test_card_of_a_model_that_transformers_cannot_read() -> None:
     text = render_card(CardInfo(), {"a": ASYMMETRIC, "b": Scheme(2)}, 1)
     assert "it cannot read\nthis one" in text
     assert "dequantize=True" not in text
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16-sym"])
+def test_card_without_quantized_activations_says_nothing_of_them(scheme: str) -> None:
+    text = render_card(CardInfo(), {"a": Scheme.parse(scheme)}, 1)
+    assert "inputs of" not in text
+    assert "activations" not in text
+
+
+def test_card_warns_of_readers_that_leave_activations_in_16_bits() -> None:
+    text = render_card(CardInfo(), {"a": Scheme.parse("W4A4")}, 1)
+    assert "| inputs of these layers | 4 bits per token, asymmetric, while the model runs |" in text
+    assert "**vLLM does not run this model as it is meant**" in text
+    assert "**When it dequantizes, transformers does not round the inputs of the layers**" in text
+    text = render_card(CardInfo(), {"a": Scheme.parse("W4A8-sym-act-sym")}, 1)
+    assert "vLLM rounds the inputs of the layers on its Humming backend only" in text
+    assert "transformers simulates: it rounds the inputs of the layers" in text
+    assert "as it is meant" not in text
+    text = render_card(CardInfo(), {"a": Scheme.parse("W4A4"), "b": Scheme.parse("W4A8")}, 1)
+    assert "4 bits per token, asymmetric; 8 bits per token, asymmetric" in text
+    assert "When it dequantizes" not in text  # it cannot read this one
 
 
 def test_card_names_no_path_of_this_machine() -> None:

@@ -68,6 +68,28 @@ def test_dry_run_prints_the_plan(tiny_llama, tmp_path):
         assert re.search(line, done.stdout), (line, done.stdout)
 
 
+def test_a_scheme_with_low_bit_activations_from_plan_to_text(tiny_llama, calibration_file, tmp_path):
+    arguments = ["quantize", tiny_llama, "--scheme", "W4A8-act-sym", "--method", "rtn"]
+    planned = invoke(*arguments, "--dry-run")
+    assert re.search(r"^activations 8 bits per token, symmetric$", planned.stdout, re.MULTILINE)
+    assert re.search(
+        r"^activations not quantized$", invoke(*arguments[:2], "--dry-run", "--scheme", "W4A16").stdout, re.M
+    )
+    done = invoke(*arguments, "-o", tmp_path / "out", "-q")
+    assert done.exit_code == 0, done.output
+    shown = invoke("inspect", tmp_path / "out", "--verify").stdout
+    assert re.search(r"^activations 8 bits per token, symmetric \(14 linears\)$", shown, re.MULTILINE)
+    assert "W4A8-act-sym (14 linears)" in shown
+    as_json = json.loads(invoke("inspect", tmp_path / "out", "--json").stdout)
+    assert as_json["activations"] == {"8 bits per token, symmetric": 14}
+    assert invoke("eval", tmp_path / "out", "--perplexity", calibration_file, "--seqlen", 64, "-q").exit_code == 0
+    done = invoke("generate", tmp_path / "out", "Return the", "--max-new-tokens", 5, "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+    refused = invoke("quantize", tiny_llama, "--scheme", "W3A8", "--dry-run")
+    assert refused.exit_code == 2
+    assert "weights of 3 bits take activations of 16 bits only" in refused.stderr
+
+
 def test_settings_come_from_a_file_and_from_the_command_line(tiny_llama, tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("epochs: 6\ngamma: 1\n")
