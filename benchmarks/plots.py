@@ -28,7 +28,10 @@ def draw(rows: Iterable[Row], runs: dict[int, Any], path: Path) -> list[Path]:
     written = []
     for group, found in groups.items():
         name = "-".join(group)
-        figures = {"roofline": roofline(found, runs, name)}
+        figures = {}
+        # What only moves bytes is on no roof of operations.
+        if all(row["flops"] for row in found):
+            figures["roofline"] = roofline(found, runs, name)
         if len({row["m"] for row in found}) > 1:
             figures["ratio"] = ratios(found, name)
         for kind, figure in figures.items():
@@ -62,7 +65,7 @@ def roofline(rows: list[Row], runs: dict[int, Any], title: str) -> Figure:
 
 
 def ratios(rows: list[Row], title: str) -> Figure:
-    """How many times as fast as 16-bit weights, over the tokens, a panel for each shape."""
+    """How many times as fast as the baseline, over the tokens, a panel for each shape."""
     every = list(_by(rows, "shape").items())
     shapes = every[:MOST_PANELS]
     columns = min(3, len(shapes))
@@ -84,7 +87,7 @@ def ratios(rows: list[Row], title: str) -> Figure:
         axes.grid(True, linewidth=0.3)
     for axes in panels[len(shapes) :]:
         axes.set_visible(False)
-    panels[0].set_ylabel("times as fast as 16-bit weights")
+    panels[0].set_ylabel("times as fast as the baseline")
     figure.suptitle(title if len(every) == len(shapes) else f"{title}, {len(shapes)} of {len(every)} shapes")
     figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=min(6, max(1, len(lines))))
     return figure

@@ -63,13 +63,17 @@ class Prepared:
     arithmetic: m -> where it rounds, which may depend on the kernel that m tokens get.
     weight: `[N, K]`, for providers that quantize in a way of their own; None: the case's own weight.
     note: m -> what is worth knowing about the call, such as the kernel that was chosen.
+    compared: what of the result is compared with fp64, `[M, N]`.
+    cold: whether the tensors must come from memory; without it they stay in the cache.
     """
 
     tensors: tuple[Tensor, ...]
-    call: Callable[[Tensor, tuple[Tensor, ...]], Tensor]
+    call: Callable[[Tensor, tuple[Tensor, ...]], Any]
     arithmetic: Callable[[int], Arithmetic] = lambda m: Arithmetic()
     weight: Tensor | None = None
     note: Callable[[int], str] = lambda m: ""
+    compared: Callable[[Any], Tensor] = lambda result: result
+    cold: bool = True
 
     def bytes(self) -> int:
         """Bytes of the tensors."""

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -107,20 +108,36 @@ def settings(device: str, subset: str) -> Settings:
 
 def make_plan(ops: Iterable[str], subset: str, device: str, providers: list[str] | None) -> Plan:
     """The rows of the ops' subsets, those of providers that were not asked for left out."""
-    checks, timings = [], []
-    for name in ops:
-        op = OPS[name]
-        unknown = set(providers or ()) - set(op.PROVIDERS)
-        if unknown:
-            raise SystemExit(f"--providers {' '.join(sorted(unknown))}: expected some of {', '.join(op.PROVIDERS)}")
+    asked = [OPS[name] for name in ops]
+    known = list(dict.fromkeys(name for op in asked for name in op.PROVIDERS))
+    unknown = set(providers or ()) - set(known)
+    if unknown:
+        raise SystemExit(f"--providers {' '.join(sorted(unknown))}: expected some of {', '.join(known)}")
+    plans = []
+    for op in asked:
         try:
             plan = op.plan(subset, device)
         except ValueError as error:
             raise SystemExit(f"--subset: {error}") from error
-        wanted = set(op.PROVIDERS) if not providers else {*providers, op.BASELINE[device]}
-        checks += [task for task in plan.checks if task.provider in wanted]
-        timings += [task for task in plan.timings if task.provider in wanted]
-    return Plan(checks, timings)
+        wanted = set(op.PROVIDERS)
+        if providers:
+            wanted &= set(providers)
+            wanted |= {op.BASELINE[device]} if wanted else set()
+        plans.append(Plan(*([task for task in tasks if task.provider in wanted] for tasks in plan)))
+    return Plan(interleave([plan.checks for plan in plans]), interleave([plan.timings for plan in plans]))
+
+
+def interleave(plans: Iterable[list[Task]]) -> list[Task]:
+    """The ops' tasks in turns, so that what a budget cuts off is the least important of each op.
+
+    Tasks that share operands stay together; each op's groups are spread evenly over the whole.
+    """
+    placed: list[tuple[float, list[Task]]] = []
+    for tasks in plans:
+        groups = [list(group) for _, group in groupby(tasks, lambda task: OPS[task.case.op].operands_key(task.case))]
+        placed += [((index + 0.5) / len(groups), group) for index, group in enumerate(groups)]
+    placed.sort(key=lambda each: each[0])
+    return [task for _, group in placed for task in group]
 
 
 def known_machine(timer: Workers, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from .case import Op
+from .case import Goal, Op
 from .floors import Floors
 
-__all__ = ["case_key", "derive", "is_timed", "row_key"]
+__all__ = ["case_key", "derive", "is_timed", "ratio", "row_key", "worst"]
 
 Row = dict[str, Any]
 CASE_COLUMNS = ("op", "shape", "m", "scheme", "dtype")
@@ -75,3 +75,20 @@ def _add_ratios(row: Row, case: dict[str, Row], op: Op, runs: dict[int, dict[str
         used.append(best)
     if any(other["run"] != row["run"] for other in used):
         row["runs_mixed"] = True
+
+
+def ratio(column: str) -> Callable[[Row], float | None]:
+    """A figure for `worst`: what a row's column holds, if it has it."""
+    return lambda row: row.get(column)
+
+
+def worst(
+    text: str, target: float, rows: Iterable[Any], figure: Callable[[Any], float | None], at_least: bool = True
+) -> Goal:
+    """A goal with the worst figure of `rows`, or of pairs of rows that the first one of stands for."""
+    figures = [(value, row) for row in rows if (value := figure(row)) is not None]
+    if not figures:
+        return Goal(text, target, None, at_least, "not measured")
+    found, row = (min if at_least else max)(figures, key=lambda pair: pair[0])
+    row = row[0] if isinstance(row, tuple) else row
+    return Goal(text, target, found, at_least, f"worst of {len(figures)}: {row['shape']}, M = {row['m']}")

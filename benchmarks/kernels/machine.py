@@ -8,14 +8,16 @@ import os
 import platform
 import shutil
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import sliderquant_kernels
+from sliderquant_kernels import tiles
 
-__all__ = ["cache_bytes", "clocks", "describe", "installed", "versions"]
+__all__ = ["cache_bytes", "clocks", "current_device", "describe", "installed", "versions"]
 
 GPU_QUERY = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
@@ -51,6 +53,13 @@ def versions() -> dict[str, str]:
     """Versions of the packages that every measurement depends on, and a digest of the kernels' sources."""
     found = {name: installed(name) or "absent" for name in PACKAGES}
     return {**found, "sliderquant_kernels": _source_digest(Path(sliderquant_kernels.__file__).parent)}
+
+
+@lru_cache(maxsize=1)
+def current_device() -> tiles.Device:
+    """The current CUDA device as the kernels' rules know it."""
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return tiles.Device(10 * found.major + found.minor, found.multi_processor_count, found.name)
 
 
 def installed(distribution: str) -> str | None:

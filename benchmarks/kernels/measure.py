@@ -139,7 +139,7 @@ class Measurer:
         # Memory that the result will probably get: an element that the kernel does not write is then not a number.
         stale = torch.full((case.m, expected.want.shape[1]), float("nan"), dtype=x.dtype, device=x.device)
         del stale
-        y = prepared.call(x, prepared.tensors)
+        y = prepared.compared(prepared.call(x, prepared.tensors))
         self._synchronize()
         return compare(y, expected)
 
@@ -171,13 +171,14 @@ class Measurer:
         # Providers that read the same tensors share the copies.
         tensors = tuple(tensor.data_ptr() for tensor in prepared.tensors)
         if tensors not in self._copies:
-            needed = copies_needed(prepared.bytes(), self.cache_bytes)
+            needed = copies_needed(prepared.bytes(), self.cache_bytes) if prepared.cold else 1
             self._copies[tensors] = copy_tensors(prepared.tensors, needed)
         copies = self._copies[tensors]
         megabytes = (
             f"{len(copies)} sets of {prepared.bytes() / 1e6:.1f} MB, {self.cache_bytes / 2**20:.0f} MiB of cache"
         )
-        return [partial(prepared.call, x, tensors) for tensors in copies], f"cold: rotated over {megabytes}"
+        state = "cold: rotated over" if prepared.cold else "warm:"
+        return [partial(prepared.call, x, tensors) for tensors in copies], f"{state} {megabytes}"
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

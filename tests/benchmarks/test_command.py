@@ -95,7 +95,7 @@ def fake_gpu(arguments, in_this_process, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Fake GPU")
     monkeypatch.setattr(command, "setup", FakeGpu)
     monkeypatch.setattr(FakeGpu, "asked", [], raising=False)
-    monkeypatch.setattr(ours, "_current_device", lambda: tiles.Device.typical(90))
+    monkeypatch.setattr(ours, "current_device", lambda: tiles.Device.typical(90))
     monkeypatch.setattr("benchmarks.kernels.machine.installed", lambda name: None if "==" in name else "1.0")
     return FakeGpu.asked
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..case import Goal
-from ..figures import is_timed
+from ..figures import is_timed, ratio, worst
 from .plan import MAIN_SCHEME
 from .providers.ours import CHOSEN
 
@@ -32,32 +31,17 @@ def goals(rows: list[Row], runs: dict[int, dict[str, Any]]) -> list[Goal]:
     large = [row for row in single if row["weight_bytes"] >= LARGE]
     medium = [row for row in single if MEDIUM <= row["weight_bytes"] < LARGE]
     return [
-        _goal(f"{MAIN_SCHEME}, M = 1, weights of 60 MB and up: of copy bandwidth", 0.75, large, _copy_share),
-        _goal(f"{MAIN_SCHEME}, M = 1, weights of 30 to 60 MB: of copy bandwidth", 0.55, medium, _copy_share),
-        _goal(f"{MAIN_SCHEME}, M = 16: time over that of M = 1", 1.10, _pairs(main, 16), _over_first, at_least=False),
-        _goal(f"{MAIN_SCHEME}, M >= 2048: time of cuBLAS bf16 over ours", 0.90, _many(main), _ratio("ratio_to_16bit")),
-        _goal(f"{MAIN_SCHEME}, M = 1 to 64: best peer's time over ours", 1.0, _few(main), _ratio("ratio_to_best_peer")),
-        _goal(f"{W2_SCHEME}, M = 1: time of {MAIN_SCHEME} over its", 1.5, _w2_pairs(ours), _over_first),
+        worst(f"{MAIN_SCHEME}, M = 1, weights of 60 MB and up: of copy bandwidth", 0.75, large, _copy_share),
+        worst(f"{MAIN_SCHEME}, M = 1, weights of 30 to 60 MB: of copy bandwidth", 0.55, medium, _copy_share),
+        worst(f"{MAIN_SCHEME}, M = 16: time over that of M = 1", 1.10, _pairs(main, 16), _over_first, at_least=False),
+        worst(f"{MAIN_SCHEME}, M >= 2048: time of cuBLAS bf16 over ours", 0.90, _many(main), ratio("ratio_to_16bit")),
+        worst(f"{MAIN_SCHEME}, M = 1 to 64: best peer's time over ours", 1.0, _few(main), ratio("ratio_to_best_peer")),
+        worst(f"{W2_SCHEME}, M = 1: time of {MAIN_SCHEME} over its", 1.5, _w2_pairs(ours), _over_first),
     ]  # fmt: skip
-
-
-def _goal(
-    text: str, target: float, rows: Iterable[Any], figure: Callable[[Any], float | None], at_least: bool = True
-) -> Goal:
-    figures = [(value, row) for row in rows if (value := figure(row)) is not None]
-    if not figures:
-        return Goal(text, target, None, at_least, "not measured")
-    worst, row = (min if at_least else max)(figures, key=lambda pair: pair[0])
-    row = row[0] if isinstance(row, tuple) else row
-    return Goal(text, target, worst, at_least, f"worst of {len(figures)}: {row['shape']}, M = {row['m']}")
 
 
 def _copy_share(row: Row) -> float:
     return row["percent_of_copy"] / 100
-
-
-def _ratio(column: str) -> Callable[[Row], float | None]:
-    return lambda row: row.get(column)
 
 
 def _few(rows: list[Row]) -> list[Row]:

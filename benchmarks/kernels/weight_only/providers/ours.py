@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, tiles, tuned, weight_only_linear, workspace
 
 from ...case import DTYPES, Arithmetic, Case, Prepared, Provider
+from ...machine import current_device
 from ..operands import Operands, WeightScheme
 from . import dense
 
@@ -45,7 +46,7 @@ def prepare(weight: Operands, variant: str | None = None) -> Prepared:
 
 def choice(problem: tiles.Problem, variant: str | None, device: tiles.Device | None = None) -> tiles.Choice:
     """What the op launches on the current device, or another one."""
-    return tuned.choose(problem, device or _current_device(), variant)
+    return tuned.choose(problem, device or current_device(), variant)
 
 
 def compilation(case: Case, variant: str | None) -> Hashable:
@@ -85,12 +86,6 @@ def _cpu_arithmetic(layout: WeightLayout) -> Arithmetic:
 
 def _problem(layout: WeightLayout, dtype: torch.dtype, m: int) -> tiles.Problem:
     return tiles.Problem(m, layout.n, layout.k, layout.bits, layout.group_size, layout.symmetric, dtype)
-
-
-@lru_cache(maxsize=1)
-def _current_device() -> tiles.Device:
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return tiles.Device(10 * found.major + found.minor, found.multi_processor_count, found.name)
 
 
 def _accepts(variant: str, case: Case) -> str | None:
