@@ -90,3 +90,20 @@ def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def _round_tokens(x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
+    """x `[..., in]`, each token rounded to its own grid, which holds 0: in fp32; the product with the scale exactly."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    least, most = x.float().amin(-1, keepdim=True).clamp(max=0), x.float().amax(-1, keepdim=True).clamp(min=0)
+    span = 2 * torch.maximum(-least, most) if symmetric else most - least
+    scale = span / (high - low)
+    scale[scale == 0] = 1
+    zero = torch.zeros_like(scale) if symmetric else torch.round(low - least / scale).clamp(low, high)
+    return (((x.float() / scale).round() + zero).clamp(low, high) - zero).double() * scale.double()
+
+
+@pytest.fixture(scope="session")
+def round_tokens() -> Callable[[torch.Tensor, int, bool], torch.Tensor]:
+    """`round_tokens(x, bits, symmetric)`: dynamic quantization of activations, simulated. fp64 of the shape of x."""
+    return _round_tokens

@@ -1,5 +1,5 @@
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -43,17 +43,6 @@ def same(actual: QuantizedWeight, expected: QuantizedWeight) -> None:
             assert torch.equal(one, other), name
 
 
-def rounded(x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
-    """x `[..., in]`, each token rounded to its own grid, which holds 0: in fp32; the product with the scale exactly."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    least, most = x.float().amin(-1, keepdim=True).clamp(max=0), x.float().amax(-1, keepdim=True).clamp(min=0)
-    span = 2 * torch.maximum(-least, most) if symmetric else most - least
-    scale = span / (high - low)
-    scale[scale == 0] = 1
-    zero = torch.zeros_like(scale) if symmetric else torch.round(low - least / scale).clamp(low, high)
-    return (((x.float() / scale).round() + zero).clamp(low, high) - zero).double() * scale.double()
-
-
 def tensor_bytes(module: nn.Module) -> int:
     return sum(t.untyped_storage().nbytes() for t in [*module.parameters(), *module.buffers()])
 
@@ -84,7 +73,9 @@ def test_forward(scheme: str, dtype: torch.dtype, shape: tuple[int, int]) -> Non
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(48, 64), (37, 90)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_forward_with_rounded_inputs(scheme: str, dtype: torch.dtype, shape: tuple[int, int], bias: bool) -> None:
+def test_forward_with_rounded_inputs(
+    scheme: str, dtype: torch.dtype, shape: tuple[int, int], bias: bool, round_tokens: Callable[..., torch.Tensor]
+) -> None:
     if shape[1] % 32 and "-g" in scheme:
         pytest.skip("a group does not divide the inputs")
     linear, quantized = make(scheme, *shape, dtype=dtype, bias=bias)
@@ -97,7 +88,7 @@ def test_forward_with_rounded_inputs(scheme: str, dtype: torch.dtype, shape: tup
         x = torch.randn(*leading, shape[1]).to(dtype) * 3 + 0.5
         if leading == (40,) and parsed.group_size is None:
             x[0] = 0  # in groups, asymmetric, that is a difference of large sums in fp32
-        simulated = rounded(x, parsed.activation_bits, parsed.activation_symmetric)
+        simulated = round_tokens(x, parsed.activation_bits, parsed.activation_symmetric)
         expected = torch.nn.functional.linear(simulated, dense.double(), linear.bias.double() if bias else None)
         y = linear(x)
         assert y.dtype == dtype
