@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/sliderquant demo
 
 test: lint
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
