@@ -4,9 +4,9 @@ One is here: dense weights, inputs rounded token by token, products in fp64. The
 compressed-tensors, in a process of its own.
 
 A code is a discontinuity: where the noise of fp32 arithmetic moves an input across the middle of two codes, everything
-after it differs by a step. With symmetric activations that is the rule: the scale is max|x| / (2^b - 1) * 2, which puts
-the largest input of every token on the middle of two codes. So layers are compared on the same input, and the logits of
-whole models only with asymmetric activations.
+after it differs by a step. With symmetric activations that is the rule: the scale, 2 max|x| / (2^b - 1), puts the
+largest |x| of a token on the middle of two codes. So layers are compared on the same input, and the logits of whole
+models only with asymmetric activations.
 """
 
 import json
