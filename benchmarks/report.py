@@ -132,7 +132,9 @@ def _checks(rows: list[Row]) -> str:
     if not compared:
         return "None."
     good = sum(row["status"] == "ok" for row in compared)
-    margins = [row["relative_error"] / row["tolerance"] for row in compared if row["status"] == "ok"]
+    # Copies have a tolerance of 0, and no share of it.
+    right = [row for row in compared if row["status"] == "ok" and row["tolerance"] > 0]
+    margins = [row["relative_error"] / row["tolerance"] for row in right]
     worst = f"; the largest error of a right one is {max(margins):.2f} of its tolerance" if margins else ""
     return f"{good} of {len(compared)} results agree with fp64{worst}."
 

@@ -2,7 +2,8 @@
 
 from . import weight_only
 from .case import Op
+from .low_bit import linear, quantize
 
 __all__ = ["OPS"]
 
-OPS: dict[str, Op] = {op.NAME: op for op in (weight_only,)}
+OPS: dict[str, Op] = {op.NAME: op for op in (weight_only, linear, quantize)}

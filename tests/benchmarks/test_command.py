@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from itertools import pairwise, product
 from typing import ClassVar
 
 import pytest
@@ -23,7 +24,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
-    """`arguments(*words)`: parsed, with results into a folder of the test, on a machine without a GPU."""
+    """`arguments(*words)`: parsed, with results into a folder of the test, on a machine without a GPU; of one op unless
+    words ask for others."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     # The sources may be edited while the tests run.
     monkeypatch.setattr("benchmarks.kernels.machine._source_digest", lambda package: "0123")
@@ -31,7 +33,8 @@ def arguments(tmp_path, monkeypatch):
     def parse(*words):
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
-        return parser.parse_args(["--subset", "tiny", "--out", str(tmp_path), *words])
+        op = [] if "--op" in words else ["--op", "weight_only_linear"]
+        return parser.parse_args(["--subset", "tiny", "--out", str(tmp_path), *op, *words])
 
     return parse
 
@@ -149,7 +152,7 @@ def test_measure_resume_and_report(arguments, result, capsys):
 
 @pytest.mark.usefixtures("in_this_process")
 def test_an_absent_peer_is_one_error_row_and_gone_when_it_comes(arguments, result, monkeypatch, capsys):
-    (op,) = OPS.values()
+    op = OPS["weight_only_linear"]
     peer = replace(op.PROVIDERS["torch-int4"], distribution="no-such-peer==7.0")
     monkeypatch.setitem(op.PROVIDERS, "torch-int4", peer)
     command.run(arguments("--providers", "torch-int4"))
@@ -169,6 +172,52 @@ def test_an_absent_peer_is_one_error_row_and_gone_when_it_comes(arguments, resul
     command.run(arguments("--providers", "torch-int4"))
     found = [row for row in json.loads(result.read_text())["rows"] if row["provider"] == "torch-int4"]
     assert {(row["kind"], row["status"]) for row in found} == {("time", "ok")}
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_low_bit_ops_are_measured_and_reported(arguments, result, capsys):
+    command.run(arguments("--op", "low_bit_linear", "quantize_activations"))
+    rows = json.loads(result.read_text())["rows"]
+    assert {row["status"] for row in rows} == {"ok"}
+    found = {(row["op"], row["provider"]) for row in rows}
+    assert found == {
+        *product(["low_bit_linear"], ["onednn", "sliderquant", "sliderquant-unfused"]),
+        *product(["quantize_activations"], ["copy", "sliderquant", "sliderquant-unfused"]),
+    }
+    assert all(row["ratio_to_16bit"] > 0 for row in rows if row["provider"] != "copy")
+    assert "goals: they are for a GPU" in capsys.readouterr().out
+    text, *pictures = report.report(result)
+    assert "## low_bit_linear W4A4+rms_norm bf16" in text.read_text()
+    assert "## quantize_activations A4+silu_mul bf16" in text.read_text()
+    # What has no products is on no roofline, and one number of tokens makes no curve.
+    assert {path.name.split("-")[2] for path in pictures} == {"low_bit_linear"}
+
+
+def test_ops_take_turns_and_operands_stay():
+    plans = [op.plan("quick", "cuda").timings for op in OPS.values()]
+    mixed = command.interleave(plans)
+    assert sorted(map(str, mixed)) == sorted(map(str, (task for plan in plans for task in plan)))
+    for op, plan in zip(OPS, plans, strict=True):
+        assert [task for task in mixed if task.case.op == op] == plan
+        part = [task for task in mixed[: len(mixed) // 3] if task.case.op == op]
+        assert 0.15 < len(part) / len(plan) < 0.55
+
+    def changes(tasks):
+        keys = [OPS[task.case.op].operands_key(task.case) for task in tasks]
+        return sum(first != second for first, second in pairwise(keys))
+
+    assert changes(mixed) == sum(map(changes, plans)) + len(plans) - 1
+
+
+def test_providers_are_those_of_the_ops_that_are_asked():
+    every = command.make_plan(OPS, "quick", "cuda", ["humming", "sliderquant:tiles"]).timings
+    found = {(task.case.op, task.provider) for task in every}
+    assert found == {
+        ("weight_only_linear", "humming"), ("weight_only_linear", "cublas"),
+        ("low_bit_linear", "sliderquant:tiles"), ("low_bit_linear", "cublas"),
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="--providers humming: expected some of cublas, onednn, sliderquant"):
+        command.make_plan(["low_bit_linear"], "quick", "cuda", ["humming"])
 
 
 @pytest.mark.usefixtures("in_this_process")

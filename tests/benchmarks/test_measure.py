@@ -96,6 +96,21 @@ def test_a_right_result_is_timed(measurer):
     assert row["cache"] == "cold: rotated over 33 sets of 0.0 MB, 0 MiB of cache"
 
 
+def test_what_may_stay_in_the_cache_is_not_copied(measurer, op):
+    warm = replace(op.PROVIDERS["right"].prepare(None), cold=False)
+    op.PROVIDERS["right"] = _provider("right", lambda operands: warm)
+    row = measurer(_task("right"))
+    assert (row["status"], row["cache"]) == ("ok", "warm: 1 sets of 0.0 MB, 0 MiB of cache")
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1, "ok"), (1.5, "error")])
+def test_of_several_results_what_is_compared_is_named(measurer, op, factor, status):
+    right = op.PROVIDERS["right"].prepare(None)
+    several = replace(right, call=lambda x, tensors: (-x, factor), compared=lambda result: result[0] * result[1])
+    op.PROVIDERS["right"] = _provider("right", lambda operands: several)
+    assert measurer(_task("right"))["status"] == status
+
+
 def test_the_baseline_is_timed_alone(measurer):
     assert "baseline_us" not in measurer(_task("base"))
 

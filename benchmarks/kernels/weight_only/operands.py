@@ -15,7 +15,7 @@ from sliderquant_kernels import reference
 from ..case import DTYPES, Arithmetic, Case, Prepared
 from ..checking import UNIT_ROUNDOFF, Expected, accumulation, sample_rows
 
-__all__ = ["Operands", "WeightScheme", "activations", "expected", "operands"]
+__all__ = ["Operands", "WeightScheme", "activations", "expected", "generator", "operands"]
 
 # Weights that are dequantized to fp64 at a time: 128 MB.
 CHUNK = 1 << 24
@@ -91,22 +91,20 @@ def operands(case: Case, device: torch.device) -> Operands:
     """Uniformly random codes and zero-points; weights are of the size of a model's."""
     scheme, dtype = WeightScheme.parse(case.scheme), DTYPES[case.dtype]
     n, k = case.shape
-    generator = _generator(case, device)
+    random = generator(case, device)
     groups = k // scheme.group_size if scheme.group_size else 1
-    codes = torch.randint(0, 2**scheme.bits, (n, k), dtype=torch.uint8, device=device, generator=generator)
-    scale = torch.rand(n, groups, device=device, generator=generator).add_(0.5).mul_(0.02 / 2 ** (scheme.bits - 1))
+    codes = torch.randint(0, 2**scheme.bits, (n, k), dtype=torch.uint8, device=device, generator=random)
+    scale = torch.rand(n, groups, device=device, generator=random).add_(0.5).mul_(0.02 / 2 ** (scheme.bits - 1))
     zero_point = None
     if not scheme.symmetric:
-        zero_point = torch.randint(
-            0, 2**scheme.bits, (n, groups), dtype=torch.uint8, device=device, generator=generator
-        )
+        zero_point = torch.randint(0, 2**scheme.bits, (n, groups), dtype=torch.uint8, device=device, generator=random)
     return Operands(scheme, dtype, codes, scale.to(dtype), zero_point)
 
 
 def activations(case: Case, weight: Operands) -> Tensor:
     """x `[M, K]`, standard normal: neither timing nor checking is done on zeros."""
-    generator = _generator(case, weight.codes.device)
-    x = torch.randn(case.m, weight.k, device=weight.codes.device, generator=generator)
+    random = generator(case, weight.codes.device)
+    x = torch.randn(case.m, weight.k, device=weight.codes.device, generator=random)
     return x.to(weight.dtype)
 
 
@@ -138,5 +136,6 @@ def _variance(weight: Operands, w: Tensor, part: slice, u: float, arithmetic: Ar
     return variance
 
 
-def _generator(case: Case, device: torch.device) -> torch.Generator:
+def generator(case: Case, device: torch.device) -> torch.Generator:
+    """A generator that the same case always gets."""
     return torch.Generator(device).manual_seed(zlib.crc32(repr(case.key).encode()))

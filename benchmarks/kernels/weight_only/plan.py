@@ -95,7 +95,7 @@ def _quick_timings() -> Iterable[Task]:
     for task in _timings(_cases(QUICK_LAYERS, (1,), ("W2A16-g128", "W8A16-g128")), "cuda"):
         if task.provider in (CHOSEN, "cublas", "humming"):
             yield task
-    yield from _quick_cases((2048, 4096, 64, 32, 256))
+    yield from _quick_cases((2048, 4096, 64, 32))
 
 
 def _quick_cases(tokens: tuple[int, ...]) -> Iterable[Task]:

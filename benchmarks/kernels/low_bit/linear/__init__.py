@@ -1,0 +1,29 @@
+"""The low-bit linear end to end: what comes before it, quantizing its input, int8 matmul."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from ...case import Case, Prepared, Work
+from ..schemes import LowBitScheme
+from .goals import goals
+from .operands import activations, expected, operands
+from .plan import NAME, plan, subsets
+from .providers import BASELINE, PROVIDERS
+
+__all__ = [
+    "BASELINE", "NAME", "PROVIDERS",
+    "activations", "expected", "goals", "operands", "operands_key", "plan", "subsets", "work",
+]  # fmt: skip
+
+
+def operands_key(case: Case) -> Hashable:
+    """Weights do not depend on the tokens."""
+    return case.op, case.shape, case.scheme, case.dtype
+
+
+def work(case: Case, prepared: Prepared) -> Work:
+    """The provider's own tensors and the 16-bit inputs read once, y written once; 2 M N K operations."""
+    n, k = case.shape
+    inputs = LowBitScheme.parse(case.scheme).activations.parts * k
+    return Work(prepared.bytes() + 2 * case.m * (n + inputs), 2.0 * case.m * n * k)

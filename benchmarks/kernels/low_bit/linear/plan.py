@@ -1,0 +1,124 @@
+"""Which rows each subset consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+
+from sliderquant_kernels import low_bit_tiles
+
+from ... import shapes
+from ...case import Case, Plan, Task
+from ...shapes import Layer
+from ...weight_only.plan import CHECK_SHAPE, CPU_LAYERS, ODD_SHAPE, QUICK_LAYERS, TINY_LAYERS, TOKENS
+from ...weight_only.plan import subsets as subsets
+from ..schemes import RMS_NORM, SILU_MUL, LowBitScheme
+from .providers import CHOSEN, CUBLAS, PROVIDERS, UNFUSED, accepts, name_of
+
+__all__ = ["MAIN_SCHEME", "NAME", "fused_before", "plan", "subsets"]
+
+NAME = "low_bit_linear"
+MAIN_SCHEME = "W4A4"
+OTHER_SCHEMES = ("W4A8", "W8A8", "W2A8", "W4A4-sym", "W4A4-sym-act-sym", "W8A8-sym-act-sym", "W4A4-g128")
+# Where few variants, dtypes and zero-points could be wrong together.
+CHECK_SCHEMES = ("W4A4", "W4A8-sym-act-sym", "W8A8-sym", "W2A8-act-sym")
+GROUPED_CHECKS = ("W4A4-g128", "W8A8-g64-sym-act-sym", "W2A8-g32-act-sym")
+FUSED_CHECKS = ("W4A4+rms_norm", "W4A8-act-sym+rms_norm", "W4A4+silu_mul", "W8A8-act-sym+silu_mul")
+CHECK_TOKENS = {"warp_k": 3, "rows": 100, "tiles": 200}
+
+
+def fused_before(layer: Layer) -> str | None:
+    """What stands before a layer in a decoder: a norm before q, k, v and gate, up; SiLU-mul before down; else None."""
+    kind = layer.name.partition(",")[0].rpartition(" ")[2]
+    return {"o": None, "down": SILU_MUL}.get(kind, RMS_NORM)
+
+
+def plan(subset: str, device: str) -> Plan:
+    """The rows of a subset, most important first. Raises ValueError for a subset that the device does not have."""
+    if subset not in subsets(device):
+        raise ValueError(f"subset: expected one of {', '.join(subsets(device))} on {device}, got {subset!r}")
+    if subset == "tiny":
+        schemes = (MAIN_SCHEME, f"{MAIN_SCHEME}+{RMS_NORM}", f"W4A8+{SILU_MUL}")
+        return Plan([], list(_timings(_cases(TINY_LAYERS, (1, 4), schemes), device)))
+    if subset == "quick" and device == "cpu":
+        cases = _fused_cases(CPU_LAYERS, (1, 64)) + _cases(CPU_LAYERS[:1], (1, 64), (MAIN_SCHEME, "W8A8"))
+        return Plan(list(_checks(device)), list(_timings(cases, device)))
+    if subset == "quick":
+        return Plan(list(_checks(device)), list(_quick_timings()))
+    every = shapes.unique(shapes.every_layer())
+    if subset == "decode":
+        cases = _main_cases(every, [m for m in TOKENS if m <= 64])
+    elif subset == "prefill":
+        cases = _main_cases(every, [m for m in TOKENS if m > 64])
+    elif subset == "schemes":
+        cases = _other_schemes()
+    else:
+        cases = _main_cases(every, TOKENS) + _other_schemes()
+    return Plan(list(_checks(device)), list(_timings(cases, device)))
+
+
+def _main_cases(layers: Sequence[Layer], tokens: Sequence[int]) -> list[Case]:
+    """Every layer after what stands before it in a decoder, and alone."""
+    return _cases(layers, tokens, (MAIN_SCHEME,)) + _fused_cases(layers, tokens)
+
+
+def _other_schemes() -> list[Case]:
+    merged = shapes.layers("llama-3-8b", single=False)
+    return _cases(merged, TOKENS, OTHER_SCHEMES) + _cases(merged, TOKENS, (MAIN_SCHEME,), "fp16")
+
+
+def _cases(layers: Sequence[Layer], tokens: Iterable[int], schemes: Iterable[str], dtype: str = "bf16") -> list[Case]:
+    """Cases that share operands stand next to each other."""
+    return [
+        Case(NAME, layer.name, (layer.n, layer.k), m, scheme, dtype)
+        for scheme, layer, m in product(schemes, layers, tuple(tokens))
+    ]
+
+
+def _fused_cases(layers: Sequence[Layer], tokens: Sequence[int]) -> list[Case]:
+    return [
+        case
+        for layer in layers
+        if (fused := fused_before(layer)) is not None
+        for case in _cases((layer,), tokens, (f"{MAIN_SCHEME}+{fused}",))
+    ]
+
+
+def _timings(cases: Iterable[Case], device: str) -> Iterator[Task]:
+    for case in cases:
+        for name, provider in PROVIDERS.items():
+            if device in provider.devices and provider.accepts(case) is None:
+                yield Task("time", case, name)
+
+
+def _quick_timings() -> Iterator[Task]:
+    """The goals' tokens first. Variants by name only for many tokens, where more than one is worth a try."""
+    for tokens in ((1, 16, 2048, 4096), (2, 8)):
+        for task in _timings(_main_cases(QUICK_LAYERS, tokens), "cuda"):
+            alone = LowBitScheme.parse(task.case.scheme).activations.fused is None
+            if task.provider in (CHOSEN, CUBLAS, UNFUSED) or (alone and task.case.m >= 2048):
+                yield task
+        if tokens[0] == 1:
+            for task in _timings(_cases(QUICK_LAYERS[1:2], (1, 2048), ("W4A8", "W8A8", "W2A8", "W4A4-g128")), "cuda"):
+                if task.provider in (CHOSEN, CUBLAS):
+                    yield task
+
+
+def _checks(device: str) -> Iterator[Task]:
+    """Every variant x dtype x pair of widths; groups; an odd shape; what comes before quantizing."""
+    for scheme, dtype in product((*CHECK_SCHEMES, *GROUPED_CHECKS), ("bf16", "fp16")):
+        yield from _check_tasks(CHECK_SHAPE, scheme, dtype, device)
+    for scheme in ("W4A4", "W4A8-g32"):
+        yield from _check_tasks(ODD_SHAPE, scheme, "bf16", device)
+    for scheme, dtype, name in product(FUSED_CHECKS, ("bf16", "fp16"), (CHOSEN, UNFUSED)):
+        yield Task("check", Case(NAME, "check", CHECK_SHAPE, 100, scheme, dtype), name)
+
+
+def _check_tasks(shape: tuple[int, int], scheme: str, dtype: str, device: str) -> Iterator[Task]:
+    if device == "cpu":
+        yield Task("check", Case(NAME, "check", shape, 100, scheme, dtype), CHOSEN)
+        return
+    for variant in low_bit_tiles.VARIANTS:
+        case = Case(NAME, "check", shape, CHECK_TOKENS[variant], scheme, dtype)
+        if accepts(case, variant) is None:
+            yield Task("check", case, name_of(variant))
