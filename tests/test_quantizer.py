@@ -200,6 +200,14 @@ def test_any_activations_are_rounded_as_the_kernels_do(values, name):
     assert torch.equal(fake_quantize_activations(x, scheme), want)
 
 
+def test_the_zero_point_is_rounded_as_the_kernels_do_even_next_to_a_tie():
+    """-8 + 1.4999999 is -6.5 in fp32, which rounds to -6; 1.4999999 alone would round to 1, and make -7."""
+    x = torch.tensor([[-1.5 + 2**-23, 13.5, 0.6]])
+    want = quantize_activations(x, 4, symmetric=False)
+    assert want.zero_point.item() == -6
+    assert torch.equal(fake_quantize_activations(x, Scheme.parse("W4A4")), want.dequantize())
+
+
 def activations_oracle(x, bits, symmetric):
     """The same function written plainly, with rounding passed straight through, differentiated by autograd."""
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
