@@ -1,9 +1,11 @@
 """The benchmarks are not installed with the package: they are found next to the tests."""
 
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = str(Path(__file__).resolve().parents[2])
 if ROOT not in sys.path:
@@ -48,3 +50,45 @@ def timed_row():
         return {**case, **kept, **work, **times, **accuracy, **more}
 
     return make
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """`modules(name, **contents)`: have a module, and the packages above it, importable."""
+
+    def add(name, **contents):
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            parent = ".".join(parts[:end])
+            if parent not in sys.modules or not hasattr(sys.modules[parent], "stand_in"):
+                monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+                sys.modules[parent].stand_in = True
+                sys.modules[parent].__path__ = []
+            if end > 1:
+                setattr(sys.modules[".".join(parts[: end - 1])], parts[end - 1], sys.modules[parent])
+        for key, value in contents.items():
+            setattr(sys.modules[name], key, value)
+
+    return add
+
+
+@pytest.fixture
+def unpack_words():
+    """`unpack_words(words, bits)`: little-endian fields of int32 words along the last dimension."""
+
+    def unpack(words, bits):
+        stream = (words.long()[..., None] >> torch.arange(32)) & 1
+        return (stream.flatten(-2).unflatten(-1, (-1, bits)) << torch.arange(bits)).sum(-1)
+
+    return unpack
+
+
+@pytest.fixture
+def pack_words():
+    """`pack_words(codes, bits)`: the inverse of `unpack_words`."""
+
+    def pack(codes, bits):
+        fields = (codes[..., None] >> torch.arange(bits)) & 1
+        return (fields.flatten(-2).unflatten(-1, (-1, 32)).long() << torch.arange(32)).sum(-1).to(torch.int32)
+
+    return pack

@@ -210,14 +210,14 @@ def test_ops_take_turns_and_operands_stay():
 
 
 def test_providers_are_those_of_the_ops_that_are_asked():
-    every = command.make_plan(OPS, "quick", "cuda", ["humming", "sliderquant:tiles"]).timings
+    every = command.make_plan(OPS, "quick", "cuda", ["conch", "sliderquant:tiles"]).timings
     found = {(task.case.op, task.provider) for task in every}
     assert found == {
-        ("weight_only_linear", "humming"), ("weight_only_linear", "cublas"),
+        ("weight_only_linear", "conch"), ("weight_only_linear", "cublas"),
         ("low_bit_linear", "sliderquant:tiles"), ("low_bit_linear", "cublas"),
     }  # fmt: skip
-    with pytest.raises(SystemExit, match="--providers humming: expected some of cublas, onednn, sliderquant"):
-        command.make_plan(["low_bit_linear"], "quick", "cuda", ["humming"])
+    with pytest.raises(SystemExit, match="--providers conch: expected some of cublas, onednn, sliderquant"):
+        command.make_plan(["low_bit_linear"], "quick", "cuda", ["conch"])
 
 
 @pytest.mark.usefixtures("in_this_process")

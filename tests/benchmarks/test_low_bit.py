@@ -156,6 +156,49 @@ def test_mistakes_of_products_are_found(scheme):
     assert not compare(swapped, expected).correct
 
 
+@pytest.mark.parametrize("scheme", ["W4A4", "W4A4+rms_norm", "W4A8-sym-act-sym", "W8A8+silu_mul", "W2A8"])
+def test_humming(modules, unpack_words, pack_words, scheme):
+    """On a stand-in that reads what humming documents."""
+
+    class Schema:
+        def __init__(self, **fields):
+            self.__dict__ |= fields
+
+    def transform(tensors, n, k, weight, activations, torch_dtype, device):
+        assert set(tensors) == {"weight", "weight_scale"}
+        assert weight.weight_scale_group_size == 0
+        return (int(weight.b_dtype[-1]), int(activations.a_dtype[-1])), tensors
+
+    def humming_forward(config, x, weight, weight_scale, locks, tuning_config):
+        bits, x_bits = config
+        largest = 2 ** (x_bits - 1) - 1
+        scale = x.float().abs().amax(-1, keepdim=True) / largest
+        codes = (x.float() * (1 / scale)).round().clamp(-largest - 1, largest)
+        total = codes.double() @ (unpack_words(weight, bits) - 2 ** (bits - 1)).double().t()
+        return (total * scale).to(x.dtype) * weight_scale.t()
+
+    modules("humming.schema", HummingWeightSchema=Schema, HummingInputSchema=Schema)
+    modules("humming.ops", pack_weight=pack_words)
+    modules("humming.transform", prepare_and_transform_humming_tensors=transform)
+    modules("humming.tune", get_heuristics_config=lambda config, shape_m, device: {"m": shape_m})
+    modules("humming.forward", humming_forward=humming_forward)
+    given, prepared, x, y = _product(scheme, shape=(64, 256), provider="humming")
+    expected = linear.expected(given, x, prepared)
+    assert compare(y, expected).correct
+    ours = linear.PROVIDERS["sliderquant"].prepare(given)
+    assert not compare(ours.call(x, ours.tensors), expected).correct  # another grid
+
+
+@pytest.mark.parametrize(
+    ("scheme", "accepted"),
+    [("W4A4", True), ("W2A8", True), ("W4A8+rms_norm", True), ("W8A4", False), ("W4A4-g128", False)],
+)
+def test_what_humming_accepts(scheme, accepted):
+    reason = linear.PROVIDERS["humming"].accepts(Case(linear.NAME, "", (128, 128), 1, scheme, "bf16"))
+    assert (reason is None) is accepted
+    assert accepted or scheme in reason
+
+
 def test_variants_share_the_packed_weight():
     given, prepared, *_ = _product("W4A4+rms_norm")
     again = linear.PROVIDERS["sliderquant-unfused"].prepare(given)

@@ -3,7 +3,6 @@
 The stand-ins are what the peers document: a wrong nibble, transposition or zero-point in an adapter is a wrong result.
 """
 
-import sys
 import types
 
 import pytest
@@ -33,36 +32,10 @@ def _verdict(name, scheme, dtype="bf16"):
     return compare(prepared.call(x, copies), weight_only.expected(operands, x, prepared))
 
 
-@pytest.fixture
-def modules(monkeypatch):
-    """`modules(name, **contents)`: have a module, and the packages above it, importable."""
-
-    def add(name, **contents):
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            parent = ".".join(parts[:end])
-            if parent not in sys.modules or not hasattr(sys.modules[parent], "stand_in"):
-                monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-                sys.modules[parent].stand_in = True
-                sys.modules[parent].__path__ = []
-            if end > 1:
-                setattr(sys.modules[".".join(parts[: end - 1])], parts[end - 1], sys.modules[parent])
-        for key, value in contents.items():
-            setattr(sys.modules[name], key, value)
-
-    return add
-
-
-def _unpack(words, bits):
-    """Little-endian fields of int32 words along the last dimension."""
-    stream = (words.long()[..., None] >> torch.arange(32)) & 1
-    return (stream.flatten(-2).unflatten(-1, (-1, bits)) << torch.arange(bits)).sum(-1)
-
-
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if not scheme.startswith("W3")])
-def test_conch(modules, scheme):
+def test_conch(modules, unpack_words, scheme):
     def mixed_precision_gemm(x, w_q_packed, w_s, w_zp, weight_size_bits, weight_bias, group_size):
-        codes = _unpack(w_q_packed.t(), weight_size_bits).t().to(w_s.dtype) - weight_bias
+        codes = unpack_words(w_q_packed.t(), weight_size_bits).t().to(w_s.dtype) - weight_bias
         spread = [tensor.repeat_interleave(group_size, 0) for tensor in ([w_s] if w_zp is None else [w_s, w_zp])]
         weight = (codes - (0 if w_zp is None else spread[1].to(w_s.dtype))) * spread[0]
         return linear(x, weight.t())
@@ -73,7 +46,7 @@ def test_conch(modules, scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_humming(modules, scheme):
+def test_humming(modules, unpack_words, pack_words, scheme):
     seen = {}
 
     class HummingWeightSchema:
@@ -83,10 +56,6 @@ def test_humming(modules, scheme):
                 weight_scale_group_size,
                 has_zero_point,
             )
-
-    def pack_weight(codes, bits):
-        fields = (codes[..., None] >> torch.arange(bits)) & 1
-        return (fields.flatten(-2).unflatten(-1, (-1, 32)).long() << torch.arange(32)).sum(-1).to(torch.int32)
 
     def transform(tensors, n, k, schema, torch_dtype, device):
         assert set(tensors) == {"weight", "weight_scale"} | ({"zero_point"} if schema.zero else set())
@@ -102,15 +71,15 @@ def test_humming(modules, scheme):
         assert tuning_config == '{"block_shape": [8, 128, 64]}'
         assert locks.dtype == torch.int32
         assert not locks.any()
-        codes = _unpack(weight, config.bits).double()
+        codes = unpack_words(weight, config.bits).double()
         zero = 2.0 ** (config.bits - 1)
         group = codes.shape[1] // weight_scale.shape[1]
         if zero_point is not None:
-            zero = _unpack(zero_point.t(), config.bits).t().double().repeat_interleave(group, 1)
+            zero = unpack_words(zero_point.t(), config.bits).t().double().repeat_interleave(group, 1)
         return (x.double() @ ((codes - zero) * weight_scale.double().repeat_interleave(group, 1)).t()).to(x.dtype)
 
     modules("humming.schema", HummingWeightSchema=HummingWeightSchema)
-    modules("humming.ops", pack_weight=pack_weight)
+    modules("humming.ops", pack_weight=pack_words)
     modules("humming.transform", prepare_and_transform_humming_tensors=transform)
     modules("humming.tune", get_heuristics_config=get_heuristics_config)
     modules("humming.forward", humming_forward=humming_forward)

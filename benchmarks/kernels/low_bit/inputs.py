@@ -80,7 +80,7 @@ def codes(
     lowest, highest = value, value
     for other in others:
         lowest, highest = torch.minimum(lowest, other), torch.maximum(highest, other)
-    levels = 2**scheme.bits - 1
+    levels = 2**scheme.bits - (2 if scheme.narrow else 1)
     low_code, high_code = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
 
     def scale_of(low: Tensor, high: Tensor) -> Tensor:

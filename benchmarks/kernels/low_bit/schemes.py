@@ -16,12 +16,16 @@ FUSED = (RMS_NORM, SILU_MUL)
 
 @dataclass(frozen=True)
 class ActivationScheme:
-    """Bits and symmetry per token, what comes before, and whether two codes go into a byte."""
+    """Bits and symmetry per token, what comes before, and whether two codes go into a byte.
+
+    narrow: of others' symmetric grids: the scale is the maximum over the largest code, 7 or 127.
+    """
 
     bits: int
     symmetric: bool = False
     fused: str | None = None
     packed: bool = False
+    narrow: bool = False
 
     @classmethod
     def parse(cls, name: str) -> ActivationScheme:

@@ -14,7 +14,7 @@ from ...case import Arithmetic, Case, Prepared
 from ...checking import UNIT_ROUNDOFF, Expected, accumulation, sample_rows
 from ...weight_only.operands import Operands, generator
 from .. import inputs
-from ..schemes import LowBitScheme
+from ..schemes import ActivationScheme, LowBitScheme
 
 __all__ = ["LowBitArithmetic", "LowBitOperands", "activations", "expected", "operands"]
 
@@ -27,10 +27,12 @@ class LowBitArithmetic(Arithmetic):
     """quantizes: whether the activations are rounded to the scheme's grid, or multiplied in 16 bits.
 
     rounded_once: whether a norm before it is rounded after its weight only; None: that, or before it too.
+    grid: how a provider quantizes activations that does it in a way of its own.
     """
 
     quantizes: bool = True
     rounded_once: bool | None = False
+    grid: ActivationScheme | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ def expected(given: LowBitOperands, x: Tensor, prepared: Prepared) -> Expected:
     rows = sample_rows(m, torch.Generator(x.device).manual_seed(m))
     u, rounding = UNIT_ROUNDOFF[weight.dtype], arithmetic.output_roundings
     if arithmetic.quantizes:
-        found = inputs.codes(x, given.norm_weight, scheme, rows, arithmetic.rounded_once)
+        found = inputs.codes(x, given.norm_weight, arithmetic.grid or scheme, rows, arithmetic.rounded_once)
         values, off = found.values, found.values_off.square()
     else:
         values = inputs.prepared_fp64(x, given.norm_weight, scheme, rows)
@@ -75,7 +77,10 @@ def expected(given: LowBitOperands, x: Tensor, prepared: Prepared) -> Expected:
     variance = (off + values.square() * per_product).float()
     want, deviation = [], []
     for part in weight.parts():
-        w = reference.dequantize(*weight.part(part), weight.scheme.bits)
+        if prepared.weight is None:
+            w = reference.dequantize(*weight.part(part), weight.scheme.bits)
+        else:
+            w = prepared.weight[part].double()
         want.append(values @ w.t())
         deviation.append((variance @ w.square().float().t()).sqrt_())
     return Expected(rows, torch.cat(want, 1), torch.cat(deviation, 1), u * rounding + EPILOGUE)

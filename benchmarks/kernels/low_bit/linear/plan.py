@@ -13,6 +13,7 @@ from ...shapes import Layer
 from ...weight_only.plan import CHECK_SHAPE, CPU_LAYERS, ODD_SHAPE, QUICK_LAYERS, TINY_LAYERS, TOKENS
 from ...weight_only.plan import subsets as subsets
 from ..schemes import RMS_NORM, SILU_MUL, LowBitScheme
+from . import humming
 from .providers import CHOSEN, CUBLAS, PROVIDERS, UNFUSED, accepts, name_of
 
 __all__ = ["MAIN_SCHEME", "NAME", "fused_before", "plan", "subsets"]
@@ -96,7 +97,11 @@ def _quick_timings() -> Iterator[Task]:
     for tokens in ((1, 16, 2048, 4096), (2, 8)):
         for task in _timings(_main_cases(QUICK_LAYERS, tokens), "cuda"):
             alone = LowBitScheme.parse(task.case.scheme).activations.fused is None
-            if task.provider in (CHOSEN, CUBLAS, UNFUSED) or (alone and task.case.m >= 2048):
+            if task.provider == humming.PROVIDER.name:
+                wanted = alone and task.case.m in (1, 2048)  # Each is a long compilation.
+            else:
+                wanted = task.provider in (CHOSEN, CUBLAS, UNFUSED) or (alone and task.case.m >= 2048)
+            if wanted:
                 yield task
         if tokens[0] == 1:
             for task in _timings(_cases(QUICK_LAYERS[1:2], (1, 2048), ("W4A8", "W8A8", "W2A8", "W4A4-g128")), "cuda"):

@@ -26,6 +26,7 @@ from ...machine import current_device
 from ...weight_only.operands import Operands
 from .. import inputs
 from ..schemes import FUSED, RMS_NORM, ActivationScheme, LowBitScheme
+from . import humming
 from .operands import LowBitArithmetic, LowBitOperands
 
 __all__ = ["BASELINE", "CHOSEN", "PROVIDERS", "UNFUSED", "choice", "describe", "name_of", "quantized"]
@@ -159,4 +160,4 @@ _EVERY = [
     )
     for variant in low_bit_tiles.VARIANTS
 ]
-PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _EVERY}
+PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in [*_EVERY, humming.PROVIDER]}
