@@ -264,10 +264,15 @@ def test_the_weight_stays_packed_in_memory(out: int, inputs: int, dtype: torch.d
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_move_to_a_gpu_packs_again(scheme: str, dtype: torch.dtype) -> None:
+def test_a_move_to_a_gpu_packs_again(
+    scheme: str, dtype: torch.dtype, round_tokens: Callable[..., torch.Tensor]
+) -> None:
     linear, quantized = make(scheme, dtype=dtype)
     x = torch.randn(5, 64).to(dtype)
-    expected = x.double() @ dequantize(quantized, linear.scheme).double().T + linear.bias.double()
+    multiplied = x.double()
+    if linear.scheme.quantizes_activations:
+        multiplied = round_tokens(x, linear.scheme.activation_bits, linear.scheme.activation_symmetric)
+    expected = multiplied @ dequantize(quantized, linear.scheme).double().T + linear.bias.double()
     cpu_layout = linear.layout
     y = linear.cuda()(x.cuda())
     assert linear.layout.device_type == linear.device.type == linear.bias.device.type == y.device.type == "cuda"
