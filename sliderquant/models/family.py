@@ -17,6 +17,12 @@ class Family:
         linears: the linear layers inside a decoder layer, in the order of the data flow.
         shared_inputs: those of them that multiply the same tensor, group by group; a group's linears are children of
             one module.
+        norms: the RMSNorm inside a decoder layer that each of these groups reads, in the same order; it multiplies by
+            its weight as it is stored.
+        value, output, down: those of the linears that make the values, that read the attention's output, and that end
+            the MLP; the last two are added to the residual stream.
+        embedding: token ids to the residual stream.
+        final_norm: the RMSNorm that the head reads.
         head: the output projection, which stays in 16 bits.
     """
 
@@ -37,4 +43,10 @@ class Family:
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("mlp.gate_proj", "mlp.up_proj"),
     )
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    down: str = "mlp.down_proj"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
     head: str = "lm_head"
