@@ -21,8 +21,10 @@ from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
 from sliderquant.checkpoint.skeleton import build_skeleton, check_against_model, plain_config
 from sliderquant.devices import resolve_device
 from sliderquant.errors import CheckpointError, InputError
+from sliderquant.models import family_of
 from sliderquant.modules.linear import PackedLinear
 from sliderquant.modules.merged import MergedLinear, can_merge, concatenate, shared_inputs
+from sliderquant.modules.rotated import insert_rotations
 from sliderquant.quantizer import QuantizedWeight
 
 __all__ = ["load"]
@@ -67,6 +69,7 @@ def load(
 
     _fill_dense(model, checkpoint, target, wanted)
     _fill_packed(model, checkpoint, target, wanted, merge)
+    _rotate(model, checkpoint, where)
     packed = {f"{name}.weight" for name in checkpoint.schemes}
     if packed & model.all_tied_weights_keys.keys():
         # A packed output head is not the embedding, whatever the configuration says.
@@ -86,6 +89,8 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     # For save_pretrained: the state_dict of the packed layers is what this configuration describes.
     model.config.quantization_config = checkpoint.config["quantization_config"]
+    if checkpoint.rotations is not None:
+        model.config.sliderquant = checkpoint.config["sliderquant"]
     model.config._name_or_path = model.name_or_path = where
     return model.requires_grad_(False).eval()
 
@@ -132,6 +137,23 @@ def _kept_dtype(model: PreTrainedModel, key: str, dtype: torch.dtype) -> torch.d
     if dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
     return torch.float32 if kept & set(key.split(".")) else dtype
+
+
+def _rotate(model: PreTrainedModel, checkpoint: Checkpoint, where: str) -> None:
+    """Insert what the rotations of a checkpoint need while the model runs."""
+    rotations = checkpoint.rotations
+    if rotations is None:
+        return
+    unknown = sorted(set(rotations.online) - {"R4"})
+    if unknown:
+        raise CheckpointError(
+            f"{where}: rotation {', '.join(unknown)} is not supported while a model runs: R4 alone is"
+        )
+    try:
+        rotations.check_sizes(model.config)
+        insert_rotations(model, family_of(where, model.config.model_type, [type(model).__name__]), rotations)
+    except (CheckpointError, InputError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _fill_packed(

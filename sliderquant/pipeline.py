@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -29,6 +29,7 @@ from sliderquant.planning import Plan, make_plan
 from sliderquant.progress import Progress, WindowReport
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.refine import refined_linears
+from sliderquant.rotation import RotatedSource, Rotations
 from sliderquant.schemes import Scheme
 from sliderquant.train import matmul_dtype
 from sliderquant.walk import refine_model
@@ -69,13 +70,16 @@ def plan(
     samples: int = 128,
     seqlen: int | None = None,
     per_channel_fallback: bool = False,
+    rotate: Sequence[str] = (),
+    seed: int = 2,
 ) -> Plan:
     """What `quantize` with the same arguments would do. Reads headers only.
 
     Raises:
         InputError: as `quantize`.
     """
-    return _plan(open_model(model), scheme, method, settings, samples, seqlen, per_channel_fallback)
+    source = _rotated(open_model(model), rotate, seed, method)
+    return _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback)
 
 
 def quantize(
@@ -92,6 +96,7 @@ def quantize(
     perplexity_on: str | None = None,
     overwrite: bool = False,
     per_channel_fallback: bool = False,
+    rotate: Sequence[str] = (),
     progress: Progress | None = None,
     command: str | None = None,
 ) -> QuantizeResult:
@@ -106,12 +111,14 @@ def quantize(
         calibration: text to calibrate on, see `sliderquant.calibration.text`.
         samples: calibration samples.
         seqlen: tokens of a sample; None: 2048, or the model's maximum when that is shorter.
-        seed: of the calibration crops, the order of the samples and the low-rank start. The same seed on the same
-            machine gives a bit-identical checkpoint.
+        seed: of the calibration crops, the order of the samples, the low-rank start and the signs of rotations. The
+            same seed on the same machine gives a bit-identical checkpoint.
         device: `"auto"`, `"cpu"`, `"cuda"` or `"cuda:N"`.
         perplexity_on: text to measure perplexity on before and after, in blocks of `seqlen`; None: not measured.
         overwrite: replace a checkpoint in `output`.
         per_channel_fallback: linears whose input size the group does not divide get one scale per channel.
+        rotate: rotations to fold into the model first, of `"R1"`, `"R2"` and `"R4"`, see `sliderquant.rotation`. R4 is
+            computed while the model runs too: only sliderquant reads such a checkpoint.
         progress: is told how far the run is.
         command: the command line, for the model card.
 
@@ -122,7 +129,7 @@ def quantize(
     progress = progress or Progress()
     started = time.perf_counter()
     target = resolve_device(device)
-    source = open_model(model)
+    source = _rotated(open_model(model), rotate, seed, method)
     settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback)
     needs_text = settled.settings is not None
     for text in ([calibration] if needs_text else []) + ([perplexity_on] if perplexity_on else []):
@@ -148,7 +155,7 @@ def quantize(
             windows = _run(settled, decoder, blocks, seed, target, writer, progress)
         with _timed(times, "write"):
             _copy_the_rest(settled, writer)
-            folder = writer.write_model(source.config, source.folder)
+            folder = writer.write_model(source.config, source.folder, settled.rotations)
         if perplexity_on:
             progress.message(f"perplexity of the packed model on {perplexity_on}")
             with _timed(times, "evaluate_after"):
@@ -220,6 +227,16 @@ def is_quantized(folder: Path) -> bool:
         return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
+
+
+def _rotated(source: ModelSource, rotate: Sequence[str], seed: int, method: str) -> ModelSource:
+    if not rotate:
+        return source
+    if "R3" in rotate:
+        raise InputError("rotate R3: of use only where q and k are quantized, which no scheme does yet; leave it out")
+    if "R4" in rotate and method_named(method).settings is not None:
+        raise InputError(f"rotate R4: method {method} does not learn behind a rotation that is computed; use R1 and R2")
+    return RotatedSource.of(source, Rotations.of_model(source, rotate, seed))
 
 
 def _plan(

@@ -10,6 +10,7 @@ import torch
 from sliderquant.errors import InputError
 from sliderquant.methods import Method, Settings
 from sliderquant.models.source import ModelSource
+from sliderquant.rotation import RotatedSource, Rotations
 from sliderquant.schemes import Scheme
 from sliderquant.windows import Window, schedule
 from sliderquant_kernels.activations import MAX_K
@@ -57,6 +58,11 @@ class Plan:
         quantized = {f"{name}.weight" for name in self.schemes}
         return tuple(name for name, (shape, _) in shapes.items() if len(shape) == 2 and name not in quantized)
 
+    @property
+    def rotations(self) -> Rotations | None:
+        """What is folded into the weights before they are quantized."""
+        return self.source.rotations if isinstance(self.source, RotatedSource) else None
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, for the report and for `--dry-run`."""
         return {
@@ -64,6 +70,7 @@ class Plan:
             "scheme": str(self.scheme),
             "method": self.method.name,
             "settings": None if self.settings is None else self.settings.model_dump(),
+            "rotations": None if self.rotations is None else self.rotations.to_dict(),
             "layers": self.source.num_layers,
             "windows": [{"layers": list(window.layers), "phase": window.phase} for window in self.windows],
             "quantized": dict(Counter(f"{name.split('.', 3)[-1]}: {scheme}" for name, scheme in self.schemes.items())),

@@ -9,6 +9,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from sliderquant._version import __version__
+from sliderquant.rotation import Rotations
 from sliderquant.schemes import Scheme
 
 __all__ = ["CardInfo", "render_card"]
@@ -35,24 +36,28 @@ class CardInfo:
     perplexity: Mapping[str, tuple[float | None, float]] = field(default_factory=dict)
 
 
-def render_card(info: CardInfo, schemes: Mapping[str, Scheme], total_bytes: int) -> str:
+def render_card(
+    info: CardInfo, schemes: Mapping[str, Scheme], total_bytes: int, rotations: Rotations | None = None
+) -> str:
     """The text of README.md.
 
     Args:
         schemes: by name of the linear.
         total_bytes: of all tensors.
+        rotations: what the weights were rotated by.
     """
     counts = Counter(str(scheme) for scheme in schemes.values())
     # A path of the machine that quantized the model means nothing to whoever reads the card.
     hub_id = info.base_model if info.base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", info.base_model) else None
     asymmetric = any(not scheme.symmetric for scheme in schemes.values())
+    online = () if rotations is None else rotations.online
     data = ModelCardData(
         base_model=hub_id,
         base_model_relation="quantized" if hub_id else None,
         license=info.license,
         library_name="sliderquant",
         pipeline_tag="text-generation",
-        tags=["compressed-tensors", "quantized", "sliderquant"],
+        tags=[*([] if online else ["compressed-tensors"]), "quantized", "sliderquant"],
     )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sliderquant.checkpoint", "."),
@@ -76,6 +81,8 @@ def render_card(info: CardInfo, schemes: Mapping[str, Scheme], total_bytes: int)
             (name, "-" if original is None else f"{original:.3f}", f"{quantized:.3f}")
             for name, (original, quantized) in info.perplexity.items()
         ],
+        rotations=[] if rotations is None else list(rotations.transforms),
+        online=online,
         asymmetric=asymmetric,
         unreadable=asymmetric and len(counts) > 1,
         activations=sorted({scheme.activations for scheme in schemes.values() if scheme.quantizes_activations}),

@@ -18,14 +18,16 @@ from compressed_tensors.utils.match import match_name, match_targets
 
 from sliderquant._version import __version__
 from sliderquant.errors import CheckpointError, InputError
+from sliderquant.rotation import Rotations
 from sliderquant.schemes import ACTIVATION_BITS, BITS, GROUP_SIZES, Scheme
 
-__all__ = ["FORMAT_VERSION", "SchemeLookup", "quantization_config", "sliderquant_entry"]
+__all__ = ["FORMAT_VERSION", "SchemeLookup", "quantization_config", "rotations_of", "sliderquant_entry"]
 
 FORMAT_VERSION = 1
 """Of what sliderquant adds to the format of compressed-tensors; a reader refuses a larger one."""
 
 _PACKED = CompressionFormat.pack_quantized.value
+_OTHERS_METHOD, _OWN_METHOD = "compressed-tensors", "sliderquant"
 _FIELDS = {
     "weights": ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"),
     "input_activations": ("num_bits", "type", "symmetric", "strategy", "dynamic"),
@@ -37,18 +39,47 @@ _SUPPORTED = (
 )
 
 
-def sliderquant_entry() -> dict[str, Any]:
+def sliderquant_entry(rotations: Rotations | None = None) -> dict[str, Any]:
     """The top-level key `sliderquant` of config.json. transformers and vLLM carry unknown keys of a model's
     configuration along; inside `quantization_config` they may refuse them."""
-    return {"format_version": FORMAT_VERSION, "version": __version__}
+    entry: dict[str, Any] = {"format_version": FORMAT_VERSION, "version": __version__}
+    if rotations is not None:
+        entry["rotations"] = rotations.to_dict()
+    return entry
 
 
-def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) -> dict[str, Any]:
+def rotations_of(config: Mapping[str, Any], where: str) -> Rotations | None:
+    """The rotations that a config.json describes.
+
+    Raises:
+        CheckpointError: the description is damaged, or missing where there are online rotations; the message starts
+            with `where`.
+    """
+    entry = config.get("sliderquant") or {}
+    described = entry.get("rotations") if isinstance(entry, Mapping) else None
+    if described is not None and not isinstance(described, Mapping):
+        raise CheckpointError(f"{where}: sliderquant.rotations is {described!r}, expected a JSON object")
+    try:
+        rotations = None if described is None else Rotations.from_dict(described)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: sliderquant.{error}") from error
+    online = rotations is not None and bool(rotations.online)
+    method = config["quantization_config"].get("quant_method")
+    if online != (method == _OWN_METHOD):
+        raise CheckpointError(
+            f"{where}: quant_method is {method!r}, but sliderquant.rotations describes "
+            f"{'some' if online else 'none'} that are computed while the model runs"
+        )
+    return rotations
+
+
+def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], online: bool = False) -> dict[str, Any]:
     """Build `quantization_config`.
 
     Args:
         schemes: the scheme of every quantized linear, by module name.
         ignore: module names of the linears that are not quantized.
+        online: the model computes rotations while it runs: other readers, which would leave them out, shall refuse it.
     """
     members: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
@@ -83,6 +114,8 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) ->
         for role, fields in _FIELDS.items():
             if group[role] is not None:
                 group[role] = {key: value for key, value in group[role].items() if key in fields}
+    if online:
+        dumped["quant_method"] = _OWN_METHOD
     return dumped
 
 
@@ -95,10 +128,10 @@ class SchemeLookup:
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         method = config.get("quant_method")
-        if method != "compressed-tensors":
-            raise CheckpointError(f"{where}: quant_method is {method!r}, expected 'compressed-tensors'. {_SUPPORTED}")
+        if method not in (_OTHERS_METHOD, _OWN_METHOD):
+            raise CheckpointError(f"{where}: quant_method is {method!r}, expected {_OTHERS_METHOD!r}. {_SUPPORTED}")
         try:
-            parsed = QuantizationConfig.model_validate(dict(config))
+            parsed = QuantizationConfig.model_validate({**config, "quant_method": _OTHERS_METHOD})
         except (ValueError, TypeError, NotImplementedError) as error:
             raise CheckpointError(f"{where}: not a quantization_config of compressed-tensors: {error}") from error
         if parsed.quantization_status != QuantizationStatus.COMPRESSED:

@@ -13,10 +13,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sliderquant.checkpoint.config import FORMAT_VERSION, SchemeLookup
+from sliderquant.checkpoint.config import FORMAT_VERSION, SchemeLookup, rotations_of
 from sliderquant.checkpoint.packing import packed_shapes
 from sliderquant.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME
 from sliderquant.errors import CheckpointError, InputError
+from sliderquant.rotation import Rotations
 from sliderquant.schemes import Scheme
 
 __all__ = ["REPORT_NAME", "Checkpoint", "StoredTensor", "read_checkpoint"]
@@ -64,6 +65,7 @@ class Checkpoint:
         tensors: every tensor of the safetensors files, by name.
         format_version, version: of the sliderquant that wrote it; None when another tool did.
         report: sliderquant-report.json, or None.
+        rotations: what the weights were rotated by; None: nothing.
         lookup: which linears the configuration quantizes.
     """
 
@@ -75,6 +77,7 @@ class Checkpoint:
     format_version: int | None
     version: str | None
     report: dict[str, Any] | None
+    rotations: Rotations | None
     lookup: SchemeLookup = field(repr=False)
 
     @cached_property
@@ -102,6 +105,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             "sliderquant"
         )
     lookup = SchemeLookup(config["quantization_config"], where)
+    rotations = rotations_of(config, str(folder / "config.json"))
     tensors = _read_headers(folder)
     schemes, linear_shapes = _check_linears(folder, tensors, lookup)
     return Checkpoint(
@@ -113,6 +117,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         format_version=version,
         version=entry.get("version") if version is not None else None,
         report=_read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else None,
+        rotations=rotations,
         lookup=lookup,
     )
 

@@ -29,6 +29,7 @@ from sliderquant.checkpoint.shards import ShardWriter, disk_full, free_bytes
 from sliderquant.checkpoint.skeleton import build_skeleton, check_against_model, linear_names, plain_config
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.quantizer import QuantizedWeight, dequantize
+from sliderquant.rotation import Rotations
 from sliderquant.schemes import Scheme
 
 __all__ = ["CheckpointWriter"]
@@ -96,6 +97,7 @@ class CheckpointWriter:
         self._max_shard_bytes = max_shard_bytes
         self._estimated_bytes = estimated_bytes or 0
         self._schemes: dict[str, Scheme] = {}
+        self._rotations: Rotations | None = None
         self._folder: Path | None = None
         self._shards: ShardWriter | None = None
         self._digests: dict[str, dict[str, str]] | None = None
@@ -171,13 +173,17 @@ class CheckpointWriter:
         self.write_model(config, source)
         return self.publish(report, card)
 
-    def write_model(self, config: PretrainedConfig | dict[str, Any], source: str | Path) -> Path:
+    def write_model(
+        self, config: PretrainedConfig | dict[str, Any], source: str | Path, rotations: Rotations | None = None
+    ) -> Path:
         """Write the last shard, the configuration and the tokenizer: what it takes to load the model.
 
         Args:
             config: of the model; a `quantization_config` in it is replaced.
             source: local folder of the original model, whose tokenizer, chat template, generation configuration and
                 licence are carried over.
+            rotations: what the weights were rotated by. Of those that are computed while the model runs, R4 alone can
+                be loaded.
 
         Returns:
             the temporary folder, which can be loaded from, to measure the packed model before it is published.
@@ -189,6 +195,7 @@ class CheckpointWriter:
             raise RuntimeError("CheckpointWriter is used inside `with`, and not after publish()")
         if not self._schemes:
             raise CheckpointError(f"{self.out}: no quantized linear was written")
+        self._rotations = rotations
         with disk_full(self.out, max(self._estimated_bytes, self._shards.total_bytes)):
             self._digests = self._shards.finish()
             _carry_over(Path(source), self._folder)
@@ -214,7 +221,7 @@ class CheckpointWriter:
         folder, total = self._folder, self._shards.total_bytes
         with disk_full(self.out, max(self._estimated_bytes, total)):
             _write_json(folder / REPORT_NAME, dict(report or {}))
-            text = render_card(card or CardInfo(), self._schemes, total)
+            text = render_card(card or CardInfo(), self._schemes, total, self._rotations)
             (folder / "README.md").write_text(text, encoding="utf-8")
             write_checksums(folder, self._digests)
             for path in [*folder.rglob("*"), folder]:
@@ -229,8 +236,9 @@ class CheckpointWriter:
         full.setdefault("architectures", None)
         full["architectures"] = full["architectures"] or [type(model).__name__]
         ignore = [name for name in linear_names(model) if name not in self._schemes]
-        full["quantization_config"] = quantization_config(self._schemes, ignore)
-        full["sliderquant"] = sliderquant_entry()
+        online = self._rotations is not None and bool(self._rotations.online)
+        full["quantization_config"] = quantization_config(self._schemes, ignore, online)
+        full["sliderquant"] = sliderquant_entry(self._rotations)
         return full
 
     def _publish(self, folder: Path) -> None:

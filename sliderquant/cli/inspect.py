@@ -43,6 +43,7 @@ def command(
     print(f"model       {found.architecture}, {found.weights / 1e6:.1f} million weights")
     print("scheme      " + ", ".join(f"{scheme} ({count} linears)" for scheme, count in found.schemes.items()))
     print("activations " + ", ".join(f"{what} ({count} linears)" for what, count in found.activations.items()))
+    print("rotations   " + (", ".join(found.rotations) or "none"))
     print(f"method      {found.method or 'unknown'}, written by sliderquant {found.written_by or '(another tool)'}")
     print("layers      " + ", ".join(f"{count} x {kind}" for kind, count in found.layers.items()))
     print(f"size        {found.total_bytes / 1e6:.2f} MB of tensors, {found.disk_bytes / 1e6:.2f} MB on disk")

@@ -13,6 +13,8 @@ def print_plan(plan: Plan) -> None:
     print(f"model       {plan.source.name}: {plan.source.num_layers} layers, {plan.source_bytes / 1e9:.3f} GB")
     print(f"scheme      {plan.scheme}")
     print(f"activations {plan.scheme.activations}")
+    if plan.rotations is not None:
+        print("rotations   " + (", ".join(plan.rotations.transforms)))
     print(f"method      {plan.method.name}: {plan.method.summary}")
     print("quantized   " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     print("kept        " + ", ".join(plan.kept) + ", norms and biases")

@@ -41,6 +41,7 @@ def command(
     per_channel_fallback: Annotated[
         bool, typer.Option("--per-channel-fallback", help="Layers that the group does not divide: per channel.")
     ] = False,
+    rotate: Annotated[str, typer.Option(help="Rotations to fold in first: R1,R2 or, with rtn, R1,R2,R4.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     quiet: QuietOption = False,
@@ -54,8 +55,11 @@ def command(
     from sliderquant.methods import parse_overrides
 
     settings = parse_overrides(config, set_ or [])
+    rotations = [name.strip().upper() for name in rotate.split(",") if name.strip()]
     if dry_run:
-        print_plan(pipeline.plan(model, scheme, method, settings, samples, seqlen, per_channel_fallback))
+        print_plan(
+            pipeline.plan(model, scheme, method, settings, samples, seqlen, per_channel_fallback, rotations, seed)
+        )
         return
     if output is None:
         raise InputError("missing option -o OUT: the folder of the checkpoint to write")
@@ -74,6 +78,7 @@ def command(
             perplexity_on=perplexity,
             overwrite=overwrite,
             per_channel_fallback=per_channel_fallback,
+            rotate=rotations,
             progress=progress,
             command=shlex.join(["sliderquant", *sys.argv[1:]]),
         )

@@ -1,0 +1,127 @@
+"""Online rotations: what `sliderquant.rotation` could not fold into weights.
+
+R4 is a `RotatedLinear` in the place of every down_proj. R3 belongs between RoPE and whatever quantizes q and k, for k
+therefore before the cache is written: `rotate_query_key`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from sliderquant.errors import InputError
+from sliderquant.models.family import Family
+from sliderquant.rotation import Rotation, Rotations, factors, transformed
+
+__all__ = ["OnlineRotation", "RotatedLinear", "insert_rotations", "rotate_query_key"]
+
+
+class OnlineRotation(nn.Module):
+    """`x -> (x * signs) R^T` over the last dimension.
+
+    Signs and matrices are buffers that `state_dict` does not hold: config.json describes them.
+    """
+
+    signs: Tensor
+
+    def __init__(self, rotation: Rotation) -> None:
+        """
+        Raises:
+            InputError: the rotation is of several heads with signs of their own.
+        """
+        super().__init__()
+        if len(rotation.signs) != 1:
+            raise InputError(f"rotation of {len(rotation.signs)} heads: an online rotation has the same signs for all")
+        self.transform = rotation.transform
+        self.register_buffer("signs", rotation.signs[0].clone(), persistent=False)
+        matrices = factors(rotation.transform)
+        self._matrix_names = [f"matrix_{index}" for index in range(len(matrices))]
+        for name, matrix in zip(self._matrix_names, matrices, strict=True):
+            self.register_buffer(name, matrix, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., size]` -> the same shape and dtype."""
+        return transformed(x * self.signs.to(x.dtype), [self.get_buffer(name) for name in self._matrix_names])
+
+    def extra_repr(self) -> str:
+        return f"{self.transform}"
+
+
+class RotatedLinear(nn.Module):
+    """A linear layer, dense or packed, whose weight expects its input rotated.
+
+    Stands in the linear's place: `state_dict` has the linear's tensors under the names that they had without it.
+    """
+
+    def __init__(self, linear: nn.Module, rotation: OnlineRotation) -> None:
+        """
+        Raises:
+            InputError: the rotation is not of the size of the linear's input.
+        """
+        super().__init__()
+        if rotation.transform.n != linear.in_features:
+            raise InputError(
+                f"rotation of size {rotation.transform.n}: expected {linear.in_features}, the linear's inputs"
+            )
+        self.linear, self.rotation = linear, rotation
+        self.register_load_state_dict_pre_hook(_name_inner)
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the linear: its columns are rotated."""
+        return self.linear.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., in]`, not rotated -> `[..., out]`."""
+        return self.linear(self.rotation(x))
+
+    def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.linear.state_dict(*arguments, **keywords)
+
+
+def _name_inner(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Give the linear's tensors the names under which loading will look for them."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        state_dict[f"{prefix}linear.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+def insert_rotations(model: nn.Module, family: Family, rotations: Rotations) -> None:
+    """Put the online rotation R4 before every down_proj of a model, in place; the linears are as they are now, dense or
+    packed.
+
+    Raises:
+        InputError: there is a rotation already.
+    """
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for index, layer in enumerate(layers):
+        rotation = rotations.down(index)
+        if rotation is None:
+            return
+        linear = layer.get_submodule(family.down)
+        if isinstance(linear, RotatedLinear):
+            raise InputError(f"layer {index}: its {family.down} is rotated already")
+        layer.set_submodule(family.down, RotatedLinear(linear, OnlineRotation(rotation)))
+
+
+def rotate_query_key(query: Tensor, key: Tensor, rotation: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """R3. Both are rotated alike, so that `query @ key^T` stays as it is while neither has outliers.
+
+    Args:
+        query: after RoPE, `[..., head_dim]`.
+        key: after RoPE and before it is quantized or written to the cache, `[..., head_dim]`.
+        rotation: of size head_dim, an `OnlineRotation`.
+    """
+    return rotation(query), rotation(key)
