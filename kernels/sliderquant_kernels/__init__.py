@@ -9,12 +9,15 @@ that are not there.
 """
 
 from .activations import QuantizedActivations, quantize_activations
+from .hadamard import hadamard, hadamard_quantize
+from .hadamard_matrix import HadamardTransform, factor_hadamard
 from .layout import PackedWeight, WeightLayout, choose_layout
 from .low_bit import low_bit_linear
 from .low_bit_layout import LowBitLayout, choose_low_bit_layout
 from .weight_only import dequantize, weight_only_linear
 
 __all__ = [
+    "HadamardTransform",
     "LowBitLayout",
     "PackedWeight",
     "QuantizedActivations",
@@ -22,6 +25,9 @@ __all__ = [
     "choose_layout",
     "choose_low_bit_layout",
     "dequantize",
+    "factor_hadamard",
+    "hadamard",
+    "hadamard_quantize",
     "low_bit_linear",
     "quantize_activations",
     "weight_only_linear",

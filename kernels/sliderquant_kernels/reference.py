@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .hadamard_matrix import HadamardTransform
+
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """Codes `[N, K]` uint8, scale `[N, G]`, zero_point `[N, G]` uint8 or None -> weight `[N, K]` fp64."""
@@ -53,3 +55,13 @@ def quantize_activations(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
     zero = torch.zeros_like(scale) if symmetric else (low_code - low / scale).round().clamp(low_code, high_code)
     codes = ((x / scale).round() + zero).clamp(low_code, high_code)
     return codes, scale.squeeze(-1), zero.squeeze(-1)
+
+
+def hadamard(x: Tensor, transform: HadamardTransform, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
+    """x `[..., n]` rotated block by block with the dense matrix, `[..., n]` fp64: H diag(signs) / sqrt(b) on a token."""
+    x, matrix = x.double(), transform.matrix().double()
+    if signs is not None and not inverse:
+        x = x * signs.double()
+    y = x.unflatten(-1, (transform.blocks, transform.block)) @ (matrix if inverse else matrix.t())
+    y = y.flatten(-2) / transform.block**0.5
+    return y * signs.double() if signs is not None and inverse else y

@@ -77,3 +77,35 @@ def make_x():
 @pytest.fixture(scope="session")
 def assert_matmul_close():
     return _assert_matmul_close
+
+
+def _assert_rotation_close(y, x, want, *, roundoff=None, launches=1):
+    """Every element within what the arithmetic can lose, and all of them together much closer.
+
+    With S = sum |x| / sqrt(b) over a token: the result is rounded once, u |y|, and once more u S at most where a second
+    launch follows; fp32 accumulation and the parts into which values are split lose less than 2^-16 S of 16-bit values
+    and n 2^-24 S of fp32 ones.
+    """
+    u = UNIT_ROUNDOFF[y.dtype] if roundoff is None else roundoff
+    assert y.shape == want.shape
+    assert y.dtype == x.dtype
+    n = x.shape[-1]
+    total = x.double().abs().sum(-1, keepdim=True) / n**0.5
+    bound = u * want.abs() + ((launches - 1) * u + (n * 2.0**-24 if y.dtype == torch.float32 else 2.0**-16)) * total
+    if y.dtype == torch.float16:
+        bound += 2.0**-24  # below 2^-14 its steps stay the same
+    error = (y.double() - want).abs()
+    assert torch.isfinite(y).all()
+    worst = (error - bound).argmax() if error.numel() else 0
+    assert (error <= bound).all(), (
+        f"error {error.flatten()[worst]:.3e} exceeds {bound.flatten()[worst]:.3e} at element {worst}"
+    )
+    if y.numel() >= 64:
+        relative = (error.norm() / want.norm()).item()
+        limit = 2.0**-20 if y.dtype == torch.float32 else launches * u
+        assert relative <= limit, f"relative error {relative:.3e} exceeds {limit:.3e}"
+
+
+@pytest.fixture(scope="session")
+def assert_rotation_close():
+    return _assert_rotation_close
