@@ -58,7 +58,7 @@ def quantize_activations(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
 
 
 def hadamard(x: Tensor, transform: HadamardTransform, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
-    """x `[..., n]` rotated block by block with the dense matrix, `[..., n]` fp64: H diag(signs) / sqrt(b) on a token."""
+    """x `[..., n]` -> `[..., n]` fp64: a token times H diag(signs) / sqrt(b), block by block, by the dense matrix."""
     x, matrix = x.double(), transform.matrix().double()
     if signs is not None and not inverse:
         x = x * signs.double()
