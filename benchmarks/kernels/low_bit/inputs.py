@@ -15,7 +15,10 @@ from torch.nn.functional import rms_norm, silu
 
 from .schemes import RMS_NORM, SILU_MUL, ActivationScheme
 
-__all__ = ["NORM_EPS", "Codes", "before", "codes", "prepared_fp64", "random_inputs", "random_norm_weight"]
+__all__ = [
+    "NORM_EPS", "Codes", "before", "candidates", "codes", "codes_of", "prepared_fp64", "random_inputs",
+    "random_norm_weight",
+]  # fmt: skip
 
 NORM_EPS = 1e-5
 # Of sums over a token by trees, of reciprocal square roots and exponentials of a GPU: relative.
@@ -76,7 +79,12 @@ def codes(
 ) -> Codes:
     """The codes of some rows. rounded_once: whether a norm is rounded after its weight only, as torch's operator may
     do, or before it too, as Llama's is; None: either is right."""
-    value, *others = _candidates(x, norm_weight, scheme, rows, rounded_once)
+    return codes_of(candidates(x, norm_weight, scheme, rows, rounded_once), scheme)
+
+
+def codes_of(values: list[Tensor], scheme: ActivationScheme) -> Codes:
+    """The codes of tokens fp64 `[R, K]`: first as they are, then with errors that are no fault."""
+    value, *others = values
     lowest, highest = value, value
     for other in others:
         lowest, highest = torch.minimum(lowest, other), torch.maximum(highest, other)
@@ -117,7 +125,7 @@ def codes(
     )  # fmt: skip
 
 
-def _candidates(
+def candidates(
     x: Tensor, norm_weight: Tensor, scheme: ActivationScheme, rows: Tensor, rounded_once: bool | None
 ) -> list[Tensor]:
     """What may be quantized, fp64 `[R, K]`: with no error first, then with the ends of the errors of fp32."""

@@ -1,0 +1,107 @@
+"""Random activations, and what rotating and quantizing them must return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sliderquant_kernels import HadamardTransform, factor_hadamard
+from sliderquant_kernels.hadamard_matrix import hadamard_matrix
+
+from ..case import DTYPES, Arithmetic, Case, Prepared
+from ..checking import SIGMAS, UNIT_ROUNDOFF, Expected, sample_rows
+from ..low_bit import inputs
+from ..low_bit.schemes import ActivationScheme
+from ..weight_only.operands import generator
+
+__all__ = ["ROTATE", "HadamardArithmetic", "Rows", "activations", "expected", "operands", "rotated", "scheme_of"]
+
+# The scheme of rotating alone; others are those of quantizing, `A4`, `A8-sym`, `A4+silu_mul`, ...
+ROTATE = "rotate"
+# Of products with +-1 whose operand is split into 16 bits, or added in fp32: relative to a row's root mean square.
+EXACT = 2.0**-17
+# Of silu in fp32, which decides a few of the roundings to 16 bits that follow it.
+SILU = 2.0**-15
+
+
+@dataclass(frozen=True)
+class HadamardArithmetic(Arithmetic):
+    """between: how often all values are rounded to 16 bits on the way; the result apart."""
+
+    between: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """x `[M, n]`, or `[2, M, n]` before SiLU-mul."""
+
+    scheme: ActivationScheme | None
+    transform: HadamardTransform
+    x: Tensor
+
+
+def scheme_of(name: str) -> ActivationScheme | None:
+    """None for `ROTATE`. Raises ValueError for what is no scheme of this op."""
+    if name == ROTATE:
+        return None
+    scheme = ActivationScheme.parse(name)
+    if scheme.packed or scheme.fused == "rms_norm":
+        raise ValueError(f"scheme: expected {ROTATE} or A{{4,8}}[-sym][+silu_mul], got {name!r}")
+    return scheme
+
+
+def operands(case: Case, device: torch.device) -> Rows:
+    """Standard normal values."""
+    scheme, (n,) = scheme_of(case.scheme), case.shape
+    plain = scheme or ActivationScheme(8)
+    x = inputs.random_inputs(case.m, n, plain, DTYPES[case.dtype], generator(case, device))
+    return Rows(scheme, factor_hadamard(n), x)
+
+
+def activations(case: Case, given: Rows) -> Tensor:
+    """What a call reads; its tensors are copies of it."""
+    return given.x
+
+
+def rotated(x: Tensor, transform: HadamardTransform) -> Tensor:
+    """x fp64 `[R, n]`, rotated one order after the other, by sums and differences where it is a power of two."""
+    rows, right = x.shape[0], 1
+    for order in reversed(transform.orders):
+        axis = x.reshape(-1, order, right)
+        if order & (order - 1) == 0:
+            size = 1
+            while size < order:
+                pairs = axis.reshape(-1, 2, size * right)
+                axis = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), 1)
+                size *= 2
+        else:
+            axis = hadamard_matrix(order).to(x.device, x.dtype) @ axis
+        x, right = axis.reshape(rows, -1), right * order
+    return x / transform.block**0.5
+
+
+def expected(given: Rows, x: Tensor, prepared: Prepared) -> Expected:
+    """The rotated rows; quantized, of a token side by side: codes less the zero-point, by what their sum is off, the
+    scale, unless symmetric the zero-point. Of a copy, what was copied."""
+    m, arithmetic = x.shape[-2], prepared.arithmetic(x.shape[-2])
+    rows = sample_rows(m, torch.Generator(x.device).manual_seed(m))
+    if not isinstance(arithmetic, HadamardArithmetic):
+        copied = x.flatten(0, -2)[rows].double()
+        return Expected(rows, copied, torch.zeros_like(copied), 0.0)
+    roundoff = UNIT_ROUNDOFF[x.dtype]
+    plain = given.scheme or ActivationScheme(8)
+    want = rotated(inputs.candidates(x, x.new_empty(0), plain, rows, False)[0], given.transform)
+    # One standard deviation, the same for all values of a row.
+    relative = EXACT + arithmetic.between**0.5 * roundoff + (SILU if plain.fused else 0.0)
+    deviation = want.square().mean(-1, keepdim=True).sqrt() * relative
+    if given.scheme is None:
+        return Expected(rows, want, deviation.expand_as(want), roundoff)
+    found = inputs.codes_of([want, want - SIGMAS * deviation, want + SIGMAS * deviation], given.scheme)
+    columns = [found.steps, torch.zeros_like(found.scale), found.scale]
+    off = [found.steps_off, torch.zeros_like(found.scale), found.scale_off]
+    if not given.scheme.symmetric:
+        columns.append(found.zero)
+        off.append(found.zero_off)
+    return Expected(rows, torch.cat(columns, -1), torch.cat(off, -1), 0.0)
