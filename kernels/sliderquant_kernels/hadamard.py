@@ -140,8 +140,7 @@ def _launch() -> Any:
 def _hadamard_cpu(x, signs, n, orders, inverse):
     transform = _checked(x, signs, None, n, orders)
     rows = x.reshape(-1, transform.block).contiguous()
-    y = hadamard_cpu.rotate(rows, signs, transform, inverse).view(x.shape)
-    return y.clone() if y.data_ptr() == x.data_ptr() and x.numel() else y
+    return hadamard_cpu.rotate(rows, signs, transform, inverse).view(x.shape)
 
 
 def _hadamard_cuda(x, signs, n, orders, inverse):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .hadamard_triton import codes_of, grid_of, load_values, split_values, store_values
+from .hadamard_triton import codes_of, grid_of, load_values, operand_parts, store_values
 
 
 @triton.jit
@@ -24,13 +24,10 @@ def rows_kernel(x_ptr, gate_ptr, before_ptr, after_ptr, right_ptr, y_ptr, scale_
     sign_offsets = (row % PERIOD)[:, None] * N + n[None, :]
     mask = (row < M)[:, None] & (n < N)[None, :]
     values = load_values(x_ptr, gate_ptr, before_ptr, offsets, sign_offsets, mask, False, VALUES)
-    if X_PARTS == 1:
-        out = tl.dot(values.to(X_OPERAND), right)
-    else:
-        parts = split_values(values, X_PARTS, X_OPERAND)
-        out = tl.dot(parts[0], right)
-        for i in tl.static_range(1, X_PARTS):
-            out = tl.dot(parts[i], right, out)
+    parts = operand_parts(values, X_PARTS, X_OPERAND, False)
+    out = tl.dot(parts[0], right)
+    for i in tl.static_range(1, X_PARTS):
+        out = tl.dot(parts[i], right, out)
     out = out * FACTOR
     if BITS == 0:
         store_values(y_ptr, after_ptr, offsets, sign_offsets, mask, out, False)
@@ -48,45 +45,44 @@ def rows_kernel(x_ptr, gate_ptr, before_ptr, after_ptr, right_ptr, y_ptr, scale_
 
 @triton.jit
 def _leading_tile(x_ptr, left, start, L: tl.constexpr, PADDED_L: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-                  FACTOR: tl.constexpr, X_PARTS: tl.constexpr, X_OPERAND: tl.constexpr):  # fmt: skip
+                  FACTOR: tl.constexpr, X_PARTS: tl.constexpr, X_OPERAND: tl.constexpr,
+                  PINNED: tl.constexpr):  # fmt: skip
     """Columns from `start` on of left times x `[L, R]`, times FACTOR: fp32 `[PADDED_L, COLUMNS]`, offsets, mask."""
     column = start + tl.arange(0, COLUMNS)[None, :]
     axis = tl.arange(0, PADDED_L)[:, None]
     offsets = axis * R + column
     mask = (axis < L) & (column < R)
-    x = tl.load(x_ptr + offsets, mask, 0.0)
-    if X_PARTS == 1:
-        out = tl.dot(left, x.to(X_OPERAND))
-    else:
-        parts = split_values(x.to(tl.float32), X_PARTS, X_OPERAND)
-        out = tl.dot(left, parts[0])
-        for i in tl.static_range(1, X_PARTS):
-            out = tl.dot(left, parts[i], out)
+    parts = operand_parts(tl.load(x_ptr + offsets, mask, 0.0), X_PARTS, X_OPERAND, PINNED)
+    out = tl.dot(left, parts[0])
+    for i in tl.static_range(1, X_PARTS):
+        out = tl.dot(left, parts[i], out)
     return out * FACTOR, offsets, mask
 
 
 @triton.jit
 def leading_kernel(x_ptr, after_ptr, left_ptr, y_ptr, scale_ptr, zero_ptr, sum_ptr, FACTOR: tl.constexpr,
                    L: tl.constexpr, PADDED_L: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-                   X_PARTS: tl.constexpr, X_OPERAND: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
-                   IEEE: tl.constexpr):  # fmt: skip
-    """x `[M, L, R]` -> y[m] = FACTOR left x[m]. A program takes COLUMNS columns of a row, with BITS all of them: twice,
-    once for the scale and once for the codes, the second time from the cache."""
+                   X_PARTS: tl.constexpr, X_OPERAND: tl.constexpr, PINNED: tl.constexpr, BITS: tl.constexpr,
+                   SYMMETRIC: tl.constexpr, IEEE: tl.constexpr, PERIOD: tl.constexpr):  # fmt: skip
+    """x `[M, L, R]` -> y[m] = FACTOR left x[m], times the signs `[PERIOD, L, R]`. A program takes COLUMNS columns of a
+    row; with BITS all of them: once for the scale, and once more, from the cache, for the codes."""
     axis = tl.arange(0, PADDED_L)
     left = tl.load(left_ptr + axis[:, None] * PADDED_L + axis[None, :])
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * (L * R)
     y_ptr += row * (L * R)
+    if after_ptr is not None:
+        after_ptr += row % PERIOD * (L * R)
     if BITS == 0:
         out, offsets, mask = _leading_tile(x_ptr, left, tl.program_id(1) * COLUMNS, L, PADDED_L, R, COLUMNS, FACTOR,
-                                           X_PARTS, X_OPERAND)  # fmt: skip
+                                           X_PARTS, X_OPERAND, PINNED)  # fmt: skip
         store_values(y_ptr, after_ptr, offsets, offsets, mask, out, False)
     else:
         low = tl.zeros((PADDED_L, COLUMNS), tl.float32)
         high = tl.zeros((PADDED_L, COLUMNS), tl.float32)
         for start in range(0, R, COLUMNS):
             out, offsets, mask = _leading_tile(x_ptr, left, start, L, PADDED_L, R, COLUMNS, FACTOR, X_PARTS,
-                                               X_OPERAND)  # fmt: skip
+                                               X_OPERAND, PINNED)  # fmt: skip
             if SYMMETRIC:
                 high = tl.maximum(high, tl.abs(out))
             else:
@@ -98,7 +94,7 @@ def leading_kernel(x_ptr, after_ptr, left_ptr, y_ptr, scale_ptr, zero_ptr, sum_p
         sums = tl.zeros((PADDED_L, COLUMNS), tl.int32)
         for start in range(0, R, COLUMNS):
             out, offsets, mask = _leading_tile(x_ptr, left, start, L, PADDED_L, R, COLUMNS, FACTOR, X_PARTS,
-                                               X_OPERAND)  # fmt: skip
+                                               X_OPERAND, PINNED)  # fmt: skip
             codes = codes_of(out, reciprocal, zero, BITS, SYMMETRIC)
             sums += codes
             store_values(y_ptr, None, offsets, offsets, mask, codes, False)

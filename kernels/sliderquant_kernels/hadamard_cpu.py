@@ -20,18 +20,17 @@ _CHUNK = 1 << 16
 def rotate(x: Tensor, signs: Tensor | None, transform: HadamardTransform, inverse: bool) -> Tensor:
     """x `[M, block]` -> `[M, block]` of x's dtype; signs `[n]` for the blocks in turn.
 
-    On a CPU computed in fp32 and rounded once; on CUDA every product is rounded to x's dtype.
+    Computed in fp32 (on CUDA as precisely as torch multiplies fp32 matrices there) and rounded once.
     """
-    compute = x.dtype if x.is_cuda else torch.float32
-    factors = [_factor(order, inverse, compute, x.device) for order in factors_of(transform.orders)]
+    factors = [_factor(order, inverse, x.device) for order in factors_of(transform.orders)]
     if x.is_cuda:
-        return _rotated(x, signs, transform, factors, inverse)
+        return _rotated(x.float(), signs, transform, factors, inverse).to(x.dtype)
     out = torch.empty_like(x)
     # Whole tokens, so that every chunk begins with the first of the signs.
     step = max(_CHUNK // transform.n, 1) * transform.blocks
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
-        out[rows] = _rotated(x[rows].to(compute), signs, transform, factors, inverse)
+        out[rows] = _rotated(x[rows].float(), signs, transform, factors, inverse)
     return out
 
 
@@ -71,7 +70,16 @@ def factors_of(orders: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(out)
 
 
+def refuse_capture(device: torch.device) -> None:
+    """Raises RuntimeError during the capture of a CUDA graph, which cannot hold the copy of a matrix to the device."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "hadamard: the first rotation of a size on a device makes its matrices; run it once before capturing"
+        )
+
+
 @lru_cache(maxsize=256)
-def _factor(order: int, transposed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _factor(order: int, transposed: bool, device: torch.device) -> Tensor:
+    refuse_capture(device)
     matrix = hadamard_matrix(order)
-    return (matrix.t() if transposed else matrix).to(device, dtype).contiguous()
+    return (matrix.t() if transposed else matrix).float().contiguous().to(device)

@@ -24,6 +24,8 @@ ROWS = 64
 COLUMNS = 64
 ROWS_OPTIONS = launch_options(num_warps=4, num_stages=1)
 _LEADING_STAGES = 2
+# The interpreter, which has nothing to pin, would do it element by element.
+_PIN = not INTERPRETED
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -63,8 +65,7 @@ def hadamard_quantize(
 
 
 def _choice(x: Tensor, gate: Tensor | None, signs: Tensor | None, transform: HadamardTransform) -> HadamardChoice:
-    plain = gate is None and signs is None and x.dtype != torch.float32
-    return choose_hadamard(transform.orders, device_of(x), plain)
+    return choose_hadamard(transform.orders, device_of(x), x.dtype, gate is None and signs is None)
 
 
 def _rotate(
@@ -100,8 +101,8 @@ def _rotate(
         left = operand((choice.leading,), (padded(choice.leading),), inverse, x_operand(x.dtype), x.device)
         grid = (x.shape[0], 1 if bits else triton.cdiv(rest, COLUMNS))
         hadamard_axis_triton.leading_kernel[grid](
-            between, after, left, *outputs, **leading_constants(choice.leading, rest, x.dtype), **scheme,
-            **leading_options(choice.leading),
+            between, after, left, *outputs, **leading_constants(choice.leading, rest, x.dtype),
+            PERIOD=transform.blocks, **scheme, **leading_options(choice.leading),
         )  # fmt: skip
 
 
@@ -149,6 +150,7 @@ def row_constants(choice: HadamardChoice, dtype: torch.dtype) -> dict[str, Any]:
         "VALUES": operand_dtype(dtype),
         "X_OPERAND": _TRITON[x_operand(dtype)],
         "OPERAND": _TRITON[part_operand()],
+        "PINNED": choice.pinned and _PIN,
         "AGAIN": choice.again,
         "STAGES": choice.num_stages,
     }
@@ -180,6 +182,7 @@ def leading_constants(leading: int, rest: int, dtype: torch.dtype) -> dict[str, 
         "PADDED_L": padded(leading),
         "R": rest,
         "COLUMNS": COLUMNS,
+        "PINNED": dtype == torch.float32 and _PIN,
         "X_PARTS": _x_parts(dtype),
         "X_OPERAND": _TRITON[x_operand(dtype)],
     }
@@ -211,14 +214,8 @@ _TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 def operand(
     orders: tuple[int, ...], sizes: tuple[int, ...], transposed: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The Kronecker product of the matrices of `orders`, or its transpose, with zeros up to sum(sizes), on a device.
-
-    Raises RuntimeError during the capture of a CUDA graph, which cannot hold the copy to the device.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "hadamard: the first rotation of a size on a device makes its matrices; run it once before capturing"
-        )
+    """The Kronecker product of the matrices of `orders`, or its transpose, with zeros up to sum(sizes), on a device."""
+    hadamard_cpu.refuse_capture(device)
     matrix = kronecker(orders)
     matrix = matrix.t() if transposed else matrix
     size = sum(sizes)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+
+import torch
 
 from .tiles import Device, family
 
@@ -25,6 +27,7 @@ class HadamardChoice:
         q: the order of the Sylvester matrix between them.
         sizes: A, padded, as the products' rows.
         leading: an order that a second launch multiplies by; 1: there is none.
+        pinned: products take their right operand from registers; see `hadamard_triton.pinned`.
         again: the left matrix is fetched again for every tile.
         num_warps, num_stages: as in Triton; 0 stages: programs do not go from row to row.
         programs: on one multiprocessor, if they do.
@@ -37,6 +40,7 @@ class HadamardChoice:
     right: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
     leading: int = 1
+    pinned: bool = False
     again: bool = False
     num_warps: int = 4
     num_stages: int = 0
@@ -66,11 +70,14 @@ def padded(size: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def choose_hadamard(orders: tuple[int, ...], device: Device, plain: bool = True) -> HadamardChoice:
+def choose_hadamard(
+    orders: tuple[int, ...], device: Device, dtype: torch.dtype = torch.bfloat16, plain: bool = True
+) -> HadamardChoice:
     """The kernel and tiles for one block, the Kronecker product of the matrices of `orders`, powers of two last.
 
     Args:
-        plain: 16-bit rows without signs and gate. They can be fetched ahead of their turn.
+        dtype: of the rows: fp16, bf16, fp32.
+        plain: rows without signs and gate. With 16 bits they can be fetched ahead of their turn.
     """
     n = math.prod(orders)
     if n <= _LONGEST_DENSE:
@@ -78,43 +85,44 @@ def choose_hadamard(orders: tuple[int, ...], device: Device, plain: bool = True)
     power = orders[-1] if orders[-1] & (orders[-1] - 1) == 0 else 1
     others = orders if power == 1 else orders[:-1]
     if len(others) > 1:
-        return _several(others, power, device, plain)
-    choice = _row(others[0] if others else 1, power, device, plain)
-    return choice or _leading(orders, device, plain)
+        return _several(others, power, device, dtype, plain)
+    choice = _row(others[0] if others else 1, power, device, dtype, plain)
+    return choice or _leading(orders, device, dtype, plain)
 
 
-def _several(others: tuple[int, ...], power: int, device: Device, plain: bool) -> HadamardChoice:
+def _several(others: tuple[int, ...], power: int, device: Device, dtype: torch.dtype, plain: bool) -> HadamardChoice:
     """More than one order that is no power of two: the first from the left, the rest from the right."""
     right = others[1:] if power == 1 else (*others[1:], power)
     b = math.prod(right)
     if others[0] > 64 or b > _LONGEST_DENSE:
-        return _leading((*others, power), device, plain)
+        return _leading((*others, power), device, dtype, plain)
     size = padded(others[0])
     reason = "two orders, one on each side"
-    return HadamardChoice("row", others[:1], 1, right, (size,), num_warps=_warps(size), reason=reason)
+    pinned = _pinned(size, device)
+    return HadamardChoice("row", others[:1], 1, right, (size,), pinned=pinned, num_warps=_warps(size), reason=reason)
 
 
-def _leading(orders: tuple[int, ...], device: Device, plain: bool) -> HadamardChoice:
+def _leading(orders: tuple[int, ...], device: Device, dtype: torch.dtype, plain: bool) -> HadamardChoice:
     """What one program cannot hold: the rest of the orders in a first launch, the first one in a second."""
     if len(orders) == 1:
         orders = (32, orders[0] // 32)
     rest = tuple(order for order in orders[1:] if order > 1)
     if 1 < orders[0] <= 128 and rest:
-        inner = choose_hadamard(rest, device, plain)
+        inner = choose_hadamard(rest, device, dtype, plain)
         if inner.variant == "row" and inner.leading == 1:
-            return HadamardChoice(
-                "row", inner.left, inner.q, inner.right, inner.sizes, orders[0], inner.again, inner.num_warps,
-                inner.num_stages, inner.programs, "more than a program holds: two launches",
-            )  # fmt: skip
+            return replace(inner, leading=orders[0], reason="more than a program holds: two launches")
     return HadamardChoice("matmul", reason="orders that no kernel has tiles for")
 
 
-def _row(m: int, power: int, device: Device, plain: bool) -> HadamardChoice | None:
+def _row(m: int, power: int, device: Device, dtype: torch.dtype, plain: bool) -> HadamardChoice | None:
     """m 2^k in one program, or None where its registers would not do."""
     arch = family(device.arch)
     if m > 128:
-        return _large(m, power, arch in _WIDE)
-    for most, limit in ((32, 4096), (64, 16384), (128, 16384)):
+        # In fp32 its parts do not fit beside each other.
+        return None if dtype == torch.float32 else _large(m, power, device)
+    # What makes the values takes registers too, where products take them from there.
+    light = arch in _WIDE or (plain and dtype != torch.float32)
+    for most, limit in ((32, 4096), (64, 16384 if light else 8192), (128, 16384)):
         a = m
         while a * 2 <= most and power // (a * 2 // m) >= _SMALLEST:
             a *= 2
@@ -129,25 +137,35 @@ def _row(m: int, power: int, device: Device, plain: bool) -> HadamardChoice | No
     warps = _warps(size) if held > 1024 else 1
     stages = programs = 0
     # On the others the registers do not suffice for it, or tcgen05 compiles to twice as much in a loop.
-    if arch == 90 and plain and size <= 64:
+    if arch == 90 and plain and dtype != torch.float32 and size <= 64:
         stages, programs = 2, {1: 16, 2: 6, 4: 2 if held > 8192 else 4}[warps]
     left = (m, a // m) if m > 1 else (a,)
     reason = "a row in the registers of one program"
-    return HadamardChoice("row", left, rest // b, (b,), (size,), 1, False, warps, stages, programs, reason)
+    return HadamardChoice(
+        "row", left, rest // b, (b,), (size,), pinned=_pinned(size, device), num_warps=warps, num_stages=stages,
+        programs=programs, reason=reason,
+    )  # fmt: skip
 
 
-def _large(m: int, power: int, wide: bool) -> HadamardChoice | None:
+def _large(m: int, power: int, device: Device) -> HadamardChoice | None:
     """m from 129 to 192: products of uneven pieces, which pad less than a power of two would."""
-    reason = "a long left side, in pieces"
-    b = min(power, 64)
     if m <= 160 and power <= 128:
-        return HadamardChoice("row", (m,), power // b, (b,), (128, 32), again=True, num_warps=8, reason=reason)
-    if m <= 192 and power <= 64:
-        if wide:
-            return HadamardChoice("row", (m,), power // b, (b,), (64, 64, 64), num_warps=4, reason=reason)
-        b = min(power, 32)
-        return HadamardChoice("row", (m,), power // b, (b,), (128, 64), num_warps=8, reason=reason)
-    return None
+        sizes: tuple[int, ...] = (128, 32)
+        b, warps = min(power, 64), 8
+    elif m <= 192 and power <= 64:
+        wide = family(device.arch) in _WIDE
+        b, sizes, warps = (power, (64, 64, 64), 4) if wide else (min(power, 32), (128, 64), 8)
+    else:
+        return None
+    return HadamardChoice(
+        "row", (m,), power // b, (b,), sizes, pinned=_pinned(sizes[-1], device), again=sizes == (128, 32),
+        num_warps=warps, reason="a long left side, in pieces",
+    )  # fmt: skip
+
+
+def _pinned(size: int, device: Device) -> bool:
+    """Whether the products of `size` rows take their right operand from registers."""
+    return family(device.arch) not in _WIDE or size < 64
 
 
 def _warps(size: int) -> int:

@@ -77,6 +77,33 @@ def split_values(x, PARTS: tl.constexpr, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def _first(a, b):
+    return a
+
+
+@triton.jit
+def pinned(x):
+    """x. Between threads it is exchanged as it is: without this, Triton moves the arithmetic that made it behind the
+    exchange, where every warp does all of it again for its copy of a product's right operand."""
+    return tl.reduce(x[:, None, :], 1, _first)
+
+
+@triton.jit
+def operand_parts(x, PARTS: tl.constexpr, OPERAND: tl.constexpr, PINNED: tl.constexpr):
+    """What a product takes for x: x itself as OPERAND, or its parts."""
+    if PARTS == 1:
+        parts = (x.to(OPERAND),)
+    else:
+        parts = split_values(x, PARTS, OPERAND)
+    if PINNED:
+        out = ()
+        for i in tl.static_range(PARTS):
+            out = out + (pinned(parts[i]),)
+        parts = out
+    return parts
+
+
+@triton.jit
 def multiply_right(x, right, PARTS: tl.constexpr, OPERAND: tl.constexpr):
     """x fp32 `[a, B]` times right `[B, B]` -> fp32."""
     parts = split_values(x, PARTS, OPERAND)
@@ -128,7 +155,8 @@ def place(START: tl.constexpr, SIZE: tl.constexpr, j: tl.constexpr, A: tl.conste
 @triton.jit
 def rotated_row(x_ptr, gate_ptr, sign_ptr, left, left_ptr, right, A: tl.constexpr, STARTS: tl.constexpr,
                 SIZES: tl.constexpr, Q: tl.constexpr, B: tl.constexpr, PADDED_B: tl.constexpr, X_PARTS: tl.constexpr,
-                PARTS: tl.constexpr, VALUES: tl.constexpr, X_OPERAND: tl.constexpr, OPERAND: tl.constexpr):  # fmt: skip
+                PARTS: tl.constexpr, VALUES: tl.constexpr, X_OPERAND: tl.constexpr, OPERAND: tl.constexpr,
+                PINNED: tl.constexpr):  # fmt: skip
     """The row at x_ptr, rotated but not scaled by n^-1/2: a tuple of Q len(SIZES) tiles, fp32 `[SIZES[i], PADDED_B]`.
 
     Tile j len(SIZES) + i holds the elements (a, j, b) with a from STARTS[i] on: see `place`. Beyond A and B they are 0.
@@ -140,6 +168,7 @@ def rotated_row(x_ptr, gate_ptr, sign_ptr, left, left_ptr, right, A: tl.constexp
         right: H_B transposed, of OPERAND, `[PADDED_B, PADDED_B]` with zeros beyond B.
         SIZES: powers of two from 16 on, multiples of the last, whose sum is A padded; STARTS: where they start.
         X_PARTS, PARTS: see `split_values`, of x and of the first product.
+        PINNED: whether products take their right operand from registers; see `pinned`.
     """
     PIECES: tl.constexpr = len(SIZES)
     STEP: tl.constexpr = SIZES[PIECES - 1]
@@ -153,15 +182,14 @@ def rotated_row(x_ptr, gate_ptr, sign_ptr, left, left_ptr, right, A: tl.constexp
             offsets, mask = place(k * STEP, STEP, j, A, Q, B, PADDED_B)
             even = (k + 1) * STEP <= A and B == PADDED_B
             values = load_values(x_ptr, gate_ptr, sign_ptr, offsets, offsets, mask, even, VALUES)
-            if X_PARTS == 1:
-                x = x + ((values.to(X_OPERAND),),)
-            else:
-                x = x + (split_values(values, X_PARTS, X_OPERAND),)
+            changed = X_PARTS > 1 or gate_ptr is not None or sign_ptr is not None
+            x = x + (operand_parts(values, X_PARTS, X_OPERAND, PINNED and changed),)
         for i in tl.static_range(PIECES):
-            product = tl.zeros((SIZES[i], PADDED_B), tl.float32)
+            product = tl.dot(left[i * STEPS], x[0][0])
             for k in tl.static_range(STEPS):
                 for part in tl.static_range(X_PARTS):
-                    product = tl.dot(left[i * STEPS + k], x[k][part], product)
+                    if k + part > 0:
+                        product = tl.dot(left[i * STEPS + k], x[k][part], product)
             tiles = tiles + (multiply_right(product, right, PARTS, OPERAND),)
     return butterflies(tiles, Q, PIECES)
 
@@ -255,8 +283,8 @@ def codes_of(values, reciprocal, zero, BITS: tl.constexpr, SYMMETRIC: tl.constex
 def _row(row, x_ptr, gate_ptr, before_ptr, after_ptr, left, left_ptr, right, y_ptr, scale_ptr, zero_ptr, sum_ptr,
          FACTOR: tl.constexpr, A: tl.constexpr, STARTS: tl.constexpr, SIZES: tl.constexpr, Q: tl.constexpr,
          B: tl.constexpr, PADDED_B: tl.constexpr, X_PARTS: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr,
-         X_OPERAND: tl.constexpr, OPERAND: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
-         IEEE: tl.constexpr, PERIOD: tl.constexpr):  # fmt: skip
+         X_OPERAND: tl.constexpr, OPERAND: tl.constexpr, PINNED: tl.constexpr, BITS: tl.constexpr,
+         SYMMETRIC: tl.constexpr, IEEE: tl.constexpr, PERIOD: tl.constexpr):  # fmt: skip
     PIECES: tl.constexpr = len(SIZES)
     start = tl.cast(row, tl.int64) * (A * Q * B)
     if gate_ptr is not None:
@@ -266,7 +294,7 @@ def _row(row, x_ptr, gate_ptr, before_ptr, after_ptr, left, left_ptr, right, y_p
     if after_ptr is not None:
         after_ptr += row % PERIOD * (A * Q * B)
     tiles = rotated_row(x_ptr + start, gate_ptr, before_ptr, left, left_ptr, right, A, STARTS, SIZES, Q, B, PADDED_B,
-                        X_PARTS, PARTS, VALUES, X_OPERAND, OPERAND)  # fmt: skip
+                        X_PARTS, PARTS, VALUES, X_OPERAND, OPERAND, PINNED)  # fmt: skip
     y_ptr += start
     if BITS == 0:
         for j in tl.static_range(Q):
@@ -284,10 +312,12 @@ def _row(row, x_ptr, gate_ptr, before_ptr, after_ptr, left, left_ptr, right, y_p
         scale, reciprocal, zero = grid_of(low, high, BITS, SYMMETRIC, IEEE)
         total = 0
         for i in tl.static_range(PIECES):
-            sums = tl.zeros((SIZES[i], PADDED_B), tl.int32)
             for j in tl.static_range(Q):
                 codes = codes_of(tiles[j * PIECES + i], reciprocal * FACTOR, zero, BITS, SYMMETRIC)
-                sums += codes
+                if j == 0:
+                    sums = codes
+                else:
+                    sums += codes
                 offsets, mask = place(STARTS[i], SIZES[i], j, A, Q, B, PADDED_B)
                 even = STARTS[i] + SIZES[i] <= A and B == PADDED_B
                 store_values(y_ptr, None, offsets, offsets, mask, codes, even)
@@ -304,9 +334,9 @@ def _row(row, x_ptr, gate_ptr, before_ptr, after_ptr, left, left_ptr, right, y_p
 def row_kernel(x_ptr, gate_ptr, before_ptr, after_ptr, left_ptr, right_ptr, y_ptr, scale_ptr, zero_ptr, sum_ptr, M,
                FACTOR: tl.constexpr, A: tl.constexpr, STARTS: tl.constexpr, SIZES: tl.constexpr, Q: tl.constexpr,
                B: tl.constexpr, PADDED_B: tl.constexpr, X_PARTS: tl.constexpr, PARTS: tl.constexpr,
-               VALUES: tl.constexpr, X_OPERAND: tl.constexpr, OPERAND: tl.constexpr, BITS: tl.constexpr,
-               SYMMETRIC: tl.constexpr, IEEE: tl.constexpr, PERIOD: tl.constexpr, AGAIN: tl.constexpr,
-               STAGES: tl.constexpr):  # fmt: skip
+               VALUES: tl.constexpr, X_OPERAND: tl.constexpr, OPERAND: tl.constexpr, PINNED: tl.constexpr,
+               BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: tl.constexpr, PERIOD: tl.constexpr,
+               AGAIN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Rows of `[M, A Q B]`: x rotated, times FACTOR, to y; with BITS to codes int8, scale, zero and sum.
 
     before_ptr, after_ptr: signs `[PERIOD, A Q B]` of x and of y, for the rows in turn. AGAIN: see left_ptr of
@@ -319,9 +349,9 @@ def row_kernel(x_ptr, gate_ptr, before_ptr, after_ptr, left_ptr, right_ptr, y_pt
     if STAGES == 0:
         _row(tl.program_id(0), x_ptr, gate_ptr, before_ptr, after_ptr, left, again_ptr, right, y_ptr, scale_ptr,
              zero_ptr, sum_ptr, FACTOR, A, STARTS, SIZES, Q, B, PADDED_B, X_PARTS, PARTS, VALUES, X_OPERAND, OPERAND,
-             BITS, SYMMETRIC, IEEE, PERIOD)  # fmt: skip
+             PINNED, BITS, SYMMETRIC, IEEE, PERIOD)  # fmt: skip
     else:
         for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
             _row(row, x_ptr, gate_ptr, before_ptr, after_ptr, left, again_ptr, right, y_ptr, scale_ptr, zero_ptr,
                  sum_ptr, FACTOR, A, STARTS, SIZES, Q, B, PADDED_B, X_PARTS, PARTS, VALUES, X_OPERAND, OPERAND,
-                 BITS, SYMMETRIC, IEEE, PERIOD)  # fmt: skip
+                 PINNED, BITS, SYMMETRIC, IEEE, PERIOD)  # fmt: skip

@@ -41,7 +41,7 @@ class Row:
         weights_from: `registers` or `shared`, see `sass.MachineCode.weights_from`.
         per_16_bytes: thread instructions of the main loop per 16 packed bytes of weight; 0 where nothing is streamed.
         in_flight: packed bytes that the pipelines of one multiprocessor have under way.
-        per_element: thread instructions per element of x, for ops without a weight.
+        per_element: thread instructions per element of x, for ops without a weight; of the main loop if there is one.
     """
 
     arch: str
@@ -102,7 +102,7 @@ def inspect(case: Case, arch: str) -> Row:
     )
     threads = launch.num_warps * 32
     if launch.elements:
-        row = replace(row, per_element=round(code.count() * threads / launch.elements, 1))
+        row = replace(row, per_element=round(code.loop_count() * threads / launch.elements, 1))
     if launch.packed_bytes:
         programs = code.programs_per_sm(tiles.family(number), launch.num_warps, shared)
         row = replace(
@@ -113,17 +113,22 @@ def inspect(case: Case, arch: str) -> Row:
     return row
 
 
+# What budgets are for, and in which unit.
+_MEASURES = {"per_16_bytes": "instructions per 16 packed bytes", "per_element": "instructions per element"}
+
+
 def over_budget(rows: list[Row], budgets: dict[str, Any]) -> list[str]:
-    """A sentence for every row whose main loop has more instructions than its budget. Figures of another Triton version
-    than the one that made the budgets may differ by a tenth."""
+    """A sentence for every row that takes more instructions than its budget. Figures of another Triton version than the
+    one that made the budgets may differ by a tenth."""
     import triton
 
     slack = 1.0 if budgets.get("triton") == triton.__version__ else 1.1
     found = []
-    for row in rows:
-        budget = budgets["per_16_bytes"].get(row.key)
-        if budget is not None and row.per_16_bytes > budget * slack:
-            found.append(f"{row.key}: {row.per_16_bytes} instructions per 16 packed bytes, the budget is {budget}")
+    for measure, unit in _MEASURES.items():
+        for row in rows:
+            budget, taken = budgets.get(measure, {}).get(row.key), getattr(row, measure)
+            if budget is not None and taken > budget * slack:
+                found.append(f"{row.key}: {taken} {unit}, the budget is {budget}")
     return found
 
 
@@ -131,9 +136,13 @@ def write_budgets(rows: list[Row], path: Path = BUDGETS) -> None:
     """Lower the budgets to what the rows took; never raise one."""
     import triton
 
-    old = json.loads(path.read_text(encoding="utf-8"))["per_16_bytes"] if path.is_file() else {}
-    new = {row.key: min(row.per_16_bytes, old.get(row.key, row.per_16_bytes)) for row in rows if row.per_16_bytes}
-    content = {"triton": triton.__version__, "per_16_bytes": dict(sorted((old | new).items()))}
+    budgets = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content: dict[str, Any] = {"triton": triton.__version__}
+    for measure in _MEASURES:
+        old = budgets.get(measure, {})
+        taken = {row.key: getattr(row, measure) for row in rows if getattr(row, measure)}
+        new = {key: min(figure, old.get(key, figure)) for key, figure in taken.items()}
+        content[measure] = dict(sorted((old | new).items()))
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)

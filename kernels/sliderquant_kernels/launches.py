@@ -13,6 +13,8 @@ import torch
 
 from . import int8_fragments, tiles
 from .fragments import block_bytes, weight_shape
+from .hadamard_matrix import factor_hadamard
+from .hadamard_tiles import choose_hadamard
 from .layout import WeightLayout
 from .low_bit_layout import LowBitLayout
 from .low_bit_tiles import choose_low_bit
@@ -188,9 +190,50 @@ def _quantize(case: Case, device: Device) -> Launch:
     )
 
 
+def _hadamard(case: Case, device: Device) -> Launch:
+    from . import hadamard_axis_triton as axis
+    from . import hadamard_launch as host
+    from . import hadamard_triton as kernels
+
+    problem, values = case.problem, _POINTER[case.problem.dtype]
+    transform = factor_hadamard(problem.k)
+    chosen = choose_hadamard(transform.orders, device, problem.dtype, case.variant in (None, "second"))
+    if chosen.variant == "matmul":
+        return Launch(Choice("matmul"))
+    # The first of two launches does not quantize.
+    bits = 0 if chosen.leading > 1 and case.variant != "second" else problem.bits
+    operand = _POINTER[host.x_operand(problem.dtype)]
+    types = {"x_ptr": values, "y_ptr": "*i8" if bits else values, "left_ptr": operand, "right_ptr": operand}
+    types |= {"gate_ptr": values} if case.variant == "silu_mul" else {}
+    types |= {"before_ptr": values} if case.variant == "signs" else {}
+    if bits:
+        types |= {"scale_ptr": "*fp32", "sum_ptr": "*i32"} | ({} if problem.symmetric else {"zero_ptr": "*i32"})
+    constants = {"BITS": bits, "SYMMETRIC": problem.symmetric, "IEEE": False, "PERIOD": 1}
+    tile = Choice(chosen.variant, sum(chosen.sizes) or host.ROWS, chosen.q * chosen.padded_b // 16,
+                  chosen.num_warps, max(chosen.num_stages, 1))  # fmt: skip
+    if case.variant == "second":
+        constants |= host.leading_constants(chosen.leading, problem.k // chosen.leading, problem.dtype)
+        options = host.leading_options(chosen.leading)
+        size = constants["PADDED_L"]
+        tile = Choice("second", size, host.COLUMNS // 16, options["num_warps"], options["num_stages"])
+        return Launch(tile, axis.leading_kernel, types, {}, constants, options)
+    if chosen.variant == "rows":
+        constants |= host.rows_constants(chosen, problem.dtype)
+        elements = host.ROWS * problem.k
+        return Launch(tile, axis.rows_kernel, types, {"M": 4096}, constants, host.ROWS_OPTIONS, elements=elements)
+    types["right_ptr"] = _POINTER[host.part_operand()]
+    constants |= host.row_constants(chosen, problem.dtype)
+    elements = problem.k // chosen.leading
+    return Launch(
+        tile, kernels.row_kernel, types, {"M": 4096}, constants, host.row_options(chosen), elements=elements
+    )  # fmt: skip
+
+
 _BUILDERS: dict[str, Callable[[Case, Device], Launch]] = {
     "weight_only_linear": _weight_only,
     "dequantize": _dequantize,
     "low_bit_linear": _low_bit,
     "quantize_activations": _quantize,
+    "hadamard": _hadamard,
+    "hadamard_quantize": _hadamard,
 }

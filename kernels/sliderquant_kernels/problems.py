@@ -22,8 +22,9 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 class Case:
     """One thing to compile.
 
-    `variant` None: what the rules choose. For `quantize_activations` it is what is fused, `rms_norm` or `silu_mul`, and
-    `bits` and `symmetric` are those of the activations. `epilogue`: with bias and residual.
+    `variant` None: what the rules choose. For activations it is what is fused, `rms_norm`, `silu_mul` or `signs`, or
+    the `second` launch of a long rotation; `k` is their size, `bits` and `symmetric` are theirs. `epilogue`: with bias
+    and residual.
     """
 
     op: str
@@ -36,8 +37,9 @@ class Case:
         p = self.problem
         grouping = f"g{p.group_size}" if p.group_size else "channel"
         words = [f"W{p.bits}-{grouping}-{'sym' if p.symmetric else 'asym'}", str(p.dtype).removeprefix("torch.")]
-        if self.op == "quantize_activations":
-            words = [f"A{p.bits}-{'sym' if p.symmetric else 'asym'}", words[1], f"K={p.k}"]
+        if self.op in ("quantize_activations", "hadamard", "hadamard_quantize"):
+            scheme = [] if self.op == "hadamard" else [f"A{p.bits}-{'sym' if p.symmetric else 'asym'}"]
+            words = [*scheme, words[1], f"K={p.k}"]
             return " ".join([*words, self.variant] if self.variant else words)
         if self.op in ("weight_only_linear", "low_bit_linear"):
             words.append(f"M={p.m}")
@@ -121,9 +123,36 @@ def quantize_cases(full: bool) -> Iterator[Case]:
         yield Case("quantize_activations", Problem(1, 0, k, bits, None, False, _BF16), fused)
 
 
+def hadamard_cases(full: bool) -> Iterator[Case]:
+    """Cases of rotating: per head and over rows."""
+    if full:
+        for k, dtype, variant in itertools.product(_ROTATED, (_BF16, _FP16, _FP32), (None, "signs")):
+            yield Case("hadamard", Problem(1, 0, k, 0, None, True, dtype), variant)
+        return
+    for k, dtype in ((128, _BF16), (4096, _FP16)):
+        yield Case("hadamard", Problem(1, 0, k, 0, None, True, dtype))
+
+
+def hadamard_quantize_cases(full: bool) -> Iterator[Case]:
+    """Cases of rotating and quantizing."""
+    if full:
+        for k, dtype, symmetric in itertools.product(_ROTATED, (_BF16, _FP16, _FP32), (True, False)):
+            for variant in (None, "silu_mul", "signs", *(("second",) if k > 20000 else ())):
+                yield Case("hadamard_quantize", Problem(1, 0, k, 8, None, symmetric, dtype), variant)
+        return
+    for k in (4096, 8192, 14336, 11008, 18944):
+        yield Case("hadamard_quantize", Problem(1, 0, k, 8, None, False, _BF16))
+    yield Case("hadamard_quantize", Problem(1, 0, 14336, 4, None, False, _BF16), "silu_mul")
+    yield Case("hadamard_quantize", Problem(1, 0, 28672, 8, None, False, _BF16), "second")
+
+
+_ROTATED = (64, 128, 768, 1536, 4096, 5120, 8192, 11008, 12288, 13824, 14336, 16384, 18944, 28672, 29568)
+
 GRIDS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "weight_only_linear": weight_only_cases,
     "dequantize": dequantize_cases,
     "low_bit_linear": low_bit_cases,
     "quantize_activations": quantize_cases,
+    "hadamard": hadamard_cases,
+    "hadamard_quantize": hadamard_quantize_cases,
 }

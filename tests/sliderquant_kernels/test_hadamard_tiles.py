@@ -19,10 +19,13 @@ _SIZES = [
 @pytest.mark.parametrize("n", _SIZES)
 @pytest.mark.parametrize("arch", _ARCHITECTURES)
 def test_choices_fit(arch, n):
-    for plain in (True, False):
+    for dtype, plain in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, True)):
         transform = factor_hadamard(n)
-        choice = choose_hadamard(transform.orders, Device.typical(arch), plain)
+        choice = choose_hadamard(transform.orders, Device.typical(arch), dtype, plain)
         assert choice.reason
+        if dtype == torch.float32 and any(order > 128 and order & (order - 1) for order in transform.orders):
+            assert choice.variant == "matmul"
+            continue
         assert choice.variant == ("rows" if n <= 128 else "row")
         assert choice.leading * choice.a * choice.q * choice.b == n
         if choice.variant == "rows":
@@ -33,7 +36,8 @@ def test_choices_fit(arch, n):
         assert choice.padded_b <= 128
         # Values of a row, padded, that a thread holds in fp32.
         assert sum(choice.sizes) * choice.q * choice.padded_b / (32 * choice.num_warps) <= 128
-        assert not choice.num_stages or (plain and choice.programs > 0)
+        assert not choice.num_stages or (plain and dtype != torch.float32 and choice.programs > 0)
+        assert choice.pinned == (arch not in (90, 100) or choice.sizes[-1] < 64)
         assert choice.leading <= 128
 
 

@@ -107,9 +107,8 @@ def _launches(given: Rows) -> int:
     properties = torch.cuda.get_device_properties(given.x.device)
     device = Device(10 * properties.major + properties.minor, properties.multi_processor_count)
     choice = choose_hadamard(given.transform.orders, device, given.x.dtype)
-    if choice.variant == "matmul":
-        return 1 + len(given.transform.orders)
-    return 2 if choice.leading > 1 or given.transform.blocks > 1 else 1
+    separate = given.scheme is not None and (choice.variant == "matmul" or given.transform.blocks > 1)
+    return 2 if choice.leading > 1 or separate else 1
 
 
 def compilation(case: Case) -> Hashable:
