@@ -19,7 +19,7 @@ from sliderquant.calibration.blocks import random_blocks
 from sliderquant.calibration.text import check_source, read_text
 from sliderquant.checkpoint import CardInfo, CheckpointWriter
 from sliderquant.devices import deterministic, machine, peak_memory, resolve_device
-from sliderquant.errors import InputError
+from sliderquant.errors import CheckpointError, InputError
 from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
 from sliderquant.loading import load
 from sliderquant.methods import method_named, with_overrides
@@ -145,6 +145,7 @@ def quantize(
         torch.cuda.reset_peak_memory_stats(target)
     times: dict[str, float] = {}
     measured: dict[str, Perplexity] = {}
+    changed: dict[str, torch.Tensor] = {}
     with writer:
         if perplexity_on:
             progress.message(f"perplexity of the original on {perplexity_on}")
@@ -152,9 +153,9 @@ def quantize(
                 measured["before"] = _original_perplexity(source, tokenizer, perplexity_on, seqlen, target, progress)
         progress.run_started(settled.steps, settled.work)
         with _timed(times, "refine"), deterministic(target):
-            windows = _run(settled, decoder, blocks, seed, target, writer, progress)
+            windows = _run(settled, decoder, blocks, seed, target, writer, changed, progress)
         with _timed(times, "write"):
-            _copy_the_rest(settled, writer)
+            _copy_the_rest(settled, changed, writer)
             folder = writer.write_model(source.config, source.folder, settled.rotations)
         if perplexity_on:
             progress.message(f"perplexity of the packed model on {perplexity_on}")
@@ -268,20 +269,26 @@ def _run(
     seed: int,
     device: torch.device,
     writer: CheckpointWriter,
+    changed: dict[str, torch.Tensor],
     progress: Progress,
 ) -> list[WindowReport]:
-    """Quantize every layer and hand it to the writer, in order."""
+    """Quantize every layer and hand it to the writer, in order; `changed` takes in what else the method changed."""
     source = settled.source
 
-    def write(index: int, quantized: Mapping[str, tuple[QuantizedWeight, torch.Tensor]]) -> None:
+    def write(
+        index: int,
+        quantized: Mapping[str, tuple[QuantizedWeight, torch.Tensor]],
+        dense: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         for name, (stored, trained) in quantized.items():
             on_host = QuantizedWeight(*(None if part is None else part.cpu() for part in stored))  # type: ignore[arg-type]
             writer.add_quantized(name, on_host, settled.schemes[name], trained.cpu())
+        changed.update({name: tensor.cpu() for name, tensor in (dense or {}).items()})
         progress.layer_written(index + 1, source.num_layers)
 
-    def emit(index: int, layer: nn.Module) -> None:
+    def emit(index: int, layer: nn.Module, dense: Mapping[str, torch.Tensor] | None = None) -> None:
         prefix = f"{source.family.layers}.{index}."
-        write(index, {prefix + name: linear.merge() for name, linear in refined_linears(layer).items()})
+        write(index, {prefix + name: linear.merge() for name, linear in refined_linears(layer).items()}, dense)
 
     if blocks is None:
         for index in range(source.num_layers):
@@ -290,13 +297,28 @@ def _run(
     return refine_model(settled, decoder, blocks, seed, device, emit, progress)
 
 
-def _copy_the_rest(settled: Plan, writer: CheckpointWriter) -> None:
-    """Everything that is not a quantized weight goes into the checkpoint as it is."""
+def _copy_the_rest(settled: Plan, changed: Mapping[str, torch.Tensor], writer: CheckpointWriter) -> None:
+    """Everything that is not a quantized weight goes into the checkpoint as it is, or as the method changed it: by full
+    name, norms and biases with values that the tensor's dtype holds.
+
+    Raises:
+        CheckpointError: a changed tensor is not one of the model's, or is not what would be stored.
+    """
     quantized = {f"{name}.weight" for name in settled.schemes}
+    unknown = sorted(changed.keys() - (settled.source.files.keys() - quantized))
+    if unknown:
+        raise CheckpointError(f"tensor {unknown[0]} was changed, but is not one that the model keeps as it is")
     for name in settled.source.files:
         # Early Llama checkpoints store this constant in every layer; no model reads it any more.
-        if name not in quantized and not name.endswith("rotary_emb.inv_freq"):
-            writer.add_tensor(name, settled.source.tensor(name))
+        if name in quantized or name.endswith("rotary_emb.inv_freq"):
+            continue
+        tensor = settled.source.tensor(name)
+        if name in changed:
+            stored = changed[name].to(tensor.dtype)
+            if not torch.equal(stored.float(), changed[name].float()):
+                raise CheckpointError(f"tensor {name}: its changed values are not ones that {tensor.dtype} holds")
+            tensor = stored
+        writer.add_tensor(name, tensor)
 
 
 def _original_perplexity(
