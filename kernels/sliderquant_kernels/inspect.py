@@ -3,9 +3,10 @@
     python -m sliderquant_kernels.inspect [--arch sm_90 ...] [--op weight_only_linear ...] [--match M=1] [--full]
 
 For every problem of a grid it takes the tile that a launch would take, compiles it for each architecture, disassembles,
-and prints a row: registers, spilled bytes, shared memory, the matrix instruction and where it takes the weight from,
-instructions, those of the main loop per 16 packed bytes, and the packed bytes that a multiprocessor has in flight. The
-exit status is 1 if anything fails to compile, spills, does not fit, or exceeds `budgets.json`.
+and prints a row: registers, spilled bytes, shared memory, the programs that a multiprocessor holds, the matrix
+instruction, where it takes the weight from and how it is waited for, instructions, those of the main loop per 16 packed
+bytes, and the packed bytes that a multiprocessor has in flight. The exit status is 1 if anything fails to compile,
+spills, does not fit, or exceeds `budgets.json`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Row:
 
     Attributes:
         shared: shared memory of one program.
+        programs: that run on one multiprocessor at a time.
         weights_from: `registers` or `shared`, see `sass.MachineCode.weights_from`.
+        waits: how many groups of products may be under way after each wait, see `sass.MachineCode.waits`.
         per_16_bytes: thread instructions of the main loop per 16 packed bytes of weight; 0 where nothing is streamed.
         in_flight: packed bytes that the pipelines of one multiprocessor have under way.
         per_element: thread instructions per element of x, for ops without a weight; of the main loop if there is one.
@@ -51,8 +54,10 @@ class Row:
     registers: int = 0
     spills: int = 0
     shared: int = 0
+    programs: int = 0
     matrix_instruction: str = ""
     weights_from: str = ""
+    waits: str = "-"
     instructions: int = 0
     per_16_bytes: float = 0.0
     in_flight: int = 0
@@ -90,13 +95,16 @@ def inspect(case: Case, arch: str) -> Row:
         return replace(row, error=f"{type(error).__name__}: {error}".splitlines()[0])
     shared = compiled.metadata.shared
     limit = tiles.SHARED_LIMIT[tiles.family(number)]
+    programs = code.programs_per_sm(tiles.family(number), launch.num_warps, shared)
     row = replace(
         row,
         registers=code.registers,
         spills=code.spilled(),
         shared=shared,
+        programs=programs,
         matrix_instruction=code.matrix_instruction(),
         weights_from=code.weights_from(),
+        waits=code.waits(),
         instructions=code.count(),
         error=f"takes {shared} bytes of shared memory, {limit} are there" if shared > limit else "",
     )
@@ -104,7 +112,6 @@ def inspect(case: Case, arch: str) -> Row:
     if launch.elements:
         row = replace(row, per_element=round(code.loop_count() * threads / launch.elements, 1))
     if launch.packed_bytes:
-        programs = code.programs_per_sm(tiles.family(number), launch.num_warps, shared)
         row = replace(
             row,
             per_16_bytes=round(code.loop_count() * threads * 16 / launch.packed_bytes, 1),
@@ -149,15 +156,16 @@ def write_budgets(rows: list[Row], path: Path = BUDGETS) -> None:
 
 
 def _print_table(rows: list[Row]) -> None:
-    header = ("arch", "op", "shape", "variant", "MxN", "w", "st", "split", "regs", "spill", "shared", "matrix",
-              "W from", "instr", "/16B", "in flight", "/element")  # fmt: skip
+    header = ("arch", "op", "shape", "variant", "MxN", "w", "st", "split", "regs", "spill", "shared", "programs",
+              "matrix", "W from", "waits", "instr", "/16B", "in flight", "/element")  # fmt: skip
     table = [header]
     for r in rows:
         c = r.choice
         tile = (c.variant, f"{c.block_m}x{c.row_blocks * 16}", str(c.num_warps), str(c.num_stages), str(c.split))
-        figures = (str(r.registers), str(r.spills), str(r.shared), r.matrix_instruction, r.weights_from,
-                   str(r.instructions), str(r.per_16_bytes), str(r.in_flight), str(r.per_element))  # fmt: skip
-        table.append((r.arch, r.op, r.shape, *tile, *((("error", r.error) + ("",) * 7) if r.error else figures)))
+        figures = (str(r.registers), str(r.spills), str(r.shared), str(r.programs), r.matrix_instruction,
+                   r.weights_from, r.waits, str(r.instructions), str(r.per_16_bytes), str(r.in_flight),
+                   str(r.per_element))  # fmt: skip
+        table.append((r.arch, r.op, r.shape, *tile, *((("error", r.error) + ("",) * 9) if r.error else figures)))
     widths = [max(len(line[i]) for line in table if len(line[i]) < 60) for i in range(len(header))]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

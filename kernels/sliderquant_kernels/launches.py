@@ -162,7 +162,7 @@ def _low_bit(case: Case, device: Device) -> Launch:
         types | {"weight_ptr": "*i8" if choice.variant == "tiles" else "*u8"},
         sizes,
         host.matmul_constants(layout, choice),
-        host.launch_options(choice.num_warps, choice.num_stages),
+        host.matmul_options(choice),
         packed_bytes=packed_bytes,
     )
 

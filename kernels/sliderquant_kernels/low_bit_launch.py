@@ -50,6 +50,13 @@ def matmul_constants(layout: LowBitLayout, choice: Choice) -> dict[str, Any]:
     return constants
 
 
+def matmul_options(choice: Choice) -> dict[str, Any]:
+    """Triton's options for the chosen kernel. Two programs of the largest tiles fit on a multiprocessor: while one
+    waits for its products or stores its tile, the other one multiplies."""
+    options = launch_options(choice.num_warps, choice.num_stages)
+    return options | {"maxnreg": 128} if choice.block_m == 128 else options
+
+
 def expand_constants(layout: LowBitLayout) -> dict[str, Any]:
     """The compile-time arguments of `expand_kernel`."""
     return {"BITS": layout.bits, "W": max(256 // block_inputs(layout.bits), 1), "ROW_BLOCKS": 2}
@@ -83,7 +90,7 @@ def low_bit_linear(
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.reshape(-1, n).contiguous()
     choice = choose_low_bit(max(m, FEWEST_TOKENS), n, k, layout.bits, layout.group_size, device_of(x), variant)
-    options = launch_options(choice.num_warps, choice.num_stages)
+    options = matmul_options(choice)
     row_blocks, k_blocks = weight.shape[:2]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         tiles_m = triton.cdiv(m, choice.block_m)

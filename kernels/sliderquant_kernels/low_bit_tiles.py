@@ -9,7 +9,8 @@ from .tiles import Choice, Device, family
 
 VARIANTS = ("warp_k", "rows", "tiles")
 # On these the int8 instruction reads both operands from shared memory at full speed, and Triton feeds it without
-# detours; elsewhere the packed weight as left operand in registers compiles to less.
+# detours; elsewhere the packed weight as left operand in registers compiles to less. Rows of expanded codes that are no
+# multiple of 16 bytes apart cannot be copied 16 bytes at a time, and spill.
 _WITH_TILES = (90, 100)
 TILES_FROM = 512
 
@@ -35,7 +36,7 @@ def choose_low_bit(
         variant, reason = "rows", "some tokens, or many where packed weights multiply best"
         if m <= 16:
             variant, reason = "warp_k", "up to 16 tokens: the weights' bytes decide"
-        elif m >= TILES_FROM and group_size is None and family(device.arch) in _WITH_TILES:
+        elif m >= TILES_FROM and group_size is None and k % 16 == 0 and family(device.arch) in _WITH_TILES:
             variant, reason = "tiles", "many tokens: weights are expanded to int8 once"
     if variant == "warp_k":
         return _warp_k(m, n, k, bits, device, reason)

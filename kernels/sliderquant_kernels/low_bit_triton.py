@@ -91,6 +91,36 @@ def _scaled(acc, x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, of
 
 
 @triton.jit
+def _halves(tile):
+    """`[rows, tokens]` -> its left and its right half; every thread has its own of both."""
+    ROWS: tl.constexpr = tile.shape[0]
+    WIDTH: tl.constexpr = tile.shape[1] // 2
+    left, right = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, WIDTH)), (0, 2, 1)))
+    return left, right
+
+
+@triton.jit
+def _store_in_parts(acc, x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, bias_ptr, residual_ptr, y_ptr,
+                    offs_n, first_m, M, N, NP, groups, GROUPED: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+    """`_scaled` and `store_tile` of 16 or 32 tokens at a time: with the scales, zero-points, sums and addresses of 128
+    tokens a program takes the registers of two, and then nothing runs on a multiprocessor while it waits for products.
+    In groups, where tiles have 64 tokens, the main loop needs the registers anyway."""
+    HALVINGS: tl.constexpr = 0 if GROUPED or BLOCK_M < 64 else 1 if BLOCK_M == 64 else 3
+    WIDTH: tl.constexpr = BLOCK_M // 2**HALVINGS
+    parts = (acc,)
+    for level in tl.static_range(HALVINGS):
+        halved = ()
+        for i in tl.static_range(2**level):
+            halved = halved + _halves(parts[i])
+        parts = halved
+    for i in tl.static_range(2**HALVINGS):
+        offs_m = first_m + i * WIDTH + tl.arange(0, WIDTH)
+        y = _scaled(parts[i], x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, offs_n, offs_m, M, NP,
+                    groups, GROUPED)  # fmt: skip
+        store_tile(y, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
+
+
+@triton.jit
 def _group_zero(constant_ptr, group, row_block, NP, W: tl.constexpr, ROW_BLOCKS: tl.constexpr):
     """Zero-points of the groups `group` `[W]`: uint8 `[W, rows, 1]`."""
     row = row_block[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
@@ -198,9 +228,9 @@ def low_bit_rows_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr, s
             else:
                 plane = tl.reshape(_plane(stored, zero, i, BITS, False, ASM), (ROWS, 32))
                 acc = tl.dot(plane, x, acc, out_dtype=tl.int32)
-    y = _scaled(acc, x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, offs_n, offs_m, M, NP, groups,
-                GROUPED)  # fmt: skip
-    store_tile(y, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
+    first_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M  # as in `tile_of`
+    _store_in_parts(acc, x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, bias_ptr, residual_ptr, y_ptr,
+                    offs_n, first_m, M, N, NP, groups, GROUPED, BLOCK_M)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -230,8 +260,9 @@ def int8_tiles_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr, sca
             w = tl.load(w_ptrs + k, (offs_k[None, :] < K - k) & (offs_n[:, None] >= 0), 0)
             x = tl.load(x_ptrs + k, (offs_k[:, None] < K - k) & (offs_m[None, :] >= 0), 0)
         acc = tl.dot(w, x, acc, out_dtype=tl.int32)
-    y = _scaled(acc, x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, offs_n, offs_m, M, NP, 1, False)
-    store_tile(y, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
+    first_m = (band * BAND + within % height) * BLOCK_M
+    _store_in_parts(acc, x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, bias_ptr, residual_ptr, y_ptr,
+                    offs_n, first_m, M, N, NP, 1, False, BLOCK_M)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED[1:])

@@ -85,6 +85,15 @@ class MachineCode:
                 best, best_score = body, score
         return best
 
+    def waits(self) -> str:
+        """How many groups of wgmma products may still be under way after each wait of the main loop: `0` waits for all
+        of them, `1` leaves the last one to run beside the next step. In the loop's order, `0,0`; `-` without wgmma."""
+        if "GMMA" not in self.matrix_instruction():
+            return "-"
+        loop = self.main_loop() or self.instructions
+        waits = [_operands(text)[-1] for _, opcode, text in loop if opcode.startswith("WARPGROUP.DEPBAR")]
+        return ",".join(str(int(wait, 16)) for wait in waits) or "-"
+
     def loop_count(self) -> int:
         """Instructions of the main loop, of the whole kernel where there is none, without padding."""
         return _count(self.main_loop() or self.instructions)

@@ -56,6 +56,7 @@ def test_grid(arch, tmp_path):
             assert row["weights_from"] == "registers", row
         if row["op"] == "weight_only_linear":
             _check_main_job(arch, row)
+        _check_waits(row)
     wanted = {("weight_only_linear", name) for name in ("warp_k", "rows", "dense")} | {("dequantize", "dequantize")}
     assert wanted | {("low_bit_linear", "warp_k"), ("low_bit_linear", "rows")} <= variants
 
@@ -73,6 +74,17 @@ def _check_main_job(arch, row):
         assert row["per_16_bytes"] <= 115, row
     if arch == "sm_90" and tokens <= 32:
         assert row["in_flight"] >= 64 * 1024, row
+
+
+def _check_waits(row):
+    """Triton waits for all wgmma products in every step, of int8 always and of 16 bits where the weight comes from
+    registers: what runs meanwhile is another program, of which the largest tiles must leave room for one."""
+    if "GMMA" in row["matrix_instruction"]:
+        assert set(row["waits"].split(",")) == {"0"}, row
+    else:
+        assert row["waits"] == "-", row
+    if row["op"] == "low_bit_linear" and row["choice"]["block_m"] == 128:
+        assert row["programs"] == 2, row
 
 
 def test_budgets_may_only_shrink(tmp_path):
@@ -122,6 +134,20 @@ def test_where_the_weight_comes_from():
     assert code((group[0], " R24, gdesc[UR4], gdesc[UR8]")).weights_from() == "shared"
     assert code(("UTCHMMA", " gdesc[UR4], tmem[UR5]")).weights_from() == "shared"
     assert code(("FFMA", " R1, R2, R3, R1")).weights_from() == "-"
+
+
+def test_how_products_are_waited_for():
+    def code(*lines):
+        instructions = [(16 * i, *line) for i, line in enumerate(lines)]
+        return sass.MachineCode((*instructions, (16 * len(lines), "BRA", " 0x0")), 32, 0)
+
+    group = ("IGMMA.64x128x32.S8.S8", " R24, gdesc[UR8], R24, gsb0")
+    copies = ("DEPBAR.LE", " SB0, 0x2")
+    assert code(copies, group, ("WARPGROUP.DEPBAR.LE", " gsb0, 0x1")).waits() == "1"
+    step = (group, ("WARPGROUP.DEPBAR.LE", " gsb0, 0x0"))
+    assert code(copies, *step, *step).waits() == "0,0"
+    assert code(copies, group).waits() == "-"
+    assert code(("IMMA.16832.S8.S8", " R4, R8, R12, R4"), copies).waits() == "-"
 
 
 def test_only_a_stack_that_is_used_is_a_spill():

@@ -80,6 +80,27 @@ def test_what_the_rules_choose(m, variant, make_weight):
     assert torch.allclose(y.double(), want, rtol=2e-3, atol=2e-3 * float(want.abs().max() if m else 1))
 
 
+@pytest.mark.parametrize("name", ["rows", "tiles"])
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_tiles_that_are_stored_in_parts(name, block_m, monkeypatch, make_weight, make_x):
+    """Each token's own scale, zero-point, sum and residual, whichever part of a tile it is in."""
+    n, k, m = 40, 64, block_m + 37
+    monkeypatch.setattr(launch, "choose_low_bit", lambda *_: Choice(name, block_m, 2, 4, 2))
+    weight = make_weight(4, n, k, None, False, torch.float32)
+    layout = LowBitLayout("triton_int8", 4, n, k, None, False)
+    x = _activations(m, k, False)
+    bias, residual = make_x((n,), torch.float32, 2), make_x((m, n), torch.float32, 3)
+    got = launch.low_bit_linear(*x, *layout.pack(*weight[:3]), bias, residual, layout, torch.float32)
+    want = reference.weight_only_linear(x.dequantize(torch.float64), *weight, bias, residual)
+    torch.testing.assert_close(got.double(), want, rtol=2.0**-20, atol=2.0**-20)
+
+
+def test_rows_that_are_not_copied_16_bytes_at_a_time_take_no_tiles():
+    for arch in (90, 100):
+        found = [choose_low_bit(4096, 4096, k, 4, None, Device.typical(arch)).variant for k in (4096, 4112, 4100)]
+        assert found == ["tiles", "tiles", "rows"]
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_ptx_of_the_planes(bits):
     """Every byte beside every zero-point, four at a time: no code disturbs its neighbours."""
