@@ -22,6 +22,7 @@ from sliderquant.checkpoint.skeleton import build_skeleton, check_against_model,
 from sliderquant.devices import resolve_device
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models import family_of
+from sliderquant.modules.attention import round_attention
 from sliderquant.modules.linear import PackedLinear
 from sliderquant.modules.merged import MergedLinear, can_merge, concatenate, shared_inputs
 from sliderquant.modules.rotated import insert_rotations
@@ -69,7 +70,7 @@ def load(
 
     _fill_dense(model, checkpoint, target, wanted)
     _fill_packed(model, checkpoint, target, wanted, merge)
-    _rotate(model, checkpoint, where)
+    _insert_what_runs(model, checkpoint, where)
     packed = {f"{name}.weight" for name in checkpoint.schemes}
     if packed & model.all_tied_weights_keys.keys():
         # A packed output head is not the embedding, whatever the configuration says.
@@ -89,7 +90,7 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     # For save_pretrained: the state_dict of the packed layers is what this configuration describes.
     model.config.quantization_config = checkpoint.config["quantization_config"]
-    if checkpoint.rotations is not None:
+    if checkpoint.rotations is not None or checkpoint.kv_bits < 16:
         model.config.sliderquant = checkpoint.config["sliderquant"]
     model.config._name_or_path = model.name_or_path = where
     return model.requires_grad_(False).eval()
@@ -139,19 +140,17 @@ def _kept_dtype(model: PreTrainedModel, key: str, dtype: torch.dtype) -> torch.d
     return torch.float32 if kept & set(key.split(".")) else dtype
 
 
-def _rotate(model: PreTrainedModel, checkpoint: Checkpoint, where: str) -> None:
-    """Insert what the rotations of a checkpoint need while the model runs."""
-    rotations = checkpoint.rotations
-    if rotations is None:
+def _insert_what_runs(model: PreTrainedModel, checkpoint: Checkpoint, where: str) -> None:
+    """Insert the rotations and roundings that are computed while the model runs."""
+    rotations, kv_bits = checkpoint.rotations, checkpoint.kv_bits
+    if kv_bits == 16 and rotations is None:
         return
-    unknown = sorted(set(rotations.online) - {"R4"})
-    if unknown:
-        raise CheckpointError(
-            f"{where}: rotation {', '.join(unknown)} is not supported while a model runs: R4 alone is"
-        )
     try:
-        rotations.check_sizes(model.config)
-        insert_rotations(model, family_of(where, model.config.model_type, [type(model).__name__]), rotations)
+        family = family_of(where, model.config.model_type, [type(model).__name__])
+        if rotations is not None:
+            rotations.check_sizes(model.config)
+            insert_rotations(model, family, rotations)
+        round_attention(model, family, kv_bits, rotations)
     except (CheckpointError, InputError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 

@@ -78,7 +78,7 @@ def plan(
     Raises:
         InputError: as `quantize`.
     """
-    source = _rotated(open_model(model), rotate, seed, method)
+    source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme))
     return _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback)
 
 
@@ -117,8 +117,8 @@ def quantize(
         perplexity_on: text to measure perplexity on before and after, in blocks of `seqlen`; None: not measured.
         overwrite: replace a checkpoint in `output`.
         per_channel_fallback: linears whose input size the group does not divide get one scale per channel.
-        rotate: rotations to fold into the model first, of `"R1"`, `"R2"` and `"R4"`, see `sliderquant.rotation`. R4 is
-            computed while the model runs too: only sliderquant reads such a checkpoint.
+        rotate: rotations to fold into the model first, of `"R1"` to `"R4"`, see `sliderquant.rotation`. R3 and R4 are
+            computed while the model runs: only sliderquant reads such a checkpoint, or one with quantized attention.
         progress: is told how far the run is.
         command: the command line, for the model card.
 
@@ -129,7 +129,7 @@ def quantize(
     progress = progress or Progress()
     started = time.perf_counter()
     target = resolve_device(device)
-    source = _rotated(open_model(model), rotate, seed, method)
+    source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme))
     settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback)
     needs_text = settled.settings is not None
     for text in ([calibration] if needs_text else []) + ([perplexity_on] if perplexity_on else []):
@@ -156,7 +156,8 @@ def quantize(
             windows = _run(settled, decoder, blocks, seed, target, writer, changed, progress)
         with _timed(times, "write"):
             _copy_the_rest(settled, changed, writer)
-            folder = writer.write_model(source.config, source.folder, settled.rotations)
+            kv_bits = settled.scheme.kv_bits
+            folder = writer.write_model(source.config, source.folder, settled.rotations, kv_bits)
         if perplexity_on:
             progress.message(f"perplexity of the packed model on {perplexity_on}")
             with _timed(times, "evaluate_after"):
@@ -230,13 +231,14 @@ def is_quantized(folder: Path) -> bool:
         return False
 
 
-def _rotated(source: ModelSource, rotate: Sequence[str], seed: int, method: str) -> ModelSource:
+def _rotated(source: ModelSource, rotate: Sequence[str], seed: int, scheme: Scheme) -> ModelSource:
     if not rotate:
         return source
-    if "R3" in rotate:
-        raise InputError("rotate R3: of use only where q and k are quantized, which no scheme does yet; leave it out")
-    if "R4" in rotate and method_named(method).settings is not None:
-        raise InputError(f"rotate R4: method {method} does not learn behind a rotation that is computed; use R1 and R2")
+    if "R3" in rotate and not scheme.quantizes_attention:
+        raise InputError(
+            f"rotate R3: of use only where queries and keys are quantized, which {scheme} does not: leave it out, or "
+            "add KV4 or KV8 to the scheme (W4A4KV4)"
+        )
     return RotatedSource.of(source, Rotations.of_model(source, rotate, seed))
 
 

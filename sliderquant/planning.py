@@ -109,7 +109,7 @@ def make_plan(
     if not 2 <= seqlen <= source.max_positions:
         raise InputError(f"seqlen {seqlen}: expected 2 to {source.max_positions}, the longest that the model takes")
     shapes = source.shapes
-    schemes = _schemes(source, shapes, scheme, per_channel_fallback)
+    schemes = _schemes(source, shapes, scheme.of_linear(), per_channel_fallback)
     windows: tuple[Window, ...] = ()
     steps = work = 0
     if settings is not None:

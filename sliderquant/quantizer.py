@@ -120,17 +120,19 @@ def clipped_grid(
     return find_grid(low, high, scheme, dtype)
 
 
-def fake_quantize_activations(x: Tensor, scheme: Scheme) -> Tensor:
-    """x `[..., in]` with every token rounded to the grid of its own range, in fp32, then in the dtype of x.
+def fake_quantize_activations(x: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """x `[..., in]` with every row rounded to the grid of its own range, in fp32, then in the dtype of x.
 
     On a CPU equal bit for bit to `sliderquant_kernels.quantize_activations(x, ...).dequantize(x.dtype)`.
     Differentiable: rounding of x and of the zero-point passes gradients straight through; the range is that of the
     current x.
 
     Args:
-        scheme: with activations of 4 or 8 bits.
+        x: a row is the input of a linear for a token, or a query, key or value of a head.
+        bits: 4 or 8.
+        symmetric: without zero-points.
     """
-    return _FakeQuantizeActivations.apply(x, scheme.activation_bits, scheme.activation_symmetric)
+    return _FakeQuantizeActivations.apply(x, bits, symmetric)
 
 
 def _grouped(weight: Tensor, scheme: Scheme) -> Tensor:

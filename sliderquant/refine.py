@@ -81,6 +81,14 @@ class RefinedLinear(nn.Module):
         self.fraction = 1.0
         self._frozen: Tensor | None = None
 
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
     weight: Tensor
     bias: Tensor | None
     low_rank_a: nn.Parameter | None
@@ -113,10 +121,11 @@ class RefinedLinear(nn.Module):
         """What `forward` multiplies x `[..., in]` as."""
         if not self.quantized or not self.scheme.quantizes_activations:
             return x
+        bits, symmetric = self.scheme.activation_bits, self.scheme.activation_symmetric
         if self.fraction >= 1:
-            return fake_quantize_activations(x, self.scheme)
+            return fake_quantize_activations(x, bits, symmetric)
         passed = round(self.fraction * x.shape[-1])
-        return torch.cat((fake_quantize_activations(x[..., :passed], self.scheme), x[..., passed:]), dim=-1)
+        return torch.cat((fake_quantize_activations(x[..., :passed], bits, symmetric), x[..., passed:]), dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]`."""
@@ -162,5 +171,7 @@ class RefinedLinear(nn.Module):
 
 
 def refined_linears(module: nn.Module) -> dict[str, RefinedLinear]:
-    """The refined linears inside `module`, by their names in it."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, RefinedLinear)}
+    """The refined linears inside `module`, by the names in it of the linears whose places they take."""
+    found = {name: child for name, child in module.named_modules() if isinstance(child, RefinedLinear)}
+    # Behind an online rotation it is the child `linear` of what stands in its place.
+    return {name.removesuffix(".linear"): child for name, child in found.items()}

@@ -5,7 +5,7 @@ places of a decoder have one, by the names of SpinQuant (arXiv 2405.16406):
 
     R1  the residual stream, hidden size      folded into embedding, head, and all that reads the stream or adds to it
     R2  the values of each KV head, head_dim  folded into v_proj and into o_proj
-    R1  the residual stream, hidden size      folded into embedding, head, and what reads the stream or adds to it
+    R3  queries and keys of each head         online, after RoPE; of use where they are quantized
     R4  the input of down_proj                online; its inverse is folded into down_proj
 
 For `y = x W^T + b` with rows x and y, a rotation `x Q` of the input makes `W Q` of the weight, one of the output makes
@@ -18,7 +18,6 @@ What was rotated is `Rotations`: plain data, from which every sign and matrix ca
 
 import copy
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,18 +29,16 @@ from torch import Tensor
 
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models.source import ModelSource
-from sliderquant_kernels.hadamard_matrix import HadamardTransform, factor_hadamard, hadamard_matrix
+from sliderquant_kernels import HadamardTransform, factor_hadamard, hadamard
 
 __all__ = [
     "ROTATIONS",
     "RotatedSource",
     "Rotation",
     "Rotations",
-    "factors",
     "fold_linear",
     "random_signs",
     "rotate",
-    "transformed",
 ]
 
 ROTATIONS: Mapping[str, str] = {
@@ -52,7 +49,6 @@ ROTATIONS: Mapping[str, str] = {
 }
 _ONLINE = ("R3", "R4")
 _ROWS = 8192
-_LARGEST_FACTOR = 64
 
 
 def random_signs(seed: int, label: str, size: int) -> Tensor:
@@ -101,30 +97,7 @@ def rotate(x: Tensor, signs: Tensor, transform: HadamardTransform) -> Tensor:
             "heads times as many channels"
         )
     heads = x.unflatten(-1, tuple(signs.shape)) * signs.to(x.device, x.dtype)
-    return transformed(heads, factors(transform)).flatten(-2)
-
-
-def factors(transform: HadamardTransform) -> list[Tensor]:
-    """Matrices int8 `[order, order]` whose Kronecker product is one block of the transform, those that are cheapest to
-    multiply by: a Sylvester matrix is the product of smaller ones."""
-    orders: list[int] = []
-    for order in transform.orders:
-        while order & (order - 1) == 0 and order > _LARGEST_FACTOR:
-            orders.append(_LARGEST_FACTOR)
-            order //= _LARGEST_FACTOR
-        orders.append(order)
-    return [hadamard_matrix(order) for order in orders]
-
-
-def transformed(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """`x R^T`, x `[..., n]`, for the `factors` of a transform: each along an axis of its own. 16-bit values are rounded
-    once, at the end."""
-    orders = [len(matrix) for matrix in matrices]
-    axes = x.float() if x.dtype.itemsize == 2 else x
-    axes = axes.reshape(-1, *orders)
-    for axis, matrix in enumerate(matrices, 1):
-        axes = (axes.movedim(axis, -1) @ matrix.T.to(x.device, axes.dtype)).movedim(-1, axis)
-    return (axes.reshape(x.shape) * math.prod(orders) ** -0.5).to(x.dtype)
+    return hadamard(heads, transform).flatten(-2)
 
 
 @torch.no_grad()

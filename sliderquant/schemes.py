@@ -1,7 +1,8 @@
 """What is stored: bits, grouping and symmetry. `"W4A16-g128"` and `Scheme(bits=4, group_size=128)` are the same.
 
 Activations of 16 bits are not quantized. Those of 4 or 8 bits are the inputs of the linears, rounded while the model
-runs, each token to a grid of its own: nothing of them is stored but how.
+runs, each token to a grid of its own: nothing of them is stored but how. `KV4` and `KV8` round what attention
+multiplies too: queries and keys after RoPE, and values, each head of each token to a grid of its own.
 """
 
 import math
@@ -10,21 +11,23 @@ from dataclasses import dataclass, replace
 
 from sliderquant.errors import InputError
 
-__all__ = ["ACTIVATION_BITS", "BITS", "GROUP_SIZES", "Scheme"]
+__all__ = ["ACTIVATION_BITS", "BITS", "GROUP_SIZES", "KV_BITS", "Scheme", "attention_in_words"]
 
 BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (4, 8, 16)
+KV_BITS = (4, 8, 16)
 GROUP_SIZES = (32, 64, 128)
 
 _GRAMMAR = re.compile(
-    r"W(?P<bits>\d+)A(?P<activation_bits>\d+)(-(?P<grouping>g\d+|channel))?(-(?P<symmetry>sym|asym))?"
+    r"W(?P<bits>\d+)A(?P<activation_bits>\d+)(KV(?P<kv_bits>\d+))?(-(?P<grouping>g\d+|channel))?(-(?P<symmetry>sym|asym))?"
     r"(-act-(?P<activation_symmetry>sym|asym))?",
     re.IGNORECASE,
 )
 _EXPECTED = (
-    "expected W{2,3,4,8}A16 or W{2,4,8}A{4,8}, then -g32, -g64 or -g128 for groups (none: one scale per output "
-    "channel), then -sym for weights without zero-points, then, after A4 and A8, -act-sym for activations without "
-    "zero-points; for example W4A16-g128, W2A16, W3A16-g64-sym, W4A4, W8A8-sym-act-sym"
+    "expected W{2,3,4,8}A16 or W{2,4,8}A{4,8}, then KV4 or KV8 for quantized queries, keys and values, then -g32, -g64 "
+    "or -g128 for groups (none: one scale per output channel), then -sym for weights without zero-points, then, after "
+    "A4 and A8, -act-sym for activations without zero-points; for example W4A16-g128, W2A16, W3A16-g64-sym, W4A4KV4, "
+    "W8A8-sym-act-sym"
 )
 
 
@@ -38,6 +41,8 @@ class Scheme:
         symmetric: no zero-point; the levels are -2^(bits-1) .. 2^(bits-1)-1 times the scale.
         activation_bits: bits of one input of the layer: 4 or 8, with weights of 2, 4 or 8 bits; 16: not quantized.
         activation_symmetric: the grid of a token has no zero-point.
+        kv_bits: bits of queries, keys and values in attention, 4 or 8, with zero-points; 16: not quantized. Of the
+            model, not of a linear: see `of_linear`.
     """
 
     bits: int
@@ -45,6 +50,7 @@ class Scheme:
     symmetric: bool = False
     activation_bits: int = 16
     activation_symmetric: bool = False
+    kv_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -53,6 +59,8 @@ class Scheme:
             raise InputError(f"scheme: groups of {self.group_size} are not supported; {_EXPECTED}")
         if self.activation_bits not in ACTIVATION_BITS:
             raise InputError(f"scheme: activations of {self.activation_bits} bits are not supported; {_EXPECTED}")
+        if self.kv_bits not in KV_BITS:
+            raise InputError(f"scheme: queries, keys and values of {self.kv_bits} bits are not supported; {_EXPECTED}")
         if not self.quantizes_activations:
             if self.activation_symmetric:
                 raise InputError(f"scheme: activations of 16 bits are not quantized: leave out -act-sym; {_EXPECTED}")
@@ -86,17 +94,29 @@ class Scheme:
             symmetric=(found["symmetry"] or "").lower() == "sym",
             activation_bits=int(found["activation_bits"]),
             activation_symmetric=(found["activation_symmetry"] or "").lower() == "sym",
+            kv_bits=int(found["kv_bits"] or 16),
         )
 
     def __str__(self) -> str:
         grouping = "" if self.group_size is None else f"-g{self.group_size}"
+        attention = f"KV{self.kv_bits}" if self.quantizes_attention else ""
         activations = "-act-sym" if self.activation_symmetric else ""
-        return f"W{self.bits}A{self.activation_bits}{grouping}{'-sym' if self.symmetric else ''}{activations}"
+        symmetric = "-sym" if self.symmetric else ""
+        return f"W{self.bits}A{self.activation_bits}{attention}{grouping}{symmetric}{activations}"
 
     @property
     def quantizes_activations(self) -> bool:
         """Whether the layer's input is rounded, or goes into the product as it is."""
         return self.activation_bits < 16
+
+    @property
+    def quantizes_attention(self) -> bool:
+        """Whether queries, keys and values are rounded."""
+        return self.kv_bits < 16
+
+    def of_linear(self) -> "Scheme":
+        """What of it concerns a linear: all but the queries, keys and values."""
+        return replace(self, kv_bits=16)
 
     @property
     def activations(self) -> str:
@@ -139,3 +159,10 @@ class Scheme:
         if not self.symmetric:
             total += 4 * math.ceil(out_features * self.bits / 32) * groups
         return total
+
+
+def attention_in_words(kv_bits: int) -> str:
+    """What a scheme with these `kv_bits` does to queries, keys and values."""
+    if kv_bits == 16:
+        return "not quantized"
+    return f"queries, keys and values of {kv_bits} bits per token and head, asymmetric"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.errors import SliderQuantError
 from sliderquant.methods import Settings
+from sliderquant.modules.attention import AttentionRounding
 from sliderquant.refine import RefinedLinear, generator_for, refined_linears
 
 __all__ = ["Stage", "StageResult", "WindowLayers", "matmul_context", "matmul_dtype", "train_stage"]
@@ -56,9 +57,14 @@ class WindowLayers:
         return [linear for layer in self.layers for linear in refined_linears(layer).values()]
 
     def set(self, quantized: bool, fraction: float = 1.0) -> None:
-        """Switch every linear between the quantizer and the original weight."""
+        """Switch every linear between the quantizer and the original weight, and attention between the rounding of
+        what it multiplies and none."""
         for linear in self.linears():
             linear.quantized, linear.fraction = quantized, fraction
+        for layer in self.layers:
+            for module in layer.modules():
+                if isinstance(module, AttentionRounding):
+                    module.enabled = quantized
 
     def walk(
         self,

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.methods import Settings
 from sliderquant.models.decoder import Decoder
+from sliderquant.modules.attention import insert_rounding
+from sliderquant.modules.rotated import OnlineRotation, RotatedLinear
 from sliderquant.planning import Plan
 from sliderquant.progress import Progress, WindowReport
 from sliderquant.refine import RefinedLinear, generator_for, refined_linears
@@ -36,7 +38,7 @@ def refine_model(
     Returns:
         what happened in each stage of each window.
     """
-    assert plan.settings is not None
+    assert isinstance(plan.settings, Settings)
     settings = plan.settings
     stages = settings.stages
     sweeps: Sequence[tuple[int, ...]] = (
@@ -128,7 +130,20 @@ class _Sweep:
             if index in self.learned:
                 refined.restore(self.learned[index][name])
             layer.set_submodule(name, refined)
+        self._insert_what_runs(index, layer)
         return layer
+
+    def _insert_what_runs(self, index: int, layer: nn.Module) -> None:
+        """The rotations and roundings that the model computes while it runs."""
+        family, rotations = self.plan.source.family, self.plan.rotations
+        down = None if rotations is None else rotations.down(index)
+        if down is not None:
+            rotated = RotatedLinear(layer.get_submodule(family.down), OnlineRotation(down))
+            layer.set_submodule(family.down, rotated.to(self.device))
+        if self.plan.scheme.quantizes_attention:
+            rotation = None if rotations is None else rotations.query_key(index)
+            online = None if rotation is None else OnlineRotation(rotation).to(self.device)
+            insert_rounding(layer.get_submodule(family.attention), self.plan.scheme.kv_bits, online)
 
     def _advance(self, index: int, fraction: float) -> None:
         """Both streams pass through a layer that no window needs any more."""

@@ -124,7 +124,7 @@ def test_refined_linears_are_found_by_name():
 
 def test_a_layer_that_is_quantized_rounds_its_input():
     linear, x = make("W4A4-g32"), torch.randn(5, 64) * 2
-    rounded = fake_quantize_activations(x, linear.scheme)
+    rounded = fake_quantize_activations(x, linear.scheme.activation_bits, linear.scheme.activation_symmetric)
     expected = torch.nn.functional.linear(rounded, linear.effective_weight(), linear.bias)
     assert not torch.equal(rounded, x)
     assert torch.equal(linear(x), expected)
@@ -141,7 +141,7 @@ def test_a_stage_rounds_the_first_channels_of_the_input_only(fraction):
     linear.fraction = fraction
     passed = round(64 * fraction)
     got = linear.effective_input(x)
-    assert torch.equal(got[:, :passed], fake_quantize_activations(x[:, :passed], linear.scheme))
+    assert torch.equal(got[:, :passed], fake_quantize_activations(x[:, :passed], 4, True))
     assert torch.equal(got[:, passed:], x[:, passed:])
     expected = torch.nn.functional.linear(got, linear.effective_weight(), linear.bias)
     assert torch.equal(linear(x), expected)

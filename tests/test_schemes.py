@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sliderquant.errors import InputError
-from sliderquant.schemes import BITS, GROUP_SIZES, Scheme
+from sliderquant.schemes import BITS, GROUP_SIZES, Scheme, attention_in_words
 
 weight_only = st.builds(Scheme, st.sampled_from(BITS), st.sampled_from((None, *GROUP_SIZES)), st.booleans())
 
@@ -15,7 +17,12 @@ def low_bit(draw: st.DrawFn) -> Scheme:
     return Scheme(bits, group_size, symmetric, draw(st.sampled_from((4, 8))), draw(st.booleans()))
 
 
-@given(weight_only | low_bit())
+attention = st.builds(
+    lambda scheme, bits: replace(scheme, kv_bits=bits), weight_only | low_bit(), st.sampled_from((4, 8))
+)
+
+
+@given(weight_only | low_bit() | attention)
 def test_name_and_scheme_are_the_same_thing(scheme):
     assert Scheme.parse(str(scheme)) == scheme
     assert Scheme.parse(str(scheme).lower()) == scheme
@@ -29,6 +36,16 @@ def test_spellings():
     assert Scheme.parse("W4A8-sym") == Scheme(4, None, True, 8, activation_symmetric=False)
     assert Scheme.parse("W4A8-act-sym") == Scheme(4, None, False, 8, activation_symmetric=True)
     assert str(Scheme(8, 128, True, 8, True)) == "W8A8-g128-sym-act-sym"
+    assert Scheme.parse("w4a16kv8-g64") == Scheme(4, 64, kv_bits=8)
+    assert str(Scheme(4, 32, True, 4, True, kv_bits=4)) == "W4A4KV4-g32-sym-act-sym"
+
+
+def test_queries_keys_and_values_are_no_part_of_a_linear():
+    scheme = Scheme.parse("W4A4KV4-act-sym")
+    assert scheme.quantizes_attention
+    assert scheme.of_linear() == Scheme.parse("W4A4-act-sym")
+    assert attention_in_words(scheme.kv_bits) == "queries, keys and values of 4 bits per token and head, asymmetric"
+    assert attention_in_words(Scheme.parse("W4A4").kv_bits) == "not quantized"
 
 
 def test_activations_in_words():
@@ -55,6 +72,8 @@ def test_activations_take_nothing_in_a_checkpoint():
         ("W3A8", "weights of 3 bits take activations of 16 bits only, not of 8: use W3A16"),
         ("W8A8-g128", "weights of 8 bits in groups, .* have no zero-points: add -sym, or leave out -g128"),
         ("W4A16-act-sym", "activations of 16 bits are not quantized: leave out -act-sym"),
+        ("W4A4KV3", "queries, keys and values of 3 bits are not supported"),
+        ("W4A4-KV4", "not understood"),
         ("W4A4-act-sym-sym", "not understood"),
         ("W4A4sym", "not understood"),
     ],

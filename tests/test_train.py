@@ -5,6 +5,7 @@ from torch import nn
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.errors import SliderQuantError
 from sliderquant.methods import Settings
+from sliderquant.modules import AttentionRounding
 from sliderquant.refine import RefinedLinear, generator_for
 from sliderquant.schemes import Scheme
 from sliderquant.train import Stage, WindowLayers, matmul_dtype, train_stage
@@ -77,6 +78,16 @@ def test_the_walk_without_the_quantizer_is_the_full_precision_window():
     for layer in layers.layers:
         hidden = hidden + hidden @ layer.linear.weight.T
     assert torch.allclose(targets.data, hidden, atol=1e-5)
+
+
+def test_attention_is_rounded_only_when_the_window_is_quantized():
+    layers = window(Settings())
+    for layer in layers.layers:
+        layer.rounding = AttentionRounding(4, None, None, None)
+    x = torch.randn(1, 2, 3, 16, generator=torch.Generator().manual_seed(1))
+    for quantized in (False, True):
+        layers.set(quantized=quantized)
+        assert [torch.equal(layer.rounding.query(x), x) for layer in layers.layers] == [not quantized] * 2
 
 
 def test_same_seed_same_bits_and_another_seed_others():

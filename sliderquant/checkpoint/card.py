@@ -37,7 +37,11 @@ class CardInfo:
 
 
 def render_card(
-    info: CardInfo, schemes: Mapping[str, Scheme], total_bytes: int, rotations: Rotations | None = None
+    info: CardInfo,
+    schemes: Mapping[str, Scheme],
+    total_bytes: int,
+    rotations: Rotations | None = None,
+    kv_bits: int = 16,
 ) -> str:
     """The text of README.md.
 
@@ -45,6 +49,7 @@ def render_card(
         schemes: by name of the linear.
         total_bytes: of all tensors.
         rotations: what the weights were rotated by.
+        kv_bits: of queries, keys and values; 16: not quantized.
     """
     counts = Counter(str(scheme) for scheme in schemes.values())
     # A path of the machine that quantized the model means nothing to whoever reads the card.
@@ -57,7 +62,7 @@ def render_card(
         license=info.license,
         library_name="sliderquant",
         pipeline_tag="text-generation",
-        tags=[*([] if online else ["compressed-tensors"]), "quantized", "sliderquant"],
+        tags=[*([] if online or kv_bits < 16 else ["compressed-tensors"]), "quantized", "sliderquant"],
     )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sliderquant.checkpoint", "."),
@@ -83,6 +88,7 @@ def render_card(
         ],
         rotations=[] if rotations is None else list(rotations.transforms),
         online=online,
+        kv_bits=kv_bits,
         asymmetric=asymmetric,
         unreadable=asymmetric and len(counts) > 1,
         activations=sorted({scheme.activations for scheme in schemes.values() if scheme.quantizes_activations}),

@@ -19,9 +19,9 @@ from compressed_tensors.utils.match import match_name, match_targets
 from sliderquant._version import __version__
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.rotation import Rotations
-from sliderquant.schemes import ACTIVATION_BITS, BITS, GROUP_SIZES, Scheme
+from sliderquant.schemes import ACTIVATION_BITS, BITS, GROUP_SIZES, KV_BITS, Scheme
 
-__all__ = ["FORMAT_VERSION", "SchemeLookup", "quantization_config", "rotations_of", "sliderquant_entry"]
+__all__ = ["FORMAT_VERSION", "SchemeLookup", "quantization_config", "read_entry", "sliderquant_entry"]
 
 FORMAT_VERSION = 1
 """Of what sliderquant adds to the format of compressed-tensors; a reader refuses a larger one."""
@@ -39,21 +39,24 @@ _SUPPORTED = (
 )
 
 
-def sliderquant_entry(rotations: Rotations | None = None) -> dict[str, Any]:
+def sliderquant_entry(rotations: Rotations | None = None, kv_bits: int = 16) -> dict[str, Any]:
     """The top-level key `sliderquant` of config.json. transformers and vLLM carry unknown keys of a model's
     configuration along; inside `quantization_config` they may refuse them."""
     entry: dict[str, Any] = {"format_version": FORMAT_VERSION, "version": __version__}
     if rotations is not None:
         entry["rotations"] = rotations.to_dict()
+    if kv_bits < 16:
+        # Queries, keys and values, each head of each token to a grid of its own.
+        entry["attention"] = {"bits": kv_bits, "symmetric": False}
     return entry
 
 
-def rotations_of(config: Mapping[str, Any], where: str) -> Rotations | None:
-    """The rotations that a config.json describes.
+def read_entry(config: Mapping[str, Any], where: str) -> tuple[Rotations | None, int]:
+    """The rotations that a config.json describes, and the bits of queries, keys and values (16: not quantized).
 
     Raises:
-        CheckpointError: the description is damaged, or missing where there are online rotations; the message starts
-            with `where`.
+        CheckpointError: the description is damaged, or does not fit the `quant_method`; the message starts with
+            `where`.
     """
     entry = config.get("sliderquant") or {}
     described = entry.get("rotations") if isinstance(entry, Mapping) else None
@@ -63,14 +66,26 @@ def rotations_of(config: Mapping[str, Any], where: str) -> Rotations | None:
         rotations = None if described is None else Rotations.from_dict(described)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: sliderquant.{error}") from error
-    online = rotations is not None and bool(rotations.online)
+    kv_bits = _attention_bits(entry.get("attention") if isinstance(entry, Mapping) else None, where)
+    runs = kv_bits < 16 or (rotations is not None and bool(rotations.online))
     method = config["quantization_config"].get("quant_method")
-    if online != (method == _OWN_METHOD):
+    if runs != (method == _OWN_METHOD):
         raise CheckpointError(
-            f"{where}: quant_method is {method!r}, but sliderquant.rotations describes "
-            f"{'some' if online else 'none'} that are computed while the model runs"
+            f"{where}: quant_method is {method!r}, but sliderquant describes "
+            f"{'rotations or roundings' if runs else 'none'} that are computed while the model runs"
         )
-    return rotations
+    return rotations, kv_bits
+
+
+def _attention_bits(described: Any, where: str) -> int:
+    if described is None:
+        return 16
+    expected = [{"bits": bits, "symmetric": False} for bits in KV_BITS if bits < 16]
+    if described not in expected:
+        raise CheckpointError(
+            f"{where}: sliderquant.attention is {described!r}, expected {' or '.join(map(str, expected))}"
+        )
+    return described["bits"]
 
 
 def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], online: bool = False) -> dict[str, Any]:
@@ -79,7 +94,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], on
     Args:
         schemes: the scheme of every quantized linear, by module name.
         ignore: module names of the linears that are not quantized.
-        online: the model computes rotations while it runs: other readers, which would leave them out, shall refuse it.
+        online: the model rotates or rounds, while it runs, what other readers would not: they shall refuse it.
     """
     members: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():

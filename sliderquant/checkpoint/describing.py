@@ -24,7 +24,8 @@ class Description:
         schemes: by scheme (`W4A16-g128`), the number of linears.
         activations: by what the input of a linear is rounded to (`4 bits per token, asymmetric`; `not quantized`), the
             number of linears.
-        rotations: what the weights were rotated by: `R1`, `R2`, `R4`.
+        kv_bits: bits of queries, keys and values; 16: not quantized.
+        rotations: what the weights were rotated by: `R1` to `R4`.
         layers: by kind of linear (`q_proj`, `down_proj`, ...), the number of quantized ones.
         bytes_by_part: bytes on disk of packed weights, scales, zero-points, shapes, and of what is not quantized:
             embeddings, output head, norms, other.
@@ -43,6 +44,7 @@ class Description:
     architecture: str
     schemes: dict[str, int]
     activations: dict[str, int]
+    kv_bits: int
     rotations: list[str]
     layers: dict[str, int]
     bytes_by_part: dict[str, int]
@@ -77,6 +79,7 @@ def describe(path: str | Path) -> Description:
         architecture=", ".join(checkpoint.config.get("architectures") or [str(checkpoint.config.get("model_type"))]),
         schemes=dict(Counter(str(scheme) for scheme in checkpoint.schemes.values())),
         activations=dict(Counter(scheme.activations for scheme in checkpoint.schemes.values())),
+        kv_bits=checkpoint.kv_bits,
         rotations=[] if checkpoint.rotations is None else list(checkpoint.rotations.transforms),
         layers=dict(Counter(name.rpartition(".")[2] for name in checkpoint.schemes)),
         bytes_by_part=by_part,

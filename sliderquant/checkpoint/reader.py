@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from sliderquant.checkpoint.config import FORMAT_VERSION, SchemeLookup, rotations_of
+from sliderquant.checkpoint.config import FORMAT_VERSION, SchemeLookup, read_entry
 from sliderquant.checkpoint.packing import packed_shapes
 from sliderquant.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME
 from sliderquant.errors import CheckpointError, InputError
@@ -66,6 +66,7 @@ class Checkpoint:
         format_version, version: of the sliderquant that wrote it; None when another tool did.
         report: sliderquant-report.json, or None.
         rotations: what the weights were rotated by; None: nothing.
+        kv_bits: bits of queries, keys and values; 16: not quantized.
         lookup: which linears the configuration quantizes.
     """
 
@@ -78,6 +79,7 @@ class Checkpoint:
     version: str | None
     report: dict[str, Any] | None
     rotations: Rotations | None
+    kv_bits: int
     lookup: SchemeLookup = field(repr=False)
 
     @cached_property
@@ -105,7 +107,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             "sliderquant"
         )
     lookup = SchemeLookup(config["quantization_config"], where)
-    rotations = rotations_of(config, str(folder / "config.json"))
+    rotations, kv_bits = read_entry(config, str(folder / "config.json"))
     tensors = _read_headers(folder)
     schemes, linear_shapes = _check_linears(folder, tensors, lookup)
     return Checkpoint(
@@ -118,6 +120,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         version=entry.get("version") if version is not None else None,
         report=_read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else None,
         rotations=rotations,
+        kv_bits=kv_bits,
         lookup=lookup,
     )
 

@@ -98,6 +98,7 @@ class CheckpointWriter:
         self._estimated_bytes = estimated_bytes or 0
         self._schemes: dict[str, Scheme] = {}
         self._rotations: Rotations | None = None
+        self._kv_bits = 16
         self._folder: Path | None = None
         self._shards: ShardWriter | None = None
         self._digests: dict[str, dict[str, str]] | None = None
@@ -174,7 +175,11 @@ class CheckpointWriter:
         return self.publish(report, card)
 
     def write_model(
-        self, config: PretrainedConfig | dict[str, Any], source: str | Path, rotations: Rotations | None = None
+        self,
+        config: PretrainedConfig | dict[str, Any],
+        source: str | Path,
+        rotations: Rotations | None = None,
+        kv_bits: int = 16,
     ) -> Path:
         """Write the last shard, the configuration and the tokenizer: what it takes to load the model.
 
@@ -182,8 +187,8 @@ class CheckpointWriter:
             config: of the model; a `quantization_config` in it is replaced.
             source: local folder of the original model, whose tokenizer, chat template, generation configuration and
                 licence are carried over.
-            rotations: what the weights were rotated by. Of those that are computed while the model runs, R4 alone can
-                be loaded.
+            rotations: what the weights were rotated by.
+            kv_bits: what queries, keys and values are rounded to while the model runs: 4 or 8 bits; 16: not.
 
         Returns:
             the temporary folder, which can be loaded from, to measure the packed model before it is published.
@@ -195,7 +200,7 @@ class CheckpointWriter:
             raise RuntimeError("CheckpointWriter is used inside `with`, and not after publish()")
         if not self._schemes:
             raise CheckpointError(f"{self.out}: no quantized linear was written")
-        self._rotations = rotations
+        self._rotations, self._kv_bits = rotations, kv_bits
         with disk_full(self.out, max(self._estimated_bytes, self._shards.total_bytes)):
             self._digests = self._shards.finish()
             _carry_over(Path(source), self._folder)
@@ -221,7 +226,7 @@ class CheckpointWriter:
         folder, total = self._folder, self._shards.total_bytes
         with disk_full(self.out, max(self._estimated_bytes, total)):
             _write_json(folder / REPORT_NAME, dict(report or {}))
-            text = render_card(card or CardInfo(), self._schemes, total, self._rotations)
+            text = render_card(card or CardInfo(), self._schemes, total, self._rotations, self._kv_bits)
             (folder / "README.md").write_text(text, encoding="utf-8")
             write_checksums(folder, self._digests)
             for path in [*folder.rglob("*"), folder]:
@@ -236,9 +241,9 @@ class CheckpointWriter:
         full.setdefault("architectures", None)
         full["architectures"] = full["architectures"] or [type(model).__name__]
         ignore = [name for name in linear_names(model) if name not in self._schemes]
-        online = self._rotations is not None and bool(self._rotations.online)
+        online = self._kv_bits < 16 or (self._rotations is not None and bool(self._rotations.online))
         full["quantization_config"] = quantization_config(self._schemes, ignore, online)
-        full["sliderquant"] = sliderquant_entry(self._rotations)
+        full["sliderquant"] = sliderquant_entry(self._rotations, self._kv_bits)
         return full
 
     def _publish(self, folder: Path) -> None:

@@ -24,6 +24,7 @@ def command(
 
     from sliderquant import checkpoint as checkpoints
     from sliderquant.errors import CheckpointError
+    from sliderquant.schemes import attention_in_words
 
     # Damaged headers must not keep --verify from naming everything that is wrong.
     verified = checkpoints.verify(checkpoint) if verify else None
@@ -43,6 +44,7 @@ def command(
     print(f"model       {found.architecture}, {found.weights / 1e6:.1f} million weights")
     print("scheme      " + ", ".join(f"{scheme} ({count} linears)" for scheme, count in found.schemes.items()))
     print("activations " + ", ".join(f"{what} ({count} linears)" for what, count in found.activations.items()))
+    print("attention   " + attention_in_words(found.kv_bits))
     print("rotations   " + (", ".join(found.rotations) or "none"))
     print(f"method      {found.method or 'unknown'}, written by sliderquant {found.written_by or '(another tool)'}")
     print("layers      " + ", ".join(f"{count} x {kind}" for kind, count in found.layers.items()))

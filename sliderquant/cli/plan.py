@@ -2,7 +2,9 @@
 
 from collections import Counter
 
+from sliderquant.methods import OneShotSettings
 from sliderquant.planning import Plan
+from sliderquant.schemes import attention_in_words
 
 __all__ = ["print_plan"]
 
@@ -13,13 +15,17 @@ def print_plan(plan: Plan) -> None:
     print(f"model       {plan.source.name}: {plan.source.num_layers} layers, {plan.source_bytes / 1e9:.3f} GB")
     print(f"scheme      {plan.scheme}")
     print(f"activations {plan.scheme.activations}")
+    print(f"attention   {attention_in_words(plan.scheme.kv_bits)}")
     if plan.rotations is not None:
         print("rotations   " + (", ".join(plan.rotations.transforms)))
     print(f"method      {plan.method.name}: {plan.method.summary}")
     print("quantized   " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     print("kept        " + ", ".join(plan.kept) + ", norms and biases")
-    if plan.settings is not None:
-        settings = plan.settings
+    settings = plan.settings
+    if isinstance(settings, OneShotSettings):
+        print(f"calibration {plan.samples} samples of {plan.seqlen} tokens, batches of {settings.batch_size}")
+        print("settings    " + ", ".join(f"{name}={value}" for name, value in settings.model_dump().items()))
+    elif settings is not None:
         shares = ", ".join(
             f"{share:.0%} for {settings.epochs_of_stage(stage)} epochs" for stage, share in enumerate(settings.stages)
         )

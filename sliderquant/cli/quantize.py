@@ -11,7 +11,7 @@ from sliderquant.cli.errors import DeviceOption, QuietOption, VerboseOption, rep
 
 __all__ = ["command"]
 
-_METHODS = "rtn or sliderquant"
+_METHODS = "rtn, gptq, awq, smoothquant or sliderquant"
 
 
 @reported
@@ -19,7 +19,7 @@ def command(
     model: Annotated[str, typer.Argument(help="Local folder, or id on the Hugging Face hub.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the checkpoint to write.")] = None,
     scheme: Annotated[
-        str, typer.Option(help="W{2,3,4,8}A16 or W{2,4,8}A{4,8}[-g32|-g64|-g128][-sym][-act-sym].")
+        str, typer.Option(help="W{2,3,4,8}A16 or W{2,4,8}A{4,8}[KV4|KV8][-g32|-g64|-g128][-sym][-act-sym].")
     ] = "W4A16-g128",
     method: Annotated[str, typer.Option(help=_METHODS)] = "sliderquant",
     calibration: Annotated[
@@ -41,7 +41,7 @@ def command(
     per_channel_fallback: Annotated[
         bool, typer.Option("--per-channel-fallback", help="Layers that the group does not divide: per channel.")
     ] = False,
-    rotate: Annotated[str, typer.Option(help="Rotations to fold in first: R1,R2 or, with rtn, R1,R2,R4.")] = "",
+    rotate: Annotated[str, typer.Option(help="Rotations to fold in first, of R1,R2,R3,R4; R3 with KV4 or KV8.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     quiet: QuietOption = False,

@@ -19,8 +19,10 @@ class Family:
             one module.
         norms: the RMSNorm inside a decoder layer that each of these groups reads, in the same order; it multiplies by
             its weight as it is stored.
+        attention: the attention module inside a decoder layer.
         value, output, down: those of the linears that make the values, that read the attention's output, and that end
             the MLP; the last two are added to the residual stream.
+        up: the one of them whose outputs, times those of an activation function, are the inputs of `down`.
         embedding: token ids to the residual stream.
         final_norm: the RMSNorm that the head reads.
         head: the output projection, which stays in 16 bits.
@@ -44,8 +46,10 @@ class Family:
         ("mlp.gate_proj", "mlp.up_proj"),
     )
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    attention: str = "self_attn"
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
+    up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"

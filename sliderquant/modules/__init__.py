@@ -1,10 +1,12 @@
 """Inference layers on top of `sliderquant_kernels`."""
 
+from sliderquant.modules.attention import AttentionRounding, insert_rounding, round_attention
 from sliderquant.modules.linear import PackedLinear, QuantizedLinear
 from sliderquant.modules.merged import LinearSlice, MergedLinear, merge_linears, split_linears
-from sliderquant.modules.rotated import OnlineRotation, RotatedLinear, insert_rotations, rotate_query_key
+from sliderquant.modules.rotated import OnlineRotation, RotatedLinear, insert_rotations
 
 __all__ = [
+    "AttentionRounding",
     "LinearSlice",
     "MergedLinear",
     "OnlineRotation",
@@ -12,7 +14,8 @@ __all__ = [
     "QuantizedLinear",
     "RotatedLinear",
     "insert_rotations",
+    "insert_rounding",
     "merge_linears",
-    "rotate_query_key",
+    "round_attention",
     "split_linears",
 ]

@@ -1,25 +1,24 @@
 """Online rotations: what `sliderquant.rotation` could not fold into weights.
 
-R4 is a `RotatedLinear` in the place of every down_proj. R3 belongs between RoPE and whatever quantizes q and k, for k
-therefore before the cache is written: `rotate_query_key`.
+R4 is a `RotatedLinear` in the place of every down_proj. For R3 see `sliderquant.modules.attention`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from sliderquant.errors import InputError
 from sliderquant.models.family import Family
-from sliderquant.rotation import Rotation, Rotations, factors, transformed
+from sliderquant.rotation import Rotation, Rotations
+from sliderquant_kernels import hadamard
 
-__all__ = ["OnlineRotation", "RotatedLinear", "insert_rotations", "rotate_query_key"]
+__all__ = ["OnlineRotation", "RotatedLinear", "insert_rotations"]
 
 
 class OnlineRotation(nn.Module):
     """`x -> (x * signs) R^T` over the last dimension.
 
-    Signs and matrices are buffers that `state_dict` does not hold: config.json describes them.
+    The signs are a buffer that `state_dict` does not hold: config.json describes them.
     """
 
     signs: Tensor
@@ -34,14 +33,10 @@ class OnlineRotation(nn.Module):
             raise InputError(f"rotation of {len(rotation.signs)} heads: an online rotation has the same signs for all")
         self.transform = rotation.transform
         self.register_buffer("signs", rotation.signs[0].clone(), persistent=False)
-        matrices = factors(rotation.transform)
-        self._matrix_names = [f"matrix_{index}" for index in range(len(matrices))]
-        for name, matrix in zip(self._matrix_names, matrices, strict=True):
-            self.register_buffer(name, matrix, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., size]` -> the same shape and dtype."""
-        return transformed(x * self.signs.to(x.dtype), [self.get_buffer(name) for name in self._matrix_names])
+        return hadamard(x, self.transform, self.signs.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.transform}"
@@ -114,14 +109,3 @@ def insert_rotations(model: nn.Module, family: Family, rotations: Rotations) -> 
         if isinstance(linear, RotatedLinear):
             raise InputError(f"layer {index}: its {family.down} is rotated already")
         layer.set_submodule(family.down, RotatedLinear(linear, OnlineRotation(rotation)))
-
-
-def rotate_query_key(query: Tensor, key: Tensor, rotation: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """R3. Both are rotated alike, so that `query @ key^T` stays as it is while neither has outliers.
-
-    Args:
-        query: after RoPE, `[..., head_dim]`.
-        key: after RoPE and before it is quantized or written to the cache, `[..., head_dim]`.
-        rotation: of size head_dim, an `OnlineRotation`.
-    """
-    return rotation(query), rotation(key)

@@ -1,7 +1,7 @@
 import pytest
 from compressed_tensors.quantization import QuantizationConfig
 
-from sliderquant.checkpoint.config import SchemeLookup, quantization_config
+from sliderquant.checkpoint.config import SchemeLookup, quantization_config, read_entry, sliderquant_entry
 from sliderquant.errors import CheckpointError
 from sliderquant.schemes import Scheme
 
@@ -161,3 +161,36 @@ def test_what_is_not_supported_says_so(config: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         SchemeLookup(config, "folder/config.json")
     assert str(caught.value).startswith("folder/config.json")
+
+
+def test_what_runs_round_trips() -> None:
+    config = {
+        "sliderquant": sliderquant_entry(None, 8),
+        "quantization_config": quantization_config({"a.b": CHANNEL}, [], online=True),
+    }
+    assert config["quantization_config"]["quant_method"] == "sliderquant"
+    assert read_entry(config, "here") == (None, 8)
+    plain = {"sliderquant": sliderquant_entry(), "quantization_config": quantization_config({"a.b": CHANNEL}, [])}
+    assert read_entry(plain, "here") == (None, 16)
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (None, "here: quant_method is 'sliderquant', but sliderquant describes none that are computed"),
+        (
+            {"bits": 3, "symmetric": False},
+            r"here: sliderquant\.attention is .*3.*, expected .*'bits': 4.* or .*'bits': 8",
+        ),
+        ({"bits": 4}, "expected"),
+        ({"bits": 4, "symmetric": True}, "expected"),
+        (4, "sliderquant.attention is 4"),
+    ],
+)
+def test_damaged_descriptions_of_attention(attention, message) -> None:
+    config = {
+        "sliderquant": sliderquant_entry() | {"attention": attention},
+        "quantization_config": quantization_config({"a.b": CHANNEL}, [], online=True),
+    }
+    with pytest.raises(CheckpointError, match=message):
+        read_entry(config, "here")

@@ -153,14 +153,10 @@ def test_the_same_seed_writes_the_same_bytes(tiny, rotated, tmp_path):
         (lambda c: c["sliderquant"].pop("rotations"), "quant_method is 'sliderquant', but .* describes none that are"),
         (
             lambda c: c["quantization_config"].update(quant_method="compressed-tensors"),
-            "quant_method is 'compressed-tensors', but sliderquant.rotations describes some that are",
+            "quant_method is 'compressed-tensors', but sliderquant describes rotations or roundings that are",
         ),
         (lambda c: c["sliderquant"]["rotations"].update(R4={"n": 3}), r"sliderquant\.rotations: R4 is not a Hadamard"),
         (lambda c: c["sliderquant"].update(rotations=4), "sliderquant.rotations is 4, expected a JSON object"),
-        (
-            lambda c: c["sliderquant"]["rotations"].update(R3=c["sliderquant"]["rotations"]["R2"]),
-            "rotation R3 is not supported while a model runs",
-        ),
         (
             lambda c: c["sliderquant"]["rotations"].update(R4=c["sliderquant"]["rotations"]["R1"]),
             "R4 is of size 64, but the input of down_proj has 96 channels",
@@ -177,25 +173,25 @@ def test_damaged_descriptions_are_refused(rotated, tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    ("method", "rotate", "message"),
+    ("rotate", "message"),
     [
-        ("sliderquant", ["R1", "R4"], "rotate R4: method sliderquant does not learn behind a rotation"),
-        ("rtn", ["R3"], "rotate R3: of use only where q and k are quantized"),
-        ("rtn", ["R1", "X"], "rotations X: expected some of R1, R2, R3, R4"),
+        (["R3"], "rotate R3: of use only where queries and keys are quantized, which W4A16-g128 does not"),
+        (["R1", "X"], "rotations X: expected some of R1, R2, R3, R4"),
     ],
 )
-def test_what_makes_no_sense_is_refused_first(tiny, tmp_path, method, rotate, message):
+def test_what_makes_no_sense_is_refused_first(tiny, tmp_path, rotate, message):
     with pytest.raises(InputError, match=message):
-        sliderquant.quantize(tiny, tmp_path / "out", method=method, rotate=rotate, device="cpu")
+        sliderquant.quantize(tiny, tmp_path / "out", method="rtn", rotate=rotate, device="cpu")
     assert not list(tmp_path.iterdir())
 
 
-def test_sliderquant_learns_on_a_rotated_model(tiny, tmp_path, calibration_file):
+@pytest.mark.parametrize(("scheme", "rotate"), [("W4A16", ["R1", "R2"]), ("W8A8KV8", [*ALL, "R3"])])
+def test_sliderquant_learns_on_a_rotated_model(tiny, tmp_path, calibration_file, scheme, rotate):
     result = sliderquant.quantize(
         tiny,
         tmp_path / "out",
-        scheme="W4A16",
-        rotate=["R1", "R2"],
+        scheme=scheme,
+        rotate=rotate,
         settings={"epochs": 2},
         calibration=str(calibration_file),
         samples=4,

@@ -1,0 +1,130 @@
+"""What runs after loading is what was trained, layer by layer: the layers that learning leaves behind, whose quantizers
+are simulated in fp32, against those of the loaded checkpoint, on the same inputs. On CPU kernels, and on the Triton
+kernels in the interpreter."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sliderquant
+from sliderquant import pipeline
+from sliderquant.modules import attention, linear, rotated
+from sliderquant.modules.merged import MergedLinear
+from sliderquant_kernels import LowBitLayout, QuantizedActivations
+
+ALL = ("R1", "R2", "R3", "R4")
+IDS = torch.randint(2, 2000, (2, 13), generator=torch.Generator().manual_seed(5))
+RTN = {"rank": 0, "clipping": False, "epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def original(random_model, tmp_path_factory):
+    """Biases on q, k and v, grouped-query attention, tied embeddings, an intermediate size of 3 * 2^5."""
+    return random_model(tmp_path_factory.mktemp("simulation") / "model", dtype="float32", model_type="qwen2")
+
+
+@pytest.fixture
+def quantize(original, tmp_path, calibration_file, monkeypatch):
+    def run(scheme, rotate=(), **settings):
+        trained = {}
+
+        def kept(plan, decoder, blocks, seed, device, emit, progress):
+            def emit_and_keep(index, layer, *rest):
+                trained[index] = copy.deepcopy(layer)
+                emit(index, layer, *rest)
+
+            return refine_model(plan, decoder, blocks, seed, device, emit_and_keep, progress)
+
+        refine_model = pipeline.refine_model
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "refine_model", kept)
+            result = sliderquant.quantize(
+                original, tmp_path / "out", scheme, settings=settings, rotate=rotate, device="cpu",
+                calibration=str(calibration_file), samples=4, seqlen=32, overwrite=True,
+            )  # fmt: skip
+        return result, [trained[index] for index in sorted(trained)]
+
+    return run
+
+
+@torch.no_grad()
+def errors(model, trained):
+    """Of what each loaded layer adds to the residual stream, relative to what the trained one adds to the same."""
+    calls = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, x, keywords, out: calls.append((x[0], keywords, out)), with_kwargs=True)
+    model(input_ids=IDS, use_cache=False)
+    assert len(calls) == len(trained)
+    found = []
+    for layer, (x, keywords, out) in zip(trained, calls, strict=True):
+        want = layer(x, **keywords) - x
+        found.append((((out - x) - want).norm() / want.norm()).item())
+    return found
+
+
+SCHEMES = ("W4A16", "W2A16-g32", "W3A16-sym", "W4A16KV4", "W4A8KV8", "W8A8", "W4A4", "W4A4KV4", "W4A4KV4-g32-sym")
+
+
+# In fp32 some 3e-7, until a value that lies on the middle of two codes is rounded the other way: then about the step of
+# one value in a whole layer. (With symmetric activations the largest of every token does: see test_activations.)
+@pytest.mark.parametrize("rotate", [(), ALL], ids=["plain", "rotated"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_learned(quantize, scheme, rotate):
+    if "KV" not in scheme:
+        rotate = tuple(name for name in rotate if name != "R3")
+    result, trained = quantize(scheme, rotate, epochs=2)
+    assert max(errors(result.load(device="cpu", dtype="float32"), trained)) < 5e-3
+
+
+@pytest.mark.parametrize("rotate", [(), ALL], ids=["plain", "rotated"])
+def test_rounded_to_nearest(quantize, original, tmp_path, rotate):
+    result, trained = quantize("W4A4KV4", rotate, **RTN)
+    assert max(errors(result.load(device="cpu", dtype="float32"), trained)) < 5e-3
+    other = sliderquant.quantize(original, tmp_path / "rtn", "W4A4KV4", "rtn", rotate=rotate, device="cpu").path
+    first, second = (load_file(path / "model.safetensors") for path in (result.path, other))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("rotate", [(), ALL], ids=["plain", "rotated"])
+@pytest.mark.parametrize("scheme", ["W4A4KV4", "W2A8KV8-g32"])
+def test_on_the_triton_kernels(quantize, monkeypatch, scheme, rotate):
+    pytest.importorskip("triton")
+    from sliderquant_kernels import activations_triton, hadamard_launch, low_bit_launch
+
+    if not low_bit_launch.INTERPRETED:
+        pytest.skip("the kernels were imported without TRITON_INTERPRET=1; the GPU tests run them")
+    calls = []
+
+    def multiply(x, packed, layout, dtype, bias=None):
+        calls.append("linear")
+        return low_bit_launch.low_bit_linear(*x, *packed, bias, None, layout, dtype, None)
+
+    def quantize_tokens(x, bits, symmetric):
+        calls.append("quantize")
+        codes, scale, zero, total = activations_triton.quantize_activations(x, bits, symmetric, None, 0.0, None, False)
+        return QuantizedActivations(codes, scale, None if symmetric else zero, total)
+
+    def rotate_tokens(x, transform, signs):
+        calls.append("rotate")
+        return hadamard_launch.hadamard(x, signs, transform, False)
+
+    def rotate_and_quantize(x, transform, bits, symmetric, signs):
+        calls.append("rotate and quantize")
+        codes, scale, zero, total = hadamard_launch.hadamard_quantize(x, signs, None, transform, bits, symmetric)
+        return QuantizedActivations(codes, scale, None if symmetric else zero, total)
+
+    result, trained = quantize(scheme, rotate, **RTN)
+    monkeypatch.setattr(linear, "choose_low_bit_layout", lambda *shape: LowBitLayout("triton_int8", *shape[:5]))
+    monkeypatch.setattr(linear, "low_bit_linear", multiply)
+    monkeypatch.setattr(linear, "quantize_activations", quantize_tokens)
+    monkeypatch.setattr(attention, "quantize_activations", quantize_tokens)
+    monkeypatch.setattr(attention, "hadamard_quantize", rotate_and_quantize)
+    monkeypatch.setattr(rotated, "hadamard", rotate_tokens)
+    model = result.load(device="cpu", dtype="float32")
+    assert any(isinstance(module, MergedLinear) for module in model.modules())
+    assert max(errors(model, trained)) < 5e-3
+    assert {"linear", "quantize"} <= set(calls)
+    assert {"rotate", "rotate and quantize"}.issubset(calls) == bool(rotate)
