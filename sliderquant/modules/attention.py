@@ -23,7 +23,7 @@ from sliderquant.models.family import Family
 from sliderquant.modules.rotated import OnlineRotation
 from sliderquant.quantizer import fake_quantize_activations
 from sliderquant.rotation import Rotations
-from sliderquant_kernels import hadamard_quantize, quantize_activations
+from sliderquant_kernels import quantize_activations
 
 __all__ = ["AttentionRounding", "insert_rounding", "round_attention"]
 
@@ -73,9 +73,7 @@ class AttentionRounding(nn.Module):
         elif rotation is None:
             rows = quantize_activations(rows, self.bits, symmetric=False).dequantize(x.dtype)
         else:
-            signs = rotation.signs.to(x.dtype)
-            codes = hadamard_quantize(rows, rotation.transform, self.bits, symmetric=False, signs=signs)
-            rows = codes.dequantize(x.dtype)
+            rows = rotation.quantize(rows, self.bits, symmetric=False).dequantize(x.dtype)
         return rows.transpose(1, 2)
 
     def attention(self) -> Any:

@@ -17,6 +17,7 @@ from sliderquant.schemes import Scheme
 from sliderquant_kernels import (
     LowBitLayout,
     PackedWeight,
+    QuantizedActivations,
     WeightLayout,
     choose_layout,
     choose_low_bit_layout,
@@ -196,8 +197,12 @@ class PackedLinear(QuantizedLinear):
             return weight_only_linear(x, self.packed, self.layout, self.bias)
         if x.dtype != self.dtype:
             raise TypeError(f"x: expected dtype {self.dtype} like the layer, got {x.dtype}; convert x or the layer")
-        rounded = quantize_activations(x, self.scheme.activation_bits, self.scheme.activation_symmetric)
-        return low_bit_linear(rounded, self.packed, self.layout, self.dtype, self.bias)
+        return self.multiply(quantize_activations(x, self.scheme.activation_bits, self.scheme.activation_symmetric))
+
+    def multiply(self, activations: QuantizedActivations) -> Tensor:
+        """`forward` for inputs that are rounded already; of a scheme that quantizes activations."""
+        assert isinstance(self.layout, LowBitLayout)
+        return low_bit_linear(activations, self.packed, self.layout, self.dtype, self.bias)
 
     def _replace(self, quantized: QuantizedWeight) -> None:
         self._store(quantized, self.dtype)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from sliderquant.errors import InputError
 from sliderquant.models.family import Family
+from sliderquant.modules.linear import PackedLinear
 from sliderquant.rotation import Rotation, Rotations
-from sliderquant_kernels import hadamard
+from sliderquant_kernels import QuantizedActivations, hadamard, hadamard_quantize
 
 __all__ = ["OnlineRotation", "RotatedLinear", "insert_rotations"]
 
@@ -37,6 +38,10 @@ class OnlineRotation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., size]` -> the same shape and dtype."""
         return hadamard(x, self.transform, self.signs.to(x.dtype))
+
+    def quantize(self, x: Tensor, bits: int, symmetric: bool) -> QuantizedActivations:
+        """x `[..., size]` rotated and, each row, rounded to `bits`."""
+        return hadamard_quantize(x, self.transform, bits, symmetric, signs=self.signs.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.transform}"
@@ -80,7 +85,12 @@ class RotatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]`, not rotated -> `[..., out]`."""
-        return self.linear(self.rotation(x))
+        linear, rotation = self.linear, self.rotation
+        if not isinstance(linear, PackedLinear) or not linear.scheme.quantizes_activations or x.dtype != linear.dtype:
+            return linear(rotation(x))
+        # One kernel rotates and rounds.
+        bits, symmetric = linear.scheme.activation_bits, linear.scheme.activation_symmetric
+        return linear.multiply(rotation.quantize(x, bits, symmetric))
 
     def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
         return self.linear.state_dict(*arguments, **keywords)
