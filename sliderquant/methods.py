@@ -11,9 +11,23 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sliderquant.baselines.settings import AwqSettings, GptqSettings, OneShotSettings, SmoothQuantSettings
 from sliderquant.errors import InputError
+from sliderquant.schemes import Scheme
 
-__all__ = ["METHODS", "LearningRates", "Method", "Settings", "WindowSettings", "method_named", "parse_overrides"]
+__all__ = [
+    "METHODS",
+    "LearningRates",
+    "Method",
+    "OneShotSettings",
+    "Settings",
+    "WindowSettings",
+    "check_scheme",
+    "method_named",
+    "parse_overrides",
+    "setting_names",
+    "with_overrides",
+]
 
 
 class _Frozen(BaseModel):
@@ -80,17 +94,37 @@ class Settings(_Frozen):
 
 @dataclass(frozen=True)
 class Method:
-    """`settings` None: nothing is learned and no calibration text is needed."""
+    """One way to quantize.
+
+    Attributes:
+        settings: `Settings`: it slides windows over the layers; `OneShotSettings`: it looks at calibration activations
+            once, layer by layer; None: it needs no calibration text.
+        activations: whether it is for schemes with quantized activations only, for those without only, or for any.
+    """
 
     name: str
     summary: str
-    settings: Settings | None
+    settings: Settings | OneShotSettings | None
+    activations: Literal["any", "quantized", "not quantized"] = "any"
 
 
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
         Method("rtn", "round to nearest over each group's full range", None),
+        Method("gptq", "layer by layer, rounding errors compensated by the weights not yet rounded", GptqSettings()),
+        Method(
+            "awq",
+            "channel scales and clipping searched by the error of the output",
+            AwqSettings(),
+            activations="not quantized",
+        ),
+        Method(
+            "smoothquant",
+            "channel scales from the ranges of activations and weights, then round to nearest",
+            SmoothQuantSettings(),
+            activations="quantized",
+        ),
         Method("sliderquant", "sliding windows with low-rank terms and learned clipping", Settings()),
     )
 }
@@ -101,6 +135,20 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def check_scheme(method: Method, scheme: Scheme) -> None:
+    """Raises InputError when the method makes no sense with the scheme."""
+    if method.activations == "quantized" and not scheme.quantizes_activations:
+        raise InputError(
+            f"method {method.name} with scheme {scheme}: it makes activations easier to round, and this scheme leaves "
+            "them as they are: use a scheme such as W8A8 or W4A4, or method awq or gptq"
+        )
+    if method.activations == "not quantized" and scheme.quantizes_activations:
+        raise InputError(
+            f"method {method.name} with scheme {scheme}: it is for schemes that leave activations as they are: use a "
+            "scheme such as W4A16, or method smoothquant or gptq"
+        )
 
 
 def parse_overrides(config: Path | None, assignments: list[str]) -> dict[str, Any]:
@@ -137,7 +185,7 @@ def parse_overrides(config: Path | None, assignments: list[str]) -> dict[str, An
     return overrides
 
 
-def with_overrides(method: Method, overrides: Mapping[str, Any]) -> Settings | None:
+def with_overrides(method: Method, overrides: Mapping[str, Any]) -> Settings | OneShotSettings | None:
     """The method's settings with nested `overrides`, for example `{"epochs": 10, "windows": {"shallow": 2}}`.
 
     Raises:
@@ -149,9 +197,9 @@ def with_overrides(method: Method, overrides: Mapping[str, Any]) -> Settings | N
         return None
     merged = _merged(method.settings.model_dump(), overrides)
     try:
-        return Settings.model_validate(merged)
+        return type(method.settings).model_validate(merged)
     except ValidationError as error:
-        raise InputError(_explained(error)) from error
+        raise InputError(_explained(error, type(method.settings))) from error
 
 
 def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
@@ -174,10 +222,10 @@ def _merged(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any
     return result
 
 
-def _explained(error: ValidationError) -> str:
+def _explained(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {key!r}: expected one of {', '.join(setting_names())}"
+        return f"unknown setting {key!r}: expected one of {', '.join(setting_names(model))}"
     reason = first["msg"].removeprefix("Value error, ")
     return f"setting {key!r}: {reason}, got {first['input']!r}"

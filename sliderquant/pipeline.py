@@ -15,6 +15,7 @@ from torch import nn
 
 from sliderquant._version import __version__
 from sliderquant.baselines.rtn import rtn_layer
+from sliderquant.baselines.walk import quantize_layers
 from sliderquant.calibration.blocks import random_blocks
 from sliderquant.calibration.text import check_source, read_text
 from sliderquant.checkpoint import CardInfo, CheckpointWriter
@@ -22,11 +23,11 @@ from sliderquant.devices import deterministic, machine, peak_memory, resolve_dev
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
 from sliderquant.loading import load
-from sliderquant.methods import method_named, with_overrides
+from sliderquant.methods import Settings, method_named, with_overrides
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning import Plan, make_plan
-from sliderquant.progress import Progress, WindowReport
+from sliderquant.progress import LayerReport, Progress, WindowReport
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.refine import refined_linears
 from sliderquant.rotation import RotatedSource, Rotations
@@ -169,7 +170,9 @@ def quantize(
             **settled.as_dict(),
             "calibration": calibration if needs_text else None,
             "seed": seed,
-            "matmul": None if settled.settings is None else _name(matmul_dtype(settled.settings, target)),
+            "matmul": (
+                _name(matmul_dtype(settled.settings, target)) if isinstance(settled.settings, Settings) else None
+            ),
             "training": [window.as_dict() for window in windows],
             "perplexity": {name: result.as_dict() for name, result in measured.items()} or None,
             "seconds": {name: round(seconds, 3) for name, seconds in times.items()},
@@ -273,7 +276,7 @@ def _run(
     writer: CheckpointWriter,
     changed: dict[str, torch.Tensor],
     progress: Progress,
-) -> list[WindowReport]:
+) -> list[WindowReport] | list[LayerReport]:
     """Quantize every layer and hand it to the writer, in order; `changed` takes in what else the method changed."""
     source = settled.source
 
@@ -296,6 +299,8 @@ def _run(
         for index in range(source.num_layers):
             write(index, rtn_layer(source, index, settled.schemes, device))
         return []
+    if not isinstance(settled.settings, Settings):
+        return quantize_layers(settled, decoder, blocks, device, write, progress)
     return refine_model(settled, decoder, blocks, seed, device, emit, progress)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sliderquant.errors import InputError
-from sliderquant.methods import Method, Settings
+from sliderquant.methods import Method, OneShotSettings, Settings, check_scheme
 from sliderquant.models.source import ModelSource
 from sliderquant.rotation import RotatedSource, Rotations
 from sliderquant.schemes import Scheme
@@ -26,7 +26,7 @@ class Plan:
 
     Attributes:
         schemes: full name of every linear that is quantized -> its scheme, in the order of the layers.
-        settings: None for a method that learns nothing.
+        settings: those of the method; None for one that needs no calibration text.
         windows: empty for a method that learns nothing.
         steps: optimizer steps of the whole run.
         work: the same, each counted once for every layer of its window: what the time goes by.
@@ -40,7 +40,7 @@ class Plan:
     scheme: Scheme
     schemes: dict[str, Scheme]
     method: Method
-    settings: Settings | None
+    settings: Settings | OneShotSettings | None
     windows: tuple[Window, ...]
     samples: int
     seqlen: int
@@ -89,7 +89,7 @@ def make_plan(
     source: ModelSource,
     scheme: Scheme,
     method: Method,
-    settings: Settings | None,
+    settings: Settings | OneShotSettings | None,
     samples: int,
     seqlen: int,
     per_channel_fallback: bool = False,
@@ -102,8 +102,9 @@ def make_plan(
 
     Raises:
         InputError: the group size does not divide some linear's input size, or that is too long for quantized
-            activations; samples or seqlen out of range.
+            activations; the method makes no sense with the scheme; samples or seqlen out of range.
     """
+    check_scheme(method, scheme)
     if samples < 1:
         raise InputError(f"samples {samples}: expected at least 1")
     if not 2 <= seqlen <= source.max_positions:
@@ -112,7 +113,7 @@ def make_plan(
     schemes = _schemes(source, shapes, scheme.of_linear(), per_channel_fallback)
     windows: tuple[Window, ...] = ()
     steps = work = 0
-    if settings is not None:
+    if isinstance(settings, Settings):
         windows = schedule(source.num_layers, **settings.windows.model_dump())
         steps_of_window = settings.epochs * math.ceil(samples / settings.batch_size)
         steps, work = len(windows) * steps_of_window, sum(map(len, windows)) * steps_of_window
@@ -178,7 +179,7 @@ def _schemes(
 def _memory(
     source: ModelSource,
     schemes: dict[str, Scheme],
-    settings: Settings | None,
+    settings: Settings | OneShotSettings | None,
     windows: tuple[Window, ...],
     samples: int,
     seqlen: int,
@@ -191,6 +192,8 @@ def _memory(
     config = source.config
     if settings is None:
         return 4 * layer_weights * 4, 4 * layer_weights * 4
+    if not isinstance(settings, Settings):
+        return _one_shot_memory(source, settings, samples, seqlen, layer_weights)
     largest = max(len(window) for window in windows)
     kept = 16 * config.hidden_size + 5 * config.intermediate_size
     if any(scheme.quantizes_activations for scheme in schemes.values()):
@@ -202,3 +205,22 @@ def _memory(
     in_memory = 3 * stream if stream <= settings.stream_memory_gb * _GB / 3 else 0
     embedding = config.vocab_size * config.hidden_size * 4
     return device, device + in_memory + embedding
+
+
+def _one_shot_memory(
+    source: ModelSource, settings: OneShotSettings, samples: int, seqlen: int, layer_weights: int
+) -> tuple[int, int]:
+    """Bytes on the device and on the host. All in fp32: a layer and its original; the largest weight some six times
+    while it is rounded; X^T X of every input of the layer, and the largest once more in fp32 and, with its Cholesky
+    factor and that one's inverse, in fp64; and the activations of a batch."""
+    config = source.config
+    shapes = {linear: source.shapes[f"{source.family.layers}.0.{linear}.weight"][0] for linear in source.family.linears}
+    sharing = {linear for group in source.family.shared_inputs for linear in group[1:]}
+    grams = sum(in_features**2 for linear, (_, in_features) in shapes.items() if linear not in sharing)
+    grams += 7 * max(in_features for _, in_features in shapes.values()) ** 2
+    rounding = 6 * max(math.prod(shape) for shape in shapes.values())
+    activations = settings.batch_size * seqlen * (16 * config.hidden_size + 5 * config.intermediate_size)
+    device = 4 * (2 * layer_weights + rounding + grams + activations)
+    stream = samples * seqlen * config.hidden_size * 4
+    embedding = config.vocab_size * config.hidden_size * 4
+    return device, device + embedding + (stream if stream <= settings.stream_memory_gb * _GB else 0)

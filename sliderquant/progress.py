@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Progress", "WindowReport"]
+__all__ = ["LayerReport", "Progress", "WindowReport"]
 
 
 @dataclass
@@ -29,6 +29,27 @@ class WindowReport:
         return asdict(self)
 
 
+@dataclass
+class LayerReport:
+    """One layer that a one-shot method quantized, for the report.
+
+    Attributes:
+        error: squared error of the layer's output over that of its inputs, the already quantized layers' output,
+            relative to the squared norm of what the original layer makes of them.
+        linears: by name in the layer: `error`, the same of the linear's output with nothing but its weight rounded, and
+            what else the method says.
+        scales: by site, what the method says about channel scales.
+    """
+
+    layer: int
+    error: float
+    linears: dict[str, dict[str, Any]]
+    scales: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 class Progress:
     """Called by long runs; override what is of interest."""
 
@@ -43,6 +64,9 @@ class Progress:
 
     def window_done(self, report: WindowReport) -> None:
         """A stage of a window ended."""
+
+    def layer_quantized(self, report: LayerReport, total: int) -> None:
+        """A one-shot method is done with one of `total` layers."""
 
     def layer_written(self, done: int, total: int) -> None:
         """`done` of `total` layers are in the checkpoint."""

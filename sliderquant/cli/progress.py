@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from sliderquant.progress import Progress, WindowReport
+from sliderquant.progress import LayerReport, Progress, WindowReport
 
 __all__ = ["shown_progress"]
 
@@ -29,6 +29,10 @@ def _window_line(report: WindowReport) -> str:
     named = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
     line = f"{named}, {report.fraction:.0%} of the channels: loss {report.losses[0]:.4g} -> {report.losses[-1]:.4g}"
     return line + _trouble(report)
+
+
+def _layer_line(report: LayerReport) -> str:
+    return f"layer {report.layer}: relative error of its output {report.error:.3g}"
 
 
 def _trouble(report: WindowReport) -> str:
@@ -120,6 +124,10 @@ class Bars(_Counting):
         if self.verbose or report.retries:
             self.console.print(_window_line(report), markup=False, highlight=False)
 
+    def layer_quantized(self, report: LayerReport, total: int) -> None:
+        if self.verbose:
+            self.console.print(_layer_line(report), markup=False, highlight=False)
+
     def layer_written(self, done: int, total: int) -> None:
         self._update("layers written", total, done=done)
 
@@ -161,6 +169,10 @@ class Lines(_Counting):
     def window_done(self, report: WindowReport) -> None:
         if self.verbose or report.retries:
             self._print(_window_line(report))
+
+    def layer_quantized(self, report: LayerReport, total: int) -> None:
+        if self.verbose or self._due():
+            self._print(f"{_layer_line(report)}; {report.layer + 1} of {total} layers")
 
     def layer_written(self, done: int, total: int) -> None:
         if done == total:
