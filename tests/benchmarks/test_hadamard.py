@@ -8,8 +8,9 @@ import torch
 from benchmarks.kernels import hadamard as op
 from benchmarks.kernels.case import Case, Unsupported
 from benchmarks.kernels.checking import compare
-from benchmarks.kernels.hadamard.operands import ROTATE, rotated, scheme_of
+from benchmarks.kernels.hadamard.operands import ROTATE, scheme_of
 from benchmarks.kernels.hadamard.providers import accepts_powers, prepare_unfused
+from benchmarks.kernels.low_bit.rotations import rotated
 from benchmarks.kernels.ops import OPS
 from sliderquant_kernels import factor_hadamard, reference
 
@@ -32,6 +33,8 @@ def test_the_oracle_is_the_dense_matrix(n):
     x = torch.randn(3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     transform = factor_hadamard(n)
     torch.testing.assert_close(rotated(x, transform), reference.hadamard(x, transform), rtol=0, atol=1e-12)
+    back = reference.hadamard(x, transform, inverse=True)
+    torch.testing.assert_close(rotated(x, transform, inverse=True), back, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

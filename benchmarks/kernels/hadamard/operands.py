@@ -8,22 +8,18 @@ import torch
 from torch import Tensor
 
 from sliderquant_kernels import HadamardTransform, factor_hadamard
-from sliderquant_kernels.hadamard_matrix import hadamard_matrix
 
 from ..case import DTYPES, Arithmetic, Case, Prepared
-from ..checking import SIGMAS, UNIT_ROUNDOFF, Expected, sample_rows
+from ..checking import UNIT_ROUNDOFF, Expected, sample_rows
 from ..low_bit import inputs
+from ..low_bit.rotations import rotated_codes, rotated_rows
 from ..low_bit.schemes import ActivationScheme
 from ..weight_only.operands import generator
 
-__all__ = ["ROTATE", "HadamardArithmetic", "Rows", "activations", "expected", "operands", "rotated", "scheme_of"]
+__all__ = ["ROTATE", "HadamardArithmetic", "Rows", "activations", "expected", "operands", "scheme_of"]
 
 # The scheme of rotating alone; others are those of quantizing, `A4`, `A8-sym`, `A4+silu_mul`, ...
 ROTATE = "rotate"
-# Of products with +-1 whose operand is split into 16 bits, or added in fp32: relative to a row's root mean square.
-EXACT = 2.0**-17
-# Of silu in fp32, which decides a few of the roundings to 16 bits that follow it.
-SILU = 2.0**-15
 
 
 @dataclass(frozen=True)
@@ -65,23 +61,6 @@ def activations(case: Case, given: Rows) -> Tensor:
     return given.x
 
 
-def rotated(x: Tensor, transform: HadamardTransform) -> Tensor:
-    """x fp64 `[R, n]`, rotated one order after the other, by sums and differences where it is a power of two."""
-    rows, right = x.shape[0], 1
-    for order in reversed(transform.orders):
-        axis = x.reshape(-1, order, right)
-        if order & (order - 1) == 0:
-            size = 1
-            while size < order:
-                pairs = axis.reshape(-1, 2, size * right)
-                axis = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), 1)
-                size *= 2
-        else:
-            axis = hadamard_matrix(order).to(x.device, x.dtype) @ axis
-        x, right = axis.reshape(rows, -1), right * order
-    return x / transform.block**0.5
-
-
 def expected(given: Rows, x: Tensor, prepared: Prepared) -> Expected:
     """The rotated rows; quantized, of a token side by side: codes less the zero-point, by what their sum is off, the
     scale, unless symmetric the zero-point. Of a copy, what was copied."""
@@ -90,15 +69,10 @@ def expected(given: Rows, x: Tensor, prepared: Prepared) -> Expected:
     if not isinstance(arithmetic, HadamardArithmetic):
         copied = x.flatten(0, -2)[rows].double()
         return Expected(rows, copied, torch.zeros_like(copied), 0.0)
-    roundoff = UNIT_ROUNDOFF[x.dtype]
-    plain = given.scheme or ActivationScheme(8)
-    want = rotated(inputs.candidates(x, x.new_empty(0), plain, rows, False)[0], given.transform)
-    # One standard deviation, the same for all values of a row.
-    relative = EXACT + arithmetic.between**0.5 * roundoff + (SILU if plain.fused else 0.0)
-    deviation = want.square().mean(-1, keepdim=True).sqrt() * relative
     if given.scheme is None:
-        return Expected(rows, want, deviation.expand_as(want), roundoff)
-    found = inputs.codes_of([want, want - SIGMAS * deviation, want + SIGMAS * deviation], given.scheme)
+        want, deviation = rotated_rows(x, ActivationScheme(8), given.transform, rows, arithmetic.between)
+        return Expected(rows, want, deviation.expand_as(want), UNIT_ROUNDOFF[x.dtype])
+    found = rotated_codes(x, given.scheme, given.transform, rows, arithmetic.between)
     columns = [found.steps, torch.zeros_like(found.scale), found.scale]
     off = [found.steps_off, torch.zeros_like(found.scale), found.scale_off]
     if not given.scheme.symmetric:

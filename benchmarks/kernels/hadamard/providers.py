@@ -10,16 +10,14 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sliderquant_kernels import hadamard, hadamard_quantize, quantize_activations
-from sliderquant_kernels.hadamard_tiles import choose_hadamard
-from sliderquant_kernels.tiles import Device
 
 from ..case import Arithmetic, Case, Prepared, Provider, Unsupported
 from ..low_bit import inputs
 from ..low_bit.quantize.providers import compared
+from ..low_bit.rotations import launches
 from .operands import ROTATE, HadamardArithmetic, Rows, scheme_of
 
 __all__ = ["BASELINE", "CHOSEN", "COPY", "PROVIDERS", "UNFUSED", "Copy"]
@@ -102,13 +100,7 @@ def _prepared(given: Rows, call: Callable[[Tensor, tuple[Tensor, ...]], Any], be
 
 def _launches(given: Rows) -> int:
     """Launches between which all values are rounded to 16 bits."""
-    if given.x.device.type != "cuda":
-        return 1
-    properties = torch.cuda.get_device_properties(given.x.device)
-    device = Device(10 * properties.major + properties.minor, properties.multi_processor_count)
-    choice = choose_hadamard(given.transform.orders, device, given.x.dtype)
-    separate = given.scheme is not None and (choice.variant == "matmul" or given.transform.blocks > 1)
-    return 2 if choice.leading > 1 or separate else 1
+    return launches(given.transform, given.x.dtype, given.x.device, given.scheme is not None)
 
 
 def compilation(case: Case) -> Hashable:

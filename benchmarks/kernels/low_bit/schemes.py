@@ -9,7 +9,7 @@ from ..weight_only.operands import WeightScheme
 
 __all__ = ["FUSED", "ActivationScheme", "LowBitScheme"]
 
-RMS_NORM, SILU_MUL = "rms_norm", "silu_mul"
+RMS_NORM, SILU_MUL, HADAMARD, RESIDUAL = "rms_norm", "silu_mul", "hadamard", "residual"
 # What comes before quantizing.
 FUSED = (RMS_NORM, SILU_MUL)
 
@@ -18,6 +18,7 @@ FUSED = (RMS_NORM, SILU_MUL)
 class ActivationScheme:
     """Bits and symmetry per token, what comes before, and whether two codes go into a byte.
 
+    rotated: whether a Hadamard rotation comes last before quantizing; never right after a norm, where it is folded.
     narrow: of others' symmetric grids: the scale is the maximum over the largest code, 7 or 127.
     """
 
@@ -25,6 +26,7 @@ class ActivationScheme:
     symmetric: bool = False
     fused: str | None = None
     packed: bool = False
+    rotated: bool = False
     narrow: bool = False
 
     @classmethod
@@ -37,7 +39,12 @@ class ActivationScheme:
 
     def __str__(self) -> str:
         words = f"A{self.bits}{'-sym' if self.symmetric else ''}{'-packed' if self.packed else ''}"
-        return f"{words}+{self.fused}" if self.fused else words
+        return "".join([words, *(f"+{step}" for step in self.steps)])
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What comes before quantizing, in order."""
+        return (*((self.fused,) if self.fused else ()), *((HADAMARD,) if self.rotated else ()))
 
     @property
     def parts(self) -> int:
@@ -47,31 +54,39 @@ class ActivationScheme:
 
 @dataclass(frozen=True)
 class LowBitScheme:
-    """A weight's scheme, and that of the activations."""
+    """A weight's scheme, that of the activations, and whether a residual is added to the product."""
 
     weight: WeightScheme
     activations: ActivationScheme
+    residual: bool = False
 
     @classmethod
     def parse(cls, name: str) -> LowBitScheme:
-        """Read `W4A4`, `W8A8-sym-act-sym`, `W4A4-g128+rms_norm`, ... Raises ValueError for anything else."""
-        pattern = rf"W([248])A([48])(-g(?:32|64|128))?(-sym)?(-act-sym)?(?:\+({'|'.join(FUSED)}))?"
+        """Read `W4A4`, `W8A8-sym-act-sym`, `W4A4-g128+rms_norm`, `W4A4+silu_mul+hadamard`, ... Raises ValueError for
+        anything else."""
+        steps = rf"(?:\+({'|'.join(FUSED)}))?(\+{HADAMARD})?(\+{RESIDUAL})?"
+        pattern = rf"W([248])A([48])(-g(?:32|64|128))?(-sym)?(-act-sym)?{steps}"
         found = re.fullmatch(pattern, name)
-        if found is None:
-            wanted = "W{2,4,8}A{4,8}[-g32|-g64|-g128][-sym][-act-sym][+rms_norm|+silu_mul]"
+        if found is None or (found[6] == RMS_NORM and found[7]):
+            wanted = "W{2,4,8}A{4,8}[-g32|-g64|-g128][-sym][-act-sym][+rms_norm|[+silu_mul][+hadamard]][+residual]"
             raise ValueError(f"scheme: expected {wanted}, got {name!r}")
         group = int(found[3][2:]) if found[3] else None
-        activations = ActivationScheme(int(found[2]), bool(found[5]), found[6])
-        return cls(WeightScheme(int(found[1]), group, bool(found[4])), activations)
+        activations = ActivationScheme(int(found[2]), bool(found[5]), found[6], rotated=bool(found[7]))
+        return cls(WeightScheme(int(found[1]), group, bool(found[4])), activations, bool(found[8]))
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What comes before quantizing and after the product, in order."""
+        return (*self.activations.steps, *((RESIDUAL,) if self.residual else ()))
 
     def __str__(self) -> str:
         weight, activations = self.weight, self.activations
         grouping = f"-g{weight.group_size}" if weight.group_size else ""
         symmetry = ("-sym" if weight.symmetric else "") + ("-act-sym" if activations.symmetric else "")
         words = f"W{weight.bits}A{activations.bits}{grouping}{symmetry}"
-        return f"{words}+{activations.fused}" if activations.fused else words
+        return "".join([words, *(f"+{step}" for step in self.steps)])
 
     @property
     def plain(self) -> str:
-        """The name without what comes before."""
+        """The name without what comes before and after."""
         return str(self).partition("+")[0]

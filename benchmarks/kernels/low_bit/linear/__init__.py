@@ -18,12 +18,13 @@ __all__ = [
 
 
 def operands_key(case: Case) -> Hashable:
-    """Weights do not depend on the tokens."""
-    return case.op, case.shape, case.scheme, case.dtype
+    """Weights do not depend on the tokens; a residual does."""
+    tokens = case.m if LowBitScheme.parse(case.scheme).residual else None
+    return case.op, case.shape, case.scheme, case.dtype, tokens
 
 
 def work(case: Case, prepared: Prepared) -> Work:
-    """The provider's own tensors and the 16-bit inputs read once, y written once; 2 M N K operations."""
-    n, k = case.shape
-    inputs = LowBitScheme.parse(case.scheme).activations.parts * k
-    return Work(prepared.bytes() + 2 * case.m * (n + inputs), 2.0 * case.m * n * k)
+    """The provider's own tensors, the 16-bit inputs and the residual read once, y written once; 2 M N K operations."""
+    scheme, (n, k) = LowBitScheme.parse(case.scheme), case.shape
+    values = scheme.activations.parts * k + (2 if scheme.residual else 1) * n
+    return Work(prepared.bytes() + 2 * case.m * values, 2.0 * case.m * n * k)

@@ -70,6 +70,8 @@ def accepts(case: Case) -> str | None:
     scheme = LowBitScheme.parse(case.scheme)
     if scheme.weight.group_size is not None:
         return f"per channel only, as in groups it rounds the weight's scales to integers, got {case.scheme}"
+    if scheme.activations.rotated or scheme.residual:
+        return f"it rotates nothing and adds nothing, got {case.scheme}"
     if scheme.weight.bits > scheme.activations.bits:
         return f"weights as wide as activations or narrower, got {case.scheme}"
     return None

@@ -12,11 +12,11 @@ from ...case import Case, Plan, Task
 from ...shapes import Layer
 from ...weight_only.plan import CHECK_SHAPE, CPU_LAYERS, ODD_SHAPE, QUICK_LAYERS, TINY_LAYERS, TOKENS
 from ...weight_only.plan import subsets as subsets
-from ..schemes import RMS_NORM, SILU_MUL, LowBitScheme
+from ..schemes import HADAMARD, RESIDUAL, RMS_NORM, SILU_MUL, LowBitScheme
 from . import humming
 from .providers import CHOSEN, CUBLAS, PROVIDERS, UNFUSED, accepts, name_of
 
-__all__ = ["MAIN_SCHEME", "NAME", "fused_before", "plan", "subsets"]
+__all__ = ["MAIN_SCHEME", "NAME", "fused_before", "plan", "steps_before", "subsets"]
 
 NAME = "low_bit_linear"
 MAIN_SCHEME = "W4A4"
@@ -24,7 +24,14 @@ OTHER_SCHEMES = ("W4A8", "W8A8", "W2A8", "W4A4-sym", "W4A4-sym-act-sym", "W8A8-s
 # Where few variants, dtypes and zero-points could be wrong together.
 CHECK_SCHEMES = ("W4A4", "W4A8-sym-act-sym", "W8A8-sym", "W2A8-act-sym")
 GROUPED_CHECKS = ("W4A4-g128", "W8A8-g64-sym-act-sym", "W2A8-g32-act-sym")
-FUSED_CHECKS = ("W4A4+rms_norm", "W4A8-act-sym+rms_norm", "W4A4+silu_mul", "W8A8-act-sym+silu_mul")
+FUSED_CHECKS = (
+    "W4A4+rms_norm", "W4A8-act-sym+rms_norm", "W4A4+silu_mul", "W8A8-act-sym+silu_mul",
+    "W4A4+silu_mul+hadamard+residual", "W8A8-act-sym+silu_mul+hadamard", "W4A4-g128+residual",
+)  # fmt: skip
+# Measured with all that stands before a layer, too.
+CHAIN_SCHEMES = (MAIN_SCHEME, "W4A8", "W8A8")
+# What a rotation comes before. `QUICK_LAYERS` has the one whose rotation takes two launches.
+ROTATED_LAYERS = (Layer("llama-3-8b down", 4096, 14336), Layer("qwen2.5-7b down", 3584, 18944))
 CHECK_TOKENS = {"warp_k": 3, "rows": 100, "tiles": 200}
 
 
@@ -34,15 +41,28 @@ def fused_before(layer: Layer) -> str | None:
     return {"o": None, "down": SILU_MUL}.get(kind, RMS_NORM)
 
 
+def steps_before(layer: Layer) -> list[str]:
+    """What may stand before a layer, as schemes end: what stands there in a decoder, and before down also with a
+    rotation, which cannot be folded into weights."""
+    fused = fused_before(layer)
+    if fused is None:
+        return []
+    return [f"+{fused}", *([f"+{fused}+{HADAMARD}"] if fused == SILU_MUL else [])]
+
+
 def plan(subset: str, device: str) -> Plan:
     """The rows of a subset, most important first. Raises ValueError for a subset that the device does not have."""
     if subset not in subsets(device):
         raise ValueError(f"subset: expected one of {', '.join(subsets(device))} on {device}, got {subset!r}")
     if subset == "tiny":
-        schemes = (MAIN_SCHEME, f"{MAIN_SCHEME}+{RMS_NORM}", f"W4A8+{SILU_MUL}")
+        rotated = f"{MAIN_SCHEME}+{SILU_MUL}+{HADAMARD}+{RESIDUAL}"
+        schemes = (MAIN_SCHEME, f"{MAIN_SCHEME}+{RMS_NORM}", f"W4A8+{SILU_MUL}", rotated)
         return Plan([], list(_timings(_cases(TINY_LAYERS, (1, 4), schemes), device)))
     if subset == "quick" and device == "cpu":
-        cases = _fused_cases(CPU_LAYERS, (1, 64)) + _cases(CPU_LAYERS[:1], (1, 64), (MAIN_SCHEME, "W8A8"))
+        layers = [*CPU_LAYERS, Layer("llama-3-8b qkv", 6144, 4096)]
+        cases = _fused_cases(layers, (1, 64)) + _cases(CPU_LAYERS[:1], (1, 64), CHAIN_SCHEMES)
+        rotated = f"+{SILU_MUL}+{HADAMARD}+{RESIDUAL}"
+        cases += _cases(CPU_LAYERS[1:], (1, 64), [f"{scheme}{rotated}" for scheme in CHAIN_SCHEMES])
         return Plan(list(_checks(device)), list(_timings(cases, device)))
     if subset == "quick":
         return Plan(list(_checks(device)), list(_quick_timings()))
@@ -65,7 +85,12 @@ def _main_cases(layers: Sequence[Layer], tokens: Sequence[int]) -> list[Case]:
 
 def _other_schemes() -> list[Case]:
     merged = shapes.layers("llama-3-8b", single=False)
-    return _cases(merged, TOKENS, OTHER_SCHEMES) + _cases(merged, TOKENS, (MAIN_SCHEME,), "fp16")
+    chains = [layer for name in ("llama-3-8b", "qwen2.5-7b") for layer in shapes.layers(name, single=False)]
+    return [
+        *_cases(merged, TOKENS, OTHER_SCHEMES),
+        *_cases(merged, TOKENS, (MAIN_SCHEME,), "fp16"),
+        *(case for scheme in CHAIN_SCHEMES[1:] for case in _fused_cases(chains, TOKENS, scheme)),
+    ]
 
 
 def _cases(layers: Sequence[Layer], tokens: Iterable[int], schemes: Iterable[str], dtype: str = "bf16") -> list[Case]:
@@ -76,12 +101,12 @@ def _cases(layers: Sequence[Layer], tokens: Iterable[int], schemes: Iterable[str
     ]
 
 
-def _fused_cases(layers: Sequence[Layer], tokens: Sequence[int]) -> list[Case]:
+def _fused_cases(layers: Sequence[Layer], tokens: Sequence[int], scheme: str = MAIN_SCHEME) -> list[Case]:
     return [
         case
         for layer in layers
-        if (fused := fused_before(layer)) is not None
-        for case in _cases((layer,), tokens, (f"{MAIN_SCHEME}+{fused}",))
+        for steps in steps_before(layer)
+        for case in _cases((layer,), tokens, (f"{scheme}{steps}",))
     ]
 
 
@@ -96,7 +121,7 @@ def _quick_timings() -> Iterator[Task]:
     """The goals' tokens first. Variants by name only for many tokens, where more than one is worth a try."""
     for tokens in ((1, 16, 2048, 4096), (2, 8)):
         for task in _timings(_main_cases(QUICK_LAYERS, tokens), "cuda"):
-            alone = LowBitScheme.parse(task.case.scheme).activations.fused is None
+            alone = not LowBitScheme.parse(task.case.scheme).steps
             if task.provider == humming.PROVIDER.name:
                 wanted = alone and task.case.m in (1, 2048)  # Each is a long compilation.
             else:
@@ -104,9 +129,18 @@ def _quick_timings() -> Iterator[Task]:
             if wanted:
                 yield task
         if tokens[0] == 1:
-            for task in _timings(_cases(QUICK_LAYERS[1:2], (1, 2048), ("W4A8", "W8A8", "W2A8", "W4A4-g128")), "cuda"):
-                if task.provider in (CHOSEN, CUBLAS):
-                    yield task
+            rotated = f"+{SILU_MUL}+{HADAMARD}+{RESIDUAL}"
+            cases = _cases(ROTATED_LAYERS, tokens, (f"{MAIN_SCHEME}{rotated}",))
+            yield from _of(_timings(cases, "cuda"), CHOSEN, CUBLAS, UNFUSED)
+            cases = _cases(QUICK_LAYERS[1:2], (1, 2048), ("W4A8", "W8A8", "W2A8", "W4A4-g128"))
+            for scheme in CHAIN_SCHEMES[1:]:
+                cases += _cases(QUICK_LAYERS[1:2], (1, 2048), (f"{scheme}+{RMS_NORM}",))
+                cases += _cases(ROTATED_LAYERS[:1], (1, 2048), (f"{scheme}{rotated}",))
+            yield from _of(_timings(cases, "cuda"), CHOSEN, CUBLAS)
+
+
+def _of(tasks: Iterable[Task], *providers: str) -> Iterator[Task]:
+    return (task for task in tasks if task.provider in providers)
 
 
 def _checks(device: str) -> Iterator[Task]:

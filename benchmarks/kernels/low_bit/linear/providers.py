@@ -7,14 +7,18 @@ from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from sliderquant_kernels import (
+    HadamardTransform,
     LowBitLayout,
     PackedWeight,
     QuantizedActivations,
     choose_low_bit_layout,
+    hadamard,
+    hadamard_quantize,
     low_bit_linear,
     low_bit_tiles,
     quantize_activations,
@@ -25,7 +29,8 @@ from ...case import Case, Prepared, Provider
 from ...machine import current_device
 from ...weight_only.operands import Operands
 from .. import inputs
-from ..schemes import FUSED, RMS_NORM, ActivationScheme, LowBitScheme
+from ..rotations import launches
+from ..schemes import RMS_NORM, SILU_MUL, ActivationScheme, LowBitScheme
 from . import humming
 from .operands import LowBitArithmetic, LowBitOperands
 
@@ -44,18 +49,21 @@ _packed: WeakKeyDictionary[Operands, PackedWeight] = WeakKeyDictionary()
 
 
 def prepare_dense(given: LowBitOperands) -> Prepared:
-    """The weight rounded once to 16 bits, after torch's own norm or SiLU and product."""
-    scheme = given.scheme.activations
+    """The weight rounded once to 16 bits, after torch's own norm or SiLU and product. In 16 bits nothing has to be
+    rotated: the rotation is taken out of the weight, too."""
+    scheme, residual = given.scheme.activations, given.residual
 
     def call(x: Tensor, t: tuple[Tensor, ...]) -> Tensor:
-        return linear(inputs.before(x, t[-1], scheme), t[0])
+        ready = inputs.before(x, t[-1], scheme)
+        return linear(ready, t[0]) if residual is None else torch.addmm(residual, ready, t[0].t())
 
-    return Prepared((given.weight.weight(given.weight.dtype), *_norm(given)), call, lambda m: DENSE)
+    return Prepared((given.dense_weight(), *_norm(given)), call, lambda m: DENSE)
 
 
 def prepare(given: LowBitOperands, variant: str | None = None, *, fused: bool = True) -> Prepared:
-    """The packed weight. Without `fused`, torch's norm or SiLU and product come before quantizing."""
-    weight, scheme = given.weight, given.scheme.activations
+    """The packed weight. Without `fused`, torch's norm or SiLU and product, and our rotation alone, come before
+    quantizing, and torch adds the residual."""
+    weight, scheme, residual = given.weight, given.scheme.activations, given.residual
     device, dtype = weight.codes.device, weight.dtype
     layout = choose_low_bit_layout(
         weight.scheme.bits, weight.n, weight.k, weight.scheme.group_size, weight.scheme.symmetric, device
@@ -65,10 +73,19 @@ def prepare(given: LowBitOperands, variant: str | None = None, *, fused: bool = 
     tensors = tuple(tensor for tensor in packed if tensor is not None)
 
     def call(x: Tensor, t: tuple[Tensor, ...]) -> Tensor:
-        activations = quantized(x, t[-1], scheme, fused)
-        return low_bit_linear(activations, PackedWeight(*t[:3]), layout, dtype, variant=variant)
+        activations = quantized(x, t[-1], scheme, fused, given.transform)
+        addend = residual if fused else None
+        y = low_bit_linear(activations, PackedWeight(*t[:3]), layout, dtype, residual=addend, variant=variant)
+        return y if fused or residual is None else y.add_(residual)
 
-    arithmetic = LowBitArithmetic(rounded_once=False if fused else None)
+    between = 0
+    if given.transform is not None:
+        between = launches(given.transform, dtype, device, quantizes=fused) - fused
+    arithmetic = LowBitArithmetic(
+        output_roundings=1 if fused or residual is None else 2,
+        rounded_once=False if fused else None,
+        between=between,
+    )
 
     def note(m: int) -> str:
         return describe(choice(m, layout, variant)) if device.type == "cuda" else ""
@@ -76,9 +93,21 @@ def prepare(given: LowBitOperands, variant: str | None = None, *, fused: bool = 
     return Prepared((*tensors, *_norm(given)), call, lambda m: arithmetic, note=note)
 
 
-def quantized(x: Tensor, norm_weight: Tensor, scheme: ActivationScheme, fused: bool = True) -> QuantizedActivations:
-    """x through our op, with what comes before inside it or, without `fused`, by torch; norm_weight is a norm's."""
+def quantized(
+    x: Tensor,
+    norm_weight: Tensor,
+    scheme: ActivationScheme,
+    fused: bool = True,
+    transform: HadamardTransform | None = None,
+) -> QuantizedActivations:
+    """x through our op, with what comes before inside it or, without `fused`, by torch and our rotation; norm_weight is
+    a norm's."""
+    if transform is not None and fused:
+        x, gate = (x[1], x[0]) if scheme.fused == SILU_MUL else (x, None)
+        return hadamard_quantize(x, transform, scheme.bits, scheme.symmetric, gate=gate)
     quantize = partial(quantize_activations, bits=scheme.bits, symmetric=scheme.symmetric, packed=scheme.packed)
+    if transform is not None:
+        return quantize(hadamard(inputs.before(x, norm_weight, scheme), transform))
     if not fused or scheme.fused is None:
         return quantize(inputs.before(x, norm_weight, scheme))
     if scheme.fused == RMS_NORM:
@@ -108,7 +137,9 @@ def compilation(case: Case, variant: str | None = None, fused: bool = True) -> H
     layout = LowBitLayout("triton_int8", weight.bits, n, k, weight.group_size, weight.symmetric)
     chosen = replace(choice(case.m, layout, variant), reason="")
     quantizing = activations if fused else replace(activations, fused=None)
-    return chosen, layout, quantizing, case.dtype, case.m == 1, case.m % 16 == 0
+    separate = activations.rotated and not fused
+    added = LowBitScheme.parse(case.scheme).residual and fused
+    return chosen, layout, quantizing, separate, added, case.dtype, case.m == 1, case.m % 16 == 0
 
 
 def accepts(case: Case, variant: str | None = None) -> str | None:
@@ -127,8 +158,8 @@ def accepts(case: Case, variant: str | None = None) -> str | None:
 
 def accepts_unfused(case: Case) -> str | None:
     """Without anything before, nothing is there to be fused."""
-    fused = LowBitScheme.parse(case.scheme).activations.fused
-    return None if fused in FUSED else f"nothing before quantizing in {case.scheme}"
+    steps = LowBitScheme.parse(case.scheme).steps
+    return None if steps else f"nothing before quantizing or after the product in {case.scheme}"
 
 
 def name_of(variant: str) -> str:
