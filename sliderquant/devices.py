@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 import torch
 
+from sliderquant._version import __version__
 from sliderquant.errors import InputError
 
-__all__ = ["deterministic", "machine", "peak_memory", "resolve_device"]
+__all__ = ["deterministic", "machine", "peak_memory", "resolve_device", "versions"]
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -53,6 +54,20 @@ def machine(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
     return {"device": f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"}
+
+
+def versions() -> dict[str, str]:
+    """What a report says about the software."""
+    import compressed_tensors
+    import transformers
+
+    return {
+        "sliderquant": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "compressed_tensors": compressed_tensors.__version__,
+    }
 
 
 @contextmanager

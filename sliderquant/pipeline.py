@@ -1,7 +1,6 @@
 """From a model to a checkpoint: the functions that a user calls."""
 
 import json
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sliderquant._version import __version__
 from sliderquant.baselines.rtn import rtn_layer
 from sliderquant.baselines.walk import quantize_layers
 from sliderquant.calibration.blocks import random_blocks
 from sliderquant.calibration.text import check_source, read_text
 from sliderquant.checkpoint import CardInfo, CheckpointWriter
-from sliderquant.devices import deterministic, machine, peak_memory, resolve_device
+from sliderquant.devices import deterministic, machine, peak_memory, resolve_device, versions
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
 from sliderquant.loading import load
@@ -178,7 +176,7 @@ def quantize(
             "seconds": {name: round(seconds, 3) for name, seconds in times.items()},
             "peak_memory_bytes": peak_memory(target),
             "machine": machine(target),
-            "versions": _versions(),
+            "versions": versions(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         card = CardInfo(
@@ -358,19 +356,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _versions() -> dict[str, str]:
-    import compressed_tensors
-    import transformers
-
-    return {
-        "sliderquant": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "compressed_tensors": compressed_tensors.__version__,
-    }
 
 
 @contextmanager

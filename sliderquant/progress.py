@@ -74,5 +74,8 @@ class Progress:
     def evaluated(self, done: int, total: int) -> None:
         """`done` of `total` blocks of text are measured."""
 
+    def layer_passed(self, done: int, total: int) -> None:
+        """`done` of `total` passes of a block of text through a layer or the head are done."""
+
     def message(self, text: str) -> None:
         """A line worth reading."""

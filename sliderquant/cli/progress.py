@@ -134,6 +134,9 @@ class Bars(_Counting):
     def evaluated(self, done: int, total: int) -> None:
         self._update("blocks measured", total, done=done)
 
+    def layer_passed(self, done: int, total: int) -> None:
+        self._update("passes", total, done=done)
+
     def message(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
 
@@ -181,6 +184,10 @@ class Lines(_Counting):
     def evaluated(self, done: int, total: int) -> None:
         if done < total and self._due():
             self._print(f"measured {done} of {total} blocks")
+
+    def layer_passed(self, done: int, total: int) -> None:
+        if done < total and self._due():
+            self._print(f"{done / total:.0%} of the passes done")
 
     def message(self, text: str) -> None:
         self._print(text)

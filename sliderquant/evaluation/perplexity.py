@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from sliderquant.calibration.blocks import consecutive_blocks, document_crops
 from sliderquant.calibration.text import read_text
 from sliderquant.errors import InputError
 
-__all__ = ["Perplexity", "default_seqlen", "perplexity"]
+__all__ = ["Perplexity", "default_seqlen", "evaluation_blocks", "perplexity"]
 
 _LONGEST_BLOCK = 2048
 _DOCUMENT_CROPS = 256
@@ -56,6 +57,18 @@ def default_seqlen(config: Any) -> int:
     return min(_LONGEST_BLOCK, int(config.max_position_embeddings))
 
 
+def evaluation_blocks(source: str, tokenizer: Any, seqlen: int) -> Tensor:
+    """What is measured of a text source, int64 `[blocks, seqlen]`.
+
+    Raises:
+        InputError: the text is missing, or shorter than one block.
+    """
+    text = read_text(source, "evaluation")
+    if text.running:
+        return consecutive_blocks(text.documents[0], tokenizer, seqlen, source)
+    return document_crops(text, tokenizer, _DOCUMENT_CROPS, seqlen, random.Random(0))
+
+
 @torch.inference_mode()
 def perplexity(
     model: Any,
@@ -77,11 +90,7 @@ def perplexity(
     seqlen = default_seqlen(model.config) if seqlen is None else seqlen
     if not 2 <= seqlen <= longest:
         raise InputError(f"seqlen {seqlen}: expected 2 to {longest}, the longest that the model takes")
-    text = read_text(source, "evaluation")
-    if text.running:
-        blocks = consecutive_blocks(text.documents[0], tokenizer, seqlen, source)
-    else:
-        blocks = document_crops(text, tokenizer, _DOCUMENT_CROPS, seqlen, random.Random(0))
+    blocks = evaluation_blocks(source, tokenizer, seqlen)
     device = model.device
     losses: list[float] = []
     for batch in blocks.split(max(1, _TOKENS_AT_ONCE // seqlen)):

@@ -77,11 +77,22 @@ class Decoder:
 
     def layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with its weights, fp32, on the device."""
-        layer = copy.deepcopy(self.layers[index])
-        prefix = f"{self.source.family.layers}.{index}."
-        weights = {name: self.source.weight(prefix + name, self.device) for name in layer.state_dict()}
-        layer.load_state_dict(weights, assign=True)
-        return layer.requires_grad_(False).to(self.device)
+        name = f"{self.source.family.layers}.{index}"
+        return self._loaded(name, name)
+
+    def output(self) -> tuple[nn.Module, nn.Module]:
+        """What comes after the last layer, fp32, on the device: the norm, and the head that makes logits of what the
+        norm puts out."""
+        family = self.source.family
+        tied = self.source.config.tie_word_embeddings
+        norm = self._loaded(family.final_norm, family.final_norm)
+        return norm, self._loaded(family.head, family.embedding if tied else family.head)
+
+    def _loaded(self, name: str, stored: str) -> nn.Module:
+        module = copy.deepcopy(self.model.get_submodule(name))
+        weights = {part: self.source.weight(f"{stored}.{part}", self.device) for part in module.state_dict()}
+        module.load_state_dict(weights, assign=True)
+        return module.requires_grad_(False).to(self.device)
 
     @torch.no_grad()
     def embed(self, blocks: Tensor) -> tuple[Iterator[Tensor], LayerInputs]:
