@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import sliderquant
+from benchmarks.outliers import inject_outliers
 from sliderquant.calibration.blocks import random_blocks
 from sliderquant.calibration.text import read_text
 from sliderquant.models.source import open_model
@@ -35,6 +37,16 @@ def blocks(calibration_file: Path) -> Callable[[Path], torch.Tensor]:
         return random_blocks(text, open_model(model).tokenizer(), seed=2, **CALIBRATION)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def outliers(random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with four channels of large activations at every norm."""
+    folder = random_model(tmp_path_factory.mktemp("outliers") / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    inject_outliers(model, open_model(folder).family, channels=4, factor=32)
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
