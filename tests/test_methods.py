@@ -1,7 +1,16 @@
 import pytest
 
 from sliderquant.errors import InputError
-from sliderquant.methods import METHODS, Settings, method_named, parse_overrides, setting_names, with_overrides
+from sliderquant.methods import (
+    METHODS,
+    Settings,
+    check_scheme,
+    method_named,
+    parse_overrides,
+    setting_names,
+    with_overrides,
+)
+from sliderquant.schemes import Scheme
 
 
 def test_defaults_are_the_published_ones():
@@ -99,7 +108,44 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_unknown_method_and_settings_for_a_method_without_any():
-    with pytest.raises(InputError, match="unknown method 'gtpq': expected one of rtn, sliderquant"):
+    with pytest.raises(InputError, match="unknown method 'gtpq': expected one of rtn, gptq, awq, smoothquant, slider"):
         method_named("gtpq")
     with pytest.raises(InputError, match="method rtn has no settings, but epochs was set"):
         with_overrides(METHODS["rtn"], {"epochs": 3})
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("gptq", {"damping": 0.1, "act_order": True}),
+        ("awq", {"ratios": 5, "clipping": False, "clip_steps": 8, "clip_at_most": 0.25}),
+        ("smoothquant", {"ratio": 0.75}),
+    ],
+)
+def test_one_shot_methods_have_settings_of_their_own(method, values):
+    chosen = METHODS[method]
+    values = {**values, "batch_size": 2, "stream_memory_gb": 0.5}
+    assert set(values) == set(setting_names(type(chosen.settings)))
+    changed = with_overrides(chosen, parse_overrides(None, [f"{key}={value}" for key, value in values.items()]))
+    assert type(changed) is type(chosen.settings)
+    assert changed.model_dump() == values
+    with pytest.raises(InputError, match=f"unknown setting 'epochs': expected one of .*{next(iter(values))}"):
+        with_overrides(chosen, {"epochs": 3})
+
+
+@pytest.mark.parametrize(
+    ("method", "fits", "does_not"),
+    [
+        ("rtn", ["W4A16", "W4A4", "W4A4KV4"], []),
+        ("gptq", ["W4A16", "W4A4", "W2A16-g64"], []),
+        ("awq", ["W4A16", "W3A16-sym", "W4A16KV4"], ["W4A4", "W8A8-act-sym"]),
+        ("smoothquant", ["W4A4", "W8A8", "W4A4KV4"], ["W4A16", "W4A16KV4"]),
+        ("sliderquant", ["W4A16", "W4A4"], []),
+    ],
+)
+def test_methods_and_schemes_that_go_together(method, fits, does_not):
+    for scheme in fits:
+        check_scheme(METHODS[method], Scheme.parse(scheme))
+    for scheme in does_not:
+        with pytest.raises(InputError, match=f"method {method} with scheme {scheme}: .* use a scheme such as"):
+            check_scheme(METHODS[method], Scheme.parse(scheme))

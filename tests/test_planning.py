@@ -3,15 +3,15 @@ import json
 import pytest
 
 from sliderquant.errors import InputError
-from sliderquant.methods import METHODS, Settings
+from sliderquant.methods import METHODS
 from sliderquant.models.source import open_model
 from sliderquant.planning import make_plan
 from sliderquant.schemes import Scheme
 
 
 def plan_for(model, scheme="W4A16-g32", method="sliderquant", samples=8, seqlen=32, **kwargs):
-    settings = Settings() if method == "sliderquant" else None
-    return make_plan(open_model(model), Scheme.parse(scheme), METHODS[method], settings, samples, seqlen, **kwargs)
+    chosen = METHODS[method]
+    return make_plan(open_model(model), Scheme.parse(scheme), chosen, chosen.settings, samples, seqlen, **kwargs)
 
 
 def test_what_is_quantized_and_what_stays(tiny_llama):
@@ -82,3 +82,14 @@ def test_quantized_activations_take_memory_while_learning_and_none_on_disk(tiny_
     plain, low_bit = plan_for(tiny_llama, "W4A16"), plan_for(tiny_llama, "W4A4")
     assert low_bit.memory_bytes > plain.memory_bytes
     assert low_bit.disk_bytes == plain.disk_bytes
+
+
+def test_one_shot_methods_take_memory_for_their_inputs_products(tiny_llama, random_model, tmp_path):
+    plan = plan_for(tiny_llama, method="gptq")
+    assert (plan.windows, plan.steps) == ((), 0)
+    inputs, largest, weights, largest_weight = 3 * 64**2 + 96**2, 96**2, 64 * (64 + 32 + 32 + 64 + 3 * 96), 64 * 96
+    batch = 4 * 32 * (16 * 64 + 5 * 96)
+    assert plan.memory_bytes == 4 * (2 * weights + 6 * largest_weight + inputs + 7 * largest + batch)
+    assert plan.host_memory_bytes - plan.memory_bytes == 2048 * 64 * 4 + 8 * 32 * 64 * 4
+    with pytest.raises(InputError, match="method awq with scheme W4A4"):
+        plan_for(tiny_llama, "W4A4", "awq")

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.models.family import Family
 from sliderquant.modules.rotated import RotatedLinear
-from sliderquant.quantizer import QuantizedWeight, dequantize, fake_quantize_activations
+from sliderquant.quantizer import QuantizedWeight, dequantize
 from sliderquant.schemes import Scheme
+from sliderquant_kernels import quantize_activations
 
 __all__ = ["CalibratedLayer", "InputStatistics", "relative_error", "storable"]
 
@@ -246,8 +247,9 @@ def relative_error(change: Tensor, weight: Tensor, gram: Tensor) -> float:
 
 
 def _rounding(scheme: Scheme) -> Any:
-    def rounded(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, *others = arguments
-        return (fake_quantize_activations(x, scheme.activation_bits, scheme.activation_symmetric), *others)
+        rounded = quantize_activations(x, scheme.activation_bits, scheme.activation_symmetric)
+        return (rounded.dequantize(x.dtype), *others)
 
-    return rounded
+    return hook
