@@ -13,6 +13,9 @@ from typing import Any
 
 import sliderquant
 from benchmarks import results
+from sliderquant.errors import InputError
+from sliderquant.methods import METHODS, Settings, check_scheme
+from sliderquant.schemes import Scheme
 
 RUNS: dict[str, dict[str, Any]] = {
     "demo-llama-5m": {
@@ -47,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--material", type=Path, default=Path("../shared"), help="folder with data/ and models/")
     parser.add_argument("--models", nargs="*", choices=RUNS, default=list(RUNS))
     parser.add_argument("--schemes", nargs="*", help="only these")
-    parser.add_argument("--methods", nargs="*", default=["rtn", "sliderquant"])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--out", type=Path, help="folder for the result files")
 
@@ -75,9 +78,11 @@ def _model_rows(model: str, arguments: argparse.Namespace) -> list[dict[str, Any
         if arguments.schemes and scheme not in arguments.schemes:
             continue
         for method in arguments.methods:
+            if not _go_together(method, scheme):
+                continue
             own = spec.get("own", {}).get(scheme, {})
             chosen = {"epochs": arguments.epochs, **own.get("settings", spec["settings"])}
-            settings = None if method == "rtn" else chosen
+            settings = chosen if isinstance(METHODS[method].settings, Settings) else None
             samples = own.get("samples", 64)
             with tempfile.TemporaryDirectory() as out:
                 start = time.perf_counter()
@@ -105,3 +110,11 @@ def _model_rows(model: str, arguments: argparse.Namespace) -> list[dict[str, Any
             print(row, flush=True)
             rows.append({**row, "settings": result.report["settings"], "samples": samples, "seed": 2})
     return rows
+
+
+def _go_together(method: str, scheme: str) -> bool:
+    try:
+        check_scheme(METHODS[method], Scheme.parse(scheme))
+    except InputError:
+        return False
+    return True
