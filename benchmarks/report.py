@@ -1,6 +1,6 @@
 """Markdown tables and roofline plots from the result files of `python -m benchmarks kernels`.
 
-Written next to each file. Plots need matplotlib: pip install '.[bench]'.
+Written next to each file. Plots need matplotlib, tables do not.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _draw(rows: list[Row], runs: dict[int, Any], path: Path) -> list[Path]:
         from benchmarks.plots import draw  # Tables do without matplotlib.
     except ModuleNotFoundError as error:
         raise SystemExit(
-            f"plots need {error.name}: pip install '.[bench]', or leave them out with --no-plots"
+            f"plots need {error.name}: pip install {error.name.partition('.')[0]}, or leave them out with --no-plots"
         ) from error
     return draw(rows, runs, path)
 

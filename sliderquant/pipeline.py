@@ -28,6 +28,7 @@ from sliderquant.planning import Plan, make_plan
 from sliderquant.progress import LayerReport, Progress, WindowReport
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.refine import refined_linears
+from sliderquant.reports.quantization import quantization_page
 from sliderquant.rotation import RotatedSource, Rotations
 from sliderquant.schemes import Scheme
 from sliderquant.train import matmul_dtype
@@ -185,7 +186,7 @@ def quantize(
             command=command or "",
             perplexity={perplexity_on: (measured["before"].value, measured["after"].value)} if perplexity_on else {},
         )
-        path = writer.publish(report, card)
+        path = writer.publish(report, card, quantization_page(report))
     return QuantizeResult(path, settled, report)
 
 

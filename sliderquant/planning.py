@@ -59,6 +59,14 @@ class Plan:
         return tuple(name for name, (shape, _) in shapes.items() if len(shape) == 2 and name not in quantized)
 
     @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of a quantized weight, with its share of scales and zero-points."""
+        shapes = {name: self.source.shapes[f"{name}.weight"][0] for name in self.schemes}
+        scale_bytes = torch.finfo(self.source.dtype).bits // 8
+        stored = sum(self.schemes[name].stored_bytes(shape[0], shape[1], scale_bytes) for name, shape in shapes.items())
+        return 8 * stored / sum(math.prod(shape) for shape in shapes.values())
+
+    @property
     def rotations(self) -> Rotations | None:
         """What is folded into the weights before they are quantized."""
         return self.source.rotations if isinstance(self.source, RotatedSource) else None
@@ -81,6 +89,7 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "host_memory_bytes": self.host_memory_bytes,
             "disk_bytes": self.disk_bytes,
+            "quantized_bits_per_weight": self.bits_per_weight,
             "source_bytes": self.source_bytes,
         }
 

@@ -208,12 +208,15 @@ class CheckpointWriter:
             _check_written(self._folder)
         return self._folder
 
-    def publish(self, report: Mapping[str, Any] | None = None, card: CardInfo | None = None) -> Path:
-        """Write the report, the model card and the checksums, and make the whole visible as `out`.
+    def publish(
+        self, report: Mapping[str, Any] | None = None, card: CardInfo | None = None, page: str | None = None
+    ) -> Path:
+        """Write the reports, the model card and the checksums, and make the whole visible as `out`.
 
         Args:
             report: becomes sliderquant-report.json.
             card: what the model card says.
+            page: becomes sliderquant-report.html.
 
         Returns:
             `out`.
@@ -228,6 +231,8 @@ class CheckpointWriter:
             _write_json(folder / REPORT_NAME, dict(report or {}))
             text = render_card(card or CardInfo(), self._schemes, total, self._rotations, self._kv_bits)
             (folder / "README.md").write_text(text, encoding="utf-8")
+            if page is not None:
+                (folder / "sliderquant-report.html").write_text(page, encoding="utf-8")
             write_checksums(folder, self._digests)
             for path in [*folder.rglob("*"), folder]:
                 _sync(path)

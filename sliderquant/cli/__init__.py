@@ -5,7 +5,7 @@ import sys
 import typer
 
 from sliderquant._version import __version__
-from sliderquant.cli import demo, evaluate, generate, inspect, quantize
+from sliderquant.cli import demo, evaluate, generate, inspect, quantize, sensitivity
 
 __all__ = ["app", "main"]
 
@@ -21,6 +21,7 @@ app.command("quantize")(quantize.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
+app.command("sensitivity")(sensitivity.command)
 app.command("demo")(demo.command)
 
 

@@ -135,7 +135,7 @@ class Study:
     def _walk(self, tokens: Tensor, streams: dict[Variant, ActivationStream], passed: Callable[[int], None]) -> None:
         """Fill `streams` with the hidden states of every variant after the last layer."""
         embedded, inputs = self.decoder.embed(tokens)
-        streams[()] = ActivationStream(*tokens.shape, self.hidden, self.memory_of_stream)
+        streams[()] = ActivationStream(len(tokens), self.plan.seqlen, self.hidden, self.memory_of_stream)
         streams[()].fill(embedded)
         for index, arguments in enumerate(inputs.arguments):
             layer = self.decoder.layer(index)

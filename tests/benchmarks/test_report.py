@@ -65,7 +65,7 @@ def test_pictures_are_written_and_shown(file):
 def test_without_matplotlib_it_says_what_to_install(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "benchmarks.plots")
-    with pytest.raises(SystemExit, match=r"plots need matplotlib.figure: pip install '\.\[bench\]', or .* --no-plots"):
+    with pytest.raises(SystemExit, match=r"plots need matplotlib.figure: pip install matplotlib, or .* --no-plots"):
         report.report(file)
 
 

@@ -1,0 +1,197 @@
+"""sliderquant-report.html: what a quantization run did, for people; made of sliderquant-report.json alone."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from sliderquant.reports.page import COLORS, render, svg
+
+__all__ = ["loss_figure", "quantization_page", "schedule_figure", "warnings_of"]
+
+_MOST_LABELS = 40
+_STEPS = {
+    "evaluate_before": "perplexity before",
+    "refine": "refining",
+    "write": "writing",
+    "evaluate_after": "perplexity after",
+    "total": "total",
+}
+
+
+def quantization_page(report: Mapping[str, Any]) -> str:
+    """The page.
+
+    Args:
+        report: the contents of sliderquant-report.json.
+    """
+    windows, training = report["windows"], report["training"]
+    return render(
+        "quantization",
+        title=f"{Path(report['model']).name}: {report['scheme']} by {report['method']}",
+        method=report["method"],
+        summary=_summary(report),
+        warnings=warnings_of(training),
+        perplexity=_perplexity(report["perplexity"]),
+        schedule=svg(schedule_figure(windows, report["layers"]), "Windows over the layers") if training else None,
+        losses=svg(loss_figure(training), "Losses of every window") if training else None,
+        stages=[_stage(entry) for entry in training],
+        quantized=[(*name.split(": ", 1), count) for name, count in report["quantized"].items()],
+        kept=", ".join([*report["kept"], "norms and biases"]),
+        settings=_settings(report),
+        run=[
+            *((f"{_STEPS.get(name, name)}, s", f"{seconds:.1f}") for name, seconds in report["seconds"].items()),
+            *report["versions"].items(),
+        ],
+    )
+
+
+def warnings_of(training: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The windows that were started again, or left as they were."""
+    found = []
+    for entry in training:
+        what = f"Window {_layers(entry['layers'])}, {entry['fraction']:.0%} of the channels"
+        if not entry["converged"]:
+            found.append(f"{what}: no finite loss in {entry['retries'] + 1} attempts; it was left as it was.")
+        elif entry["retries"]:
+            found.append(
+                f"{what}: started again {entry['retries']} times after a loss that was not finite, with "
+                f"{entry['rate_scale']:g} of the learning rates."
+            )
+    return found
+
+
+def schedule_figure(windows: list[Mapping[str, Any]], layers: int) -> Figure:
+    """A row for each window, from the top, over the layers that it refines; colored by phase."""
+    figure = Figure(figsize=(8.5, min(1.2 + 0.2 * len(windows), 11)), layout="constrained")
+    axes = figure.subplots()
+    for row, window in enumerate(windows):
+        first, count = window["layers"][0], len(window["layers"])
+        axes.broken_barh([(first - 0.5, count)], (row - 0.4, 0.8), color=_color(window["phase"]), edgecolor="white")
+    axes.set(xlabel="decoder layer", ylabel="window, in order", xlim=(-0.5, layers - 0.5))
+    axes.set_ylim(len(windows) - 0.5, -0.5)
+    axes.set_yticks(*_ticks([str(number + 1) for number in range(len(windows))]))
+    axes.set_xticks(*_ticks([str(layer) for layer in range(layers)]))
+    axes.grid(True, axis="x", linewidth=0.3)
+    _phase_legend(figure, (window["phase"] for window in windows))
+    return figure
+
+
+def loss_figure(training: list[Mapping[str, Any]]) -> Figure:
+    """A panel for each sweep and share of the channels; in it the windows next to each other, in each its epochs."""
+    panels: dict[tuple[int, float], list[Mapping[str, Any]]] = {}
+    for entry in training:
+        panels.setdefault((entry["sweep"], entry["fraction"]), []).append(entry)
+    figure = Figure(figsize=(8.5, 2.6 * len(panels) + 0.6), layout="constrained")
+    grid = figure.subplots(len(panels), squeeze=False, sharey=True).flatten()
+    for axes, ((_, fraction), entries) in zip(grid, panels.items(), strict=True):
+        for place, entry in enumerate(entries):
+            losses = entry["losses"]
+            xs = [place + 0.1 + 0.8 * (epoch + 0.5) / len(losses) for epoch in range(len(losses))]
+            axes.plot(xs, losses, color=_color(entry["phase"]), linewidth=1.5, marker=".", markersize=4)
+        axes.set(ylabel="mean squared error", xlim=(0, len(entries)), title=f"{fraction:.0%} of the input channels")
+        # A loss of 0 has no place on a logarithmic axis: where nothing was rounded away.
+        if all(loss > 0 for entry in entries for loss in entry["losses"]):
+            axes.set_yscale("log")
+        places, labels = _ticks([_layers(entry["layers"]) for entry in entries], most=24)
+        axes.set_xticks([place + 0.5 for place in places], labels, rotation=45 if len(labels) > 12 else 0)
+        axes.set_xticks(range(len(entries)), minor=True)
+        axes.grid(True, axis="x", which="minor", linewidth=0.3)
+        axes.grid(True, axis="y", linewidth=0.3)
+        axes.tick_params(axis="x", which="both", length=0)
+    grid[-1].set_xlabel("window (its layers), in order; inside each: epochs")
+    _phase_legend(figure, (entry["phase"] for entry in training))
+    return figure
+
+
+def _color(phase: str) -> str:
+    return COLORS.get(phase, "#555555")
+
+
+def _phase_legend(figure: Figure, phases: Iterable[str]) -> None:
+    names = list(dict.fromkeys(phases))
+    handles = [Patch(color=_color(name), label=name) for name in names]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(names), frameon=False)
+
+
+def _ticks(labels: list[str], most: int = _MOST_LABELS) -> tuple[list[int], list[str]]:
+    """Every label, or, of too many, every second, third, ..."""
+    step = -(-len(labels) // most)
+    return list(range(0, len(labels), step)), labels[::step]
+
+
+def _layers(layers: list[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}–{layers[-1]}"  # noqa: RUF001
+
+
+def _summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    before, after = report["source_bytes"], report["disk_bytes"]
+    rotations = report["rotations"]
+    memory = ", ".join(f"{size / 1e9:.2f} GB ({where})" for where, size in report["peak_memory_bytes"].items())
+    pairs = [
+        ("Model", f"{report['model']}, {report['layers']} layers"),
+        ("Scheme", report["scheme"]),
+        ("Method", report["method"]),
+        ("Rotations", ", ".join(rotations["transforms"]) if rotations else "none"),
+        ("Size", f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB, {after / before:.3f} of it"),
+        ("Bits per quantized weight", f"{report['quantized_bits_per_weight']:.3f}, with scales and zero-points"),
+        ("Time", f"{report['seconds']['total']:.1f} s"),
+        ("Peak memory", memory),
+        ("Machine", ", ".join(report["machine"].values())),
+        ("Date", report["date"]),
+    ]
+    measured = report["perplexity"]
+    if measured:
+        pairs.insert(4, ("Perplexity", f"{measured['before']['value']:.4f} → {measured['after']['value']:.4f}"))
+    return pairs
+
+
+def _perplexity(measured: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
+    if not measured:
+        return []
+    reference = measured["before"]["value"]
+    lines = []
+    for name, title in (("before", "original"), ("after", "quantized")):
+        found = measured[name]
+        change = "" if name == "before" else f"{found['value'] / reference - 1:+.2%}"
+        arithmetic = f"{found['dtype']} on {found['device']}"
+        lines.append(
+            (title, f"{found['value']:.4f}", change, found["dataset"], found["blocks"], found["seqlen"], arithmetic)
+        )
+    return lines
+
+
+def _stage(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    losses = entry["losses"]
+    ratio = f"{losses[-1] / losses[0]:.3f}" if losses[0] > 0 else "–"  # noqa: RUF001
+    return (
+        _layers(entry["layers"]),
+        entry["phase"],
+        f"{entry['fraction']:.0%}",
+        len(losses),
+        f"{losses[0]:.4g}",
+        f"{losses[-1]:.4g}",
+        ratio,
+        entry["retries"],
+    )
+
+
+def _settings(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = [("seed", report["seed"])]
+    if report["calibration"] is not None:
+        pairs += [
+            ("calibration", report["calibration"]),
+            ("samples", report["samples"]),
+            ("seqlen", report["seqlen"]),
+            ("matrix products in", report["matmul"] or "float32"),
+        ]
+    return pairs + _flat(report["settings"] or {})
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        pairs += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
+    return pairs
