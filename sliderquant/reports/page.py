@@ -16,19 +16,21 @@ __all__ = ["COLORS", "render", "svg"]
 # Of Okabe and Ito, which differ for the color-blind too.
 COLORS = {"shallow": "#0072B2", "middle": "#009E73", "deep": "#D55E00"}
 
-_GROUP_NAME = re.compile(r' id="[A-Za-z0-9]+_\d+"')
+_GROUP_NAME = re.compile(r' id="[A-Za-z0-9.]+_\d+"')
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def svg(figure: Figure, description: str) -> Markup:
     """The figure as an SVG element for a page; the same bytes for the same figure.
 
     Args:
-        description: what it shows, for who does not see it.
+        description: what it shows, for those who do not see it; different for every figure of a page.
     """
     buffer = io.StringIO()
-    # Text stays text: it can be searched and selected, and takes a tenth of the room of its outlines.
-    with matplotlib.rc_context({"svg.hashsalt": "sliderquant", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    # Text stays text: it can be searched and selected, and takes a tenth of the room of its outlines. The ids of what
+    # is referred to are hashes of it and of the salt.
+    with matplotlib.rc_context({"svg.hashsalt": description, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
     text = buffer.getvalue()
     # matplotlib numbers its groups from 1 in every figure, and nothing refers to them: a page has each id once.
     drawn = _GROUP_NAME.sub("", text[text.index("<svg") :])

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -11,7 +12,7 @@ from sliderquant.reports.page import COLORS, render, svg
 
 __all__ = ["loss_figure", "quantization_page", "schedule_figure", "warnings_of"]
 
-_MOST_LABELS = 40
+_MOST_LABELS = 24
 _STEPS = {
     "evaluate_before": "perplexity before",
     "refine": "refining",
@@ -80,30 +81,40 @@ def schedule_figure(windows: list[Mapping[str, Any]], layers: int) -> Figure:
 
 
 def loss_figure(training: list[Mapping[str, Any]]) -> Figure:
-    """A panel for each sweep and share of the channels; in it the windows next to each other, in each its epochs."""
-    panels: dict[tuple[int, float], list[Mapping[str, Any]]] = {}
+    """Two panels for each sweep and share of the channels: the losses, and the losses over the first of their window.
+    In a panel the windows stand next to each other, in each window its epochs."""
+    stages: dict[tuple[int, float], list[Mapping[str, Any]]] = {}
     for entry in training:
-        panels.setdefault((entry["sweep"], entry["fraction"]), []).append(entry)
-    figure = Figure(figsize=(8.5, 2.6 * len(panels) + 0.6), layout="constrained")
-    grid = figure.subplots(len(panels), squeeze=False, sharey=True).flatten()
-    for axes, ((_, fraction), entries) in zip(grid, panels.items(), strict=True):
+        stages.setdefault((entry["sweep"], entry["fraction"]), []).append(entry)
+    figure = Figure(figsize=(8.5, 4.2 * len(stages) + 0.8), layout="constrained")
+    panels = figure.subplots(2 * len(stages), squeeze=False).flatten()
+    for absolute, relative, ((_, fraction), entries) in zip(panels[::2], panels[1::2], stages.items(), strict=True):
         for place, entry in enumerate(entries):
-            losses = entry["losses"]
+            losses, style = entry["losses"], {"color": _color(entry["phase"]), "marker": ".", "markersize": 4}
             xs = [place + 0.1 + 0.8 * (epoch + 0.5) / len(losses) for epoch in range(len(losses))]
-            axes.plot(xs, losses, color=_color(entry["phase"]), linewidth=1.5, marker=".", markersize=4)
-        axes.set(ylabel="mean squared error", xlim=(0, len(entries)), title=f"{fraction:.0%} of the input channels")
-        # A loss of 0 has no place on a logarithmic axis: where nothing was rounded away.
+            absolute.plot(xs, losses, **style)
+            if losses[0] > 0:
+                relative.plot(xs, [loss / losses[0] for loss in losses], **style)
+        # A loss of 0, where nothing was rounded away, has no place on a logarithmic axis.
         if all(loss > 0 for entry in entries for loss in entry["losses"]):
-            axes.set_yscale("log")
-        places, labels = _ticks([_layers(entry["layers"]) for entry in entries], most=24)
-        axes.set_xticks([place + 0.5 for place in places], labels, rotation=45 if len(labels) > 12 else 0)
-        axes.set_xticks(range(len(entries)), minor=True)
-        axes.grid(True, axis="x", which="minor", linewidth=0.3)
-        axes.grid(True, axis="y", linewidth=0.3)
-        axes.tick_params(axis="x", which="both", length=0)
-    grid[-1].set_xlabel("window (its layers), in order; inside each: epochs")
+            absolute.set_yscale("log")
+        absolute.set(ylabel="mean squared error", title=f"{fraction:.0%} of the input channels quantized")
+        relative.set(ylabel="over the first epoch's")
+        for axes in (absolute, relative):
+            _label_windows(axes, [_layers(entry["layers"]) for entry in entries])
+    panels[-1].set_xlabel("window (its layers), in order; inside each: epochs")
     _phase_legend(figure, (entry["phase"] for entry in training))
     return figure
+
+
+def _label_windows(axes: Axes, names: list[str]) -> None:
+    places, labels = _ticks(names)
+    axes.set_xlim(0, len(names))
+    axes.set_xticks([place + 0.5 for place in places], labels, rotation=45 if len(labels) > 12 else 0)
+    axes.set_xticks(range(len(names)), minor=True)
+    axes.grid(True, axis="x", which="minor", linewidth=0.3)
+    axes.grid(True, axis="y", linewidth=0.3)
+    axes.tick_params(axis="x", which="both", length=0)
 
 
 def _color(phase: str) -> str:
@@ -116,9 +127,9 @@ def _phase_legend(figure: Figure, phases: Iterable[str]) -> None:
     figure.legend(handles=handles, loc="outside upper right", ncols=len(names), frameon=False)
 
 
-def _ticks(labels: list[str], most: int = _MOST_LABELS) -> tuple[list[int], list[str]]:
+def _ticks(labels: list[str]) -> tuple[list[int], list[str]]:
     """Every label, or, of too many, every second, third, ..."""
-    step = -(-len(labels) // most)
+    step = -(-len(labels) // _MOST_LABELS)
     return list(range(0, len(labels), step)), labels[::step]
 
 
