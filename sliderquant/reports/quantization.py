@@ -145,7 +145,7 @@ def _summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Model", f"{report['model']}, {report['layers']} layers"),
         ("Scheme", report["scheme"]),
         ("Method", report["method"]),
-        ("Rotations", ", ".join(rotations["transforms"]) if rotations else "none"),
+        ("Rotations", ", ".join(name for name in rotations if name != "seed") if rotations else "none"),
         ("Size", f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB, {after / before:.3f} of it"),
         ("Bits per quantized weight", f"{report['quantized_bits_per_weight']:.3f}, with scales and zero-points"),
         ("Time", f"{report['seconds']['total']:.1f} s"),
