@@ -153,7 +153,7 @@ def quantize(
                 measured["before"] = _original_perplexity(source, tokenizer, perplexity_on, seqlen, target, progress)
         progress.run_started(settled.steps, settled.work)
         with _timed(times, "refine"), deterministic(target):
-            windows = _run(settled, decoder, blocks, seed, target, writer, changed, progress)
+            reports = _run(settled, decoder, blocks, seed, target, writer, changed, progress)
         with _timed(times, "write"):
             _copy_the_rest(settled, changed, writer)
             kv_bits = settled.scheme.kv_bits
@@ -172,7 +172,8 @@ def quantize(
             "matmul": (
                 _name(matmul_dtype(settled.settings, target)) if isinstance(settled.settings, Settings) else None
             ),
-            "training": [window.as_dict() for window in windows],
+            "training": [window.as_dict() for window in reports if isinstance(window, WindowReport)],
+            "layer_errors": [layer.as_dict() for layer in reports if isinstance(layer, LayerReport)],
             "perplexity": {name: result.as_dict() for name, result in measured.items()} or None,
             "seconds": {name: round(seconds, 3) for name, seconds in times.items()},
             "peak_memory_bytes": peak_memory(target),
@@ -275,7 +276,7 @@ def _run(
     writer: CheckpointWriter,
     changed: dict[str, torch.Tensor],
     progress: Progress,
-) -> list[WindowReport] | list[LayerReport]:
+) -> Sequence[WindowReport | LayerReport]:
     """Quantize every layer and hand it to the writer, in order; `changed` takes in what else the method changed."""
     source = settled.source
 

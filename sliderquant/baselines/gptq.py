@@ -118,8 +118,8 @@ def gptq(
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, float | None]:
     """U, upper triangular with U^T U = (H + damping * mean(diag H) * I)^-1, fp32 `[in, in]`, and the damping it took.
 
-    Inputs that were always 0 get a 1 on the diagonal. In fp64 where fp32 does not do; with ten times the damping where
-    that does not either. None, None: H is not finite, or has nothing but zeros.
+    Of the diagonal's mean, inputs that were always 0 are no part. In fp64 where fp32 does not do; with ten times the
+    damping where that does not either. None, None: H is not finite, or has nothing but zeros.
     """
     diagonal = hessian.diagonal()
     live = diagonal > 0
@@ -127,14 +127,12 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, floa
         return None, None
     mean = diagonal[live].mean().item()
     while True:
-        added = torch.where(live, damping * mean, 1.0)
         for dtype in (torch.float32, torch.float64):
-            damped = hessian.to(dtype)
-            damped = damped + torch.diag(added.to(dtype))
+            identity = torch.eye(len(hessian), dtype=dtype, device=hessian.device)
+            damped = hessian.to(dtype) + damping * mean * identity
             # H = R R^T with R upper triangular is Cholesky's from the last row up, and U = R^-1.
             lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
             if info.item() == 0:
-                identity = torch.eye(len(hessian), dtype=dtype, device=hessian.device)
                 factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
                 if factor.isfinite().all() and (factor.diagonal() > 0).all():
                     return factor, damping

@@ -46,7 +46,7 @@ def test_the_ratios_are_those_of_whole_models(run, blocks, inputs_of, random_mod
     """Grouped-query attention: two query heads read each value."""
     folder = random_model(tmp_path / "model", model_type="qwen2")
     ids, scheme, ratios = blocks(folder), Scheme.parse("W2A16-g32"), 8
-    report = run(folder, str(scheme), "awq", settings={"ratios": ratios, "clipping": False}).report["training"][0]
+    report = run(folder, str(scheme), "awq", settings={"ratios": ratios, "clipping": False}).report["layer_errors"][0]
     model = original(folder)
     layer = "model.layers.0."
     sites = {
@@ -127,9 +127,9 @@ def test_what_is_written_computes_what_the_original_does(run, blocks, random_mod
     """At 8 bits little is lost, but for scales that were merged on one side only."""
     folder = random_model(tmp_path / "model", model_type=family)
     result = run(folder, "W8A16", "awq", rotate=rotate, settings={"ratios": 4})
-    sites = result.report["training"][1]["scales"]
+    sites = result.report["layer_errors"][1]["scales"]
     assert ("mlp.down_proj" in sites) == (not rotate)
-    assert any(found["ratio"] > 0 for layer in result.report["training"] for found in layer["scales"].values())
+    assert any(found["ratio"] > 0 for layer in result.report["layer_errors"] for found in layer["scales"].values())
     assert logits_error(result, folder, blocks(folder)) < 0.02
 
 
@@ -140,11 +140,35 @@ def test_norms_and_biases_of_the_checkpoint_are_the_merged_ones(run, random_mode
     moved = {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
     parts = ("input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.v_proj.bias", "mlp.up_proj.bias")
     assert moved <= {f"model.layers.{layer}.{part}" for layer in range(2) for part in parts}
-    for index, layer in enumerate(result.report["training"]):
+    for index, layer in enumerate(result.report["layer_errors"]):
         sites = dict(zip(parts, ("self_attn", "mlp", "self_attn.o_proj", "mlp.down_proj"), strict=True))
         for part, site in sites.items():
             assert (f"model.layers.{index}.{part}" in moved) == (layer["scales"][site]["ratio"] > 0)
     assert moved
+
+
+def test_errors_are_those_of_what_the_layer_multiplies_once_scales_are_merged(
+    run, blocks, inputs_of, random_model, tmp_path
+):
+    folder = random_model(tmp_path / "model", model_type="qwen2")
+    result = run(folder, "W2A16-g32", "awq", settings={"ratios": 8})
+    model, after = original(folder), load_file(result.path / "model.safetensors")
+    loaded = sliderquant.load(result.path, "cpu", dtype="float32", merge=False)
+    layer, report = "model.layers.0.", result.report["layer_errors"][0]
+    for changed, name in (
+        ("input_layernorm.weight", "self_attn.k_proj"),
+        ("self_attn.v_proj.bias", "self_attn.o_proj"),
+        ("post_attention_layernorm.weight", "mlp.gate_proj"),
+    ):
+        scale = model.get_parameter(layer + changed) / after[layer + changed].float()
+        assert scale.max() > 1.01
+        if name == "self_attn.o_proj":
+            scale = scale.view(2, 1, 16).expand(-1, 2, -1).flatten()
+        x = inputs_of(model, [layer + name], blocks(folder))[layer + name]
+        wanted = x @ model.get_submodule(layer + name).weight.T
+        got = (x / scale) @ loaded.get_submodule(layer + name).dequantize().T
+        error = ((got - wanted).square().sum() / wanted.square().sum()).item()
+        assert report["linears"][name]["error"] == pytest.approx(error, rel=1e-3)
 
 
 def test_it_is_better_than_rounding_to_nearest_where_there_are_outliers(run, blocks, outliers):
@@ -152,7 +176,7 @@ def test_it_is_better_than_rounding_to_nearest_where_there_are_outliers(run, blo
     awq, nearest = run(outliers, "W3A16", "awq", "awq"), run(outliers, "W3A16", "rtn", "rtn")
     assert logits_error(awq, outliers, ids) < 0.8 * logits_error(nearest, outliers, ids)
     report = json.loads((awq.path / "sliderquant-report.json").read_text())
-    for layer in report["training"]:
+    for layer in report["layer_errors"]:
         assert all(found["error"] <= 1 for found in layer["scales"].values())
         assert "clipped" not in layer["linears"]["self_attn.q_proj"]
         assert 0 <= layer["linears"]["mlp.down_proj"]["clipped"] <= 1

@@ -125,6 +125,15 @@ def test_inputs_that_are_always_zero_take_no_part():
     assert torch.equal(again.codes[:, live], stored.codes[:, live])
 
 
+def test_damping_is_a_share_of_the_mean_of_what_takes_part():
+    _, x = example(1, 32, 4)
+    alone, _ = inverse_factor(x.T @ x, 0.01)
+    x = torch.cat((x, torch.zeros(len(x), 32)), 1)
+    among_dead, _ = inverse_factor(x.T @ x, 0.01)
+    assert torch.allclose(among_dead[:32, :32], alone, rtol=1e-3, atol=1e-3 * alone.abs().max().item())
+    assert among_dead[:32, 32:].abs().max() == 0
+
+
 def test_a_hessian_that_is_not_positive_definite_raises_the_damping():
     hessian = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
     factor, damping = inverse_factor(hessian, 0.01)
@@ -212,8 +221,8 @@ def test_a_run_is_better_than_rounding_to_nearest_and_says_by_how_much(run, bloc
     compensated, nearest = run(tiny_llama, "W3A16", "gptq", "gptq"), run(tiny_llama, "W3A16", "rtn", "rtn")
     assert relative(compensated) < 0.9 * relative(nearest)
     report = json.loads((compensated.path / "sliderquant-report.json").read_text())
-    assert [entry["layer"] for entry in report["training"]] == [0, 1]
-    for entry in report["training"]:
+    assert [entry["layer"] for entry in report["layer_errors"]] == [0, 1]
+    for entry in report["layer_errors"]:
         assert 0 < entry["error"] < 1
         assert len(entry["linears"]) == 7
         assert all(0 < found["error"] < 1 and found["damping"] == 0.01 for found in entry["linears"].values())
@@ -252,8 +261,8 @@ def test_activations_that_are_not_finite_are_survived(run, random_model, tmp_pat
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1e22
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     report = run(folder, "W4A16", "gptq").report
-    assert report["training"][0]["linears"]["mlp.down_proj"]["damping"] == 0.01
-    assert report["training"][1]["linears"]["mlp.down_proj"]["damping"] is None
+    assert report["layer_errors"][0]["linears"]["mlp.down_proj"]["damping"] == 0.01
+    assert report["layer_errors"][1]["linears"]["mlp.down_proj"]["damping"] is None
 
 
 def test_the_command_line(tiny_llama, calibration_file, tmp_path):

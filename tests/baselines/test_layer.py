@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -89,6 +89,8 @@ def test_logits_stay_as_they_are(
     scale=st.floats(2.0**-60, 2.0**60, width=32),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
+@example(old=1e4, scale=2.0**-60, dtype=torch.float16)  # would be infinite
+@example(old=1e-4, scale=2.0**60, dtype=torch.float16)  # would be 0
 def test_the_scale_is_the_one_that_the_stored_value_implies(old, scale, dtype):
     old, scale = torch.tensor(old).to(dtype).float(), torch.tensor(scale)
     new, implied = storable(old, scale, dtype)

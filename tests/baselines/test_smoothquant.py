@@ -39,7 +39,8 @@ def test_norms_and_weights_of_the_first_layer_are_those_of_the_formula(
         ("post_attention_layernorm", ["mlp.gate_proj", "mlp.up_proj"]),
     ):
         names = [f"model.layers.0.{name}" for name in names]
-        largest = inputs_of(model, names[:1], blocks(folder))[names[0]].abs().amax(0)
+        x = inputs_of(model, names[:1], blocks(folder))[names[0]]
+        largest = x.abs().amax(0)
         weights = [model.get_submodule(name).weight for name in names]
         scale = largest**ratio / torch.cat(weights).abs().amax(0) ** (1 - ratio)
         stored = after[f"model.layers.0.{norm}.weight"]
@@ -51,7 +52,10 @@ def test_norms_and_weights_of_the_first_layer_are_those_of_the_formula(
         for name, weight in zip(names, weights, strict=True):
             want = dequantize(round_to_nearest(weight * implied, Scheme(8), torch.bfloat16), Scheme(8))
             assert torch.equal(loaded.get_submodule(name).dequantize(), want)
-        found = result.report["training"][0]["scales"][norm]
+            error = ((x / implied) @ want.T - x @ weight.T).square().sum() / (x @ weight.T).square().sum()
+            reported = result.report["layer_errors"][0]["linears"][name.removeprefix("model.layers.0.")]["error"]
+            assert reported == pytest.approx(error.item(), rel=1e-2)
+        found = result.report["layer_errors"][0]["scales"][norm]
         assert found["largest"] == pytest.approx(implied.max().item(), rel=1e-6)
         assert found["smallest"] == pytest.approx(implied.min().item(), rel=1e-6)
 
@@ -61,7 +65,7 @@ def test_what_is_written_computes_what_the_original_does(run, blocks, random_mod
     folder = random_model(tmp_path / "model", model_type="qwen3")
     result = run(folder, "W8A8", "smoothquant", rotate=rotate)
     assert logits_error(result, folder, blocks(folder)) < 0.03
-    assert all(0 < found["error"] < 1e-3 for found in result.report["training"][1]["linears"].values())
+    assert all(0 < found["error"] < 1e-3 for found in result.report["layer_errors"][1]["linears"].values())
 
 
 def test_it_is_better_than_rounding_to_nearest_where_there_are_outliers(run, blocks, outliers):
@@ -71,7 +75,7 @@ def test_it_is_better_than_rounding_to_nearest_where_there_are_outliers(run, blo
 
 
 def test_the_report_has_the_error_with_rounded_activations(run, tiny_llama):
-    four, eight = (run(tiny_llama, scheme, "smoothquant", scheme).report["training"] for scheme in ("W8A4", "W8A8"))
+    four, eight = (run(tiny_llama, scheme, "smoothquant", scheme).report["layer_errors"] for scheme in ("W8A4", "W8A8"))
     assert all(rough["error"] > 10 * fine["error"] for rough, fine in zip(four, eight, strict=True))
 
 
