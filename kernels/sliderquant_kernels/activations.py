@@ -7,7 +7,8 @@ A token x `[K]` becomes int8 codes q, a scale s and, if asymmetric, a zero-point
                  q = clamp(round(x / s) + z)
 
 to -2^(b-1) .. 2^(b-1) - 1, rounding half to even: what compressed-tensors computes for dynamic per-token activations,
-with scales in fp32 whatever the activations' dtype. A token of zeros gets s = 1.
+with scales in fp32 whatever the activations' dtype. A token of zeros gets s = 1, z = 0 and codes of 0, so that a
+linear's corrections for zero-points are 0 too, and it returns its bias exactly.
 """
 
 from __future__ import annotations
@@ -107,10 +108,11 @@ def quantize(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Ten
         scale = torch.maximum(-low, high) / ((2**bits - 1) / 2)
     else:
         scale = (high - low) / (2**bits - 1)
-    scale = torch.where(scale > 0, scale, 1.0)
+    empty = ~(scale > 0)
+    scale = torch.where(empty, 1.0, scale)
     zero = torch.zeros_like(scale)
     if not symmetric:
-        zero = torch.round(low_code - low / scale).clamp(low_code, high_code)
+        zero = torch.where(empty, zero, torch.round(low_code - low / scale).clamp(low_code, high_code))
     codes = (torch.round(wide / scale.unsqueeze(-1)) + zero.unsqueeze(-1)).clamp(low_code, high_code)
     return codes.to(torch.int8), scale, zero.int(), codes.sum(-1).int()
 

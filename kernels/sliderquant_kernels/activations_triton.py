@@ -43,10 +43,10 @@ def quantize_row(x, padding, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: 
     else:
         low = tl.minimum(tl.min(x), 0.0)
         high = tl.maximum(tl.max(x), 0.0)
-        scale = tl.div_rn(high - low, 2.0**BITS - 1)
-        scale = tl.where(scale > 0, scale, 1.0)
+        span = tl.div_rn(high - low, 2.0**BITS - 1)
+        scale = tl.where(span > 0, span, 1.0)
         zero = ((LOW - tl.div_rn(low, scale)) + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
-        zero = tl.minimum(tl.maximum(zero, LOW), HIGH)
+        zero = tl.where(span > 0, tl.minimum(tl.maximum(zero, LOW), HIGH), 0)
         # Clamped before it is rounded: the bounds are integers, so that it is the same.
         clamped = tl.minimum(tl.maximum(_quotient(x, scale, IEEE), (LOW - zero).to(tl.float32)),
                              (HIGH - zero).to(tl.float32))  # fmt: skip

@@ -254,14 +254,14 @@ def grid_of(low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: tl.con
     if not SYMMETRIC:
         low = tl.minimum(low, 0.0)
         high = tl.maximum(high, 0.0) - low
-    scale = _quotient(high, STEPS, 1.0 / STEPS, IEEE)
-    scale = tl.where(scale > 0, scale, 1.0)
+    span = _quotient(high, STEPS, 1.0 / STEPS, IEEE)
+    scale = tl.where(span > 0, span, 1.0)
     reciprocal = 1.0 / scale
     zero = high.to(tl.int32) * 0
     if not SYMMETRIC:
         exact = LOW - _quotient(low, scale, reciprocal, IEEE)
         zero = (exact + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
-        zero = tl.minimum(tl.maximum(zero, LOW), HIGH)
+        zero = tl.where(span > 0, tl.minimum(tl.maximum(zero, LOW), HIGH), 0)
     return scale, reciprocal, zero
 
 
@@ -273,9 +273,11 @@ def codes_of(values, reciprocal, zero, BITS: tl.constexpr, SYMMETRIC: tl.constex
     """
     LOW: tl.constexpr = -(2 ** (BITS - 1))
     HIGH: tl.constexpr = 2 ** (BITS - 1) - 1
-    rounded = tl.minimum(values * reciprocal + _ROUNDER, (HIGH - zero).to(tl.float32) + _ROUNDER)
+    # HIGH - zero + _ROUNDER.
+    top = (HIGH - zero + _ROUNDER_BITS).to(tl.float32, bitcast=True)
+    rounded = tl.minimum(values * reciprocal + _ROUNDER, top)
     if not SYMMETRIC:
-        rounded = tl.maximum(rounded, (LOW - zero).to(tl.float32) + _ROUNDER)
+        rounded = tl.maximum(rounded, (LOW - zero + _ROUNDER_BITS).to(tl.float32, bitcast=True))
     return rounded.to(tl.int32, bitcast=True) - (_ROUNDER_BITS - zero)
 
 

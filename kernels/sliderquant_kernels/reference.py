@@ -51,8 +51,10 @@ def quantize_activations(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor,
     x = x.double()
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = torch.maximum(-low, high) / ((2**bits - 1) / 2) if symmetric else (high - low) / (2**bits - 1)
-    scale = torch.where(scale > 0, scale, 1.0)
+    empty = scale == 0
+    scale = torch.where(empty, 1.0, scale)
     zero = torch.zeros_like(scale) if symmetric else (low_code - low / scale).round().clamp(low_code, high_code)
+    zero = torch.where(empty, 0.0, zero)
     codes = ((x / scale).round() + zero).clamp(low_code, high_code)
     return codes, scale.squeeze(-1), zero.squeeze(-1)
 

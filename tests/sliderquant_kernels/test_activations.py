@@ -51,6 +51,10 @@ def test_tokens_of_zeros(make_x):
             got = quantize_activations(torch.zeros(2, 8), bits, symmetric)
             assert torch.equal(got.scale, torch.ones(2))
             assert torch.equal(got.dequantize(), torch.zeros(2, 8))
+            assert not got.codes.any()
+            assert not got.token_sum.any()
+            assert symmetric or not got.zero_point.any()
+            assert not any(t.any() for t in reference.quantize_activations(torch.zeros(2, 8), bits, symmetric)[::2])
 
 
 def test_the_same_grid_as_compressed_tensors(make_x):

@@ -203,10 +203,9 @@ def test_tokens_of_zeros_and_of_one_sign(n, on):
     for symmetric in (True, False):
         codes, scale, zero, total = launch.hadamard_quantize(zeros, None, None, transform, 8, symmetric)
         assert torch.equal(scale, torch.ones(2))
-        point = 0 if symmetric else -128
-        assert (codes == point).all()
-        assert symmetric or (zero == -128).all()
-        assert (total == n * point).all()
+        assert not codes.any()
+        assert symmetric or not zero.any()
+        assert not total.any()
     # What rotates to a single one: its range goes from 0 on, and the rest are exactly the zero-point.
     single = torch.zeros(1, n)
     single[0, 0] = 3.0

@@ -51,6 +51,20 @@ def test_equals_the_simulation(bits, group_size, symmetric, x_bits, x_symmetric,
         assert ((got.double() - want).abs() <= bound + 1e-30).all()
 
 
+@pytest.mark.parametrize("x_bits", [4, 8])
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), _SCHEMES)
+def test_a_token_of_zeros_gives_the_bias_exactly(bits, group_size, symmetric, x_bits, make_weight, make_x):
+    _, layout, packed = _packed(make_weight, bits, 33, 192, group_size, symmetric)
+    x = make_x((3, 192), torch.float16)
+    x[1] = 0
+    bias, residual = make_x((33,), torch.float32, 2), make_x((3, 33), torch.float32, 3)
+    for x_symmetric in (True, False):
+        activations = quantize_activations(x, x_bits, x_symmetric)
+        assert torch.equal(low_bit_linear(activations, packed, layout, torch.float32, bias)[1], bias)
+        got = low_bit_linear(activations, packed, layout, torch.float32, bias, residual)
+        assert torch.equal(got[1], bias + residual[1])
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_no_sum_overflows_at_the_documented_bound(bits):
     """Worst-case codes and zero-points at the largest K: 255 * (2^b - 1) * K just below 2^31."""

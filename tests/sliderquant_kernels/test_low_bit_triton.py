@@ -80,6 +80,21 @@ def test_what_the_rules_choose(m, variant, make_weight):
     assert torch.allclose(y.double(), want, rtol=2e-3, atol=2e-3 * float(want.abs().max() if m else 1))
 
 
+@pytest.mark.parametrize("name", ["warp_k", "rows"])
+def test_a_token_of_zeros_gives_the_bias_exactly(name, monkeypatch, make_weight, make_x):
+    n, k, group_size = 20, 128, 32
+    monkeypatch.setattr(launch, "choose_low_bit", lambda *_: _CHOICES[name])
+    layout = LowBitLayout("triton_int8", 4, n, k, group_size, False)
+    packed = layout.pack(*make_weight(4, n, k, group_size, False, torch.float32)[:3])
+    x, bias = make_x((3, k), torch.float16), make_x((n,), torch.float32, 2)
+    x[1] = 0
+    for bits in (4, 8):
+        tokens = quantizing.quantize_activations(x, bits, False, None, 1e-6, None, False)
+        got = launch.low_bit_linear(*tokens, *packed, bias, None, layout, torch.float32)
+        assert torch.equal(got[1], bias)
+        assert not torch.equal(got[0], bias)
+
+
 @pytest.mark.parametrize("name", ["rows", "tiles"])
 @pytest.mark.parametrize("block_m", [64, 128])
 def test_tiles_that_are_stored_in_parts(name, block_m, monkeypatch, make_weight, make_x):
