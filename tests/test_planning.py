@@ -54,6 +54,7 @@ def test_the_size_on_disk_is_what_the_checkpoint_takes(tiny_llama, tmp_path):
         out = tmp_path / scheme
         result = sliderquant.quantize(tiny_llama, out, scheme=scheme, method="rtn")
         assert result.plan.disk_bytes == describe(out).total_bytes
+        assert result.plan.bits_per_weight == pytest.approx(describe(out).quantized_bits_per_weight, rel=1e-12)
 
 
 @pytest.mark.parametrize(
