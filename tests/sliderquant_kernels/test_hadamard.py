@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sliderquant_kernels import HadamardTransform, factor_hadamard, hadamard, hadamard_quantize, reference
+from sliderquant_kernels import (
+    HadamardTransform,
+    factor_hadamard,
+    hadamard,
+    hadamard_quantize,
+    quantize_activations,
+    reference,
+)
 from sliderquant_kernels.activations import quantize
 
 _DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -48,6 +55,53 @@ def test_every_even_size_is_rotated_and_back(n, rows, seed):
     y = hadamard(x, transform)
     torch.testing.assert_close(y.double(), reference.hadamard(x, transform), rtol=0, atol=2e-5)
     torch.testing.assert_close(hadamard(y, transform, inverse=True), x, rtol=0, atol=2e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    half=st.integers(1, 300),
+    heads=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    signed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_16_bits_and_heads_are_rotated_and_back(half, heads, dtype, signed, seed):
+    """Two roundings of every value to 16 bits, and no more."""
+    n = 2 * half
+    transform, signs = factor_hadamard(n), _signs(n, dtype, seed) if signed else None
+    x = torch.randn(2, heads, n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    y = hadamard(x, transform, signs)
+    back = hadamard(y, transform, signs, inverse=True)
+    assert y.dtype == back.dtype == dtype
+    unit = 2.0**-11 if dtype == torch.float16 else 2.0**-8
+    assert ((back.double() - x.double()).norm() <= 2 * unit * x.double().norm() + 1e-6).all()
+    assert torch.equal(y[1, heads - 1], hadamard(x[1, heads - 1], transform, signs))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    half=st.integers(1, 200),
+    bits=st.sampled_from([4, 8]),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from(_DTYPES),
+    gated=st.booleans(),
+    signed=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_fused_equals_unfused(half, bits, symmetric, dtype, gated, signed, seed):
+    """SiLU, product, rotation and quantization at once, and one after the other."""
+    n = 2 * half
+    generator = torch.Generator().manual_seed(seed)
+    x, gate = (torch.randn(3, n, generator=generator).to(dtype) for _ in range(2))
+    x[1] = 0
+    transform, signs = factor_hadamard(n), _signs(n, dtype, seed) if signed else None
+    got = hadamard_quantize(x, transform, bits, symmetric, gate=gate if gated else None, signs=signs)
+    ready = torch.nn.functional.silu(gate.float()).to(dtype) * x if gated else x
+    rotated = hadamard(ready.float(), transform, None if signs is None else signs.float())
+    want = quantize_activations(rotated, bits, symmetric)
+    for name, fused, unfused in zip(want._fields, got, want, strict=True):
+        assert (fused is None and unfused is None) or torch.equal(fused, unfused), name
+    assert not got.codes[1].any()
 
 
 def test_many_rows_go_in_parts(make_x):

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sliderquant_kernels import HadamardTransform, factor_hadamard
 from sliderquant_kernels.hadamard_matrix import LARGEST_PREFERRED, construction, hadamard_matrix, kronecker
@@ -45,6 +47,30 @@ def test_rows_are_orthogonal(order):
     identity = order * torch.eye(order, dtype=torch.int64)
     assert torch.equal(matrix.long() @ matrix.long().t(), identity)
     assert torch.equal(matrix.long().t() @ matrix.long(), identity)
+
+
+def _is_known(order):
+    try:
+        hadamard_matrix(order)
+    except ValueError:
+        return False
+    return True
+
+
+@settings(max_examples=25, deadline=None)
+@given(order=st.integers(LARGEST_PREFERRED // 4 + 1, 300).map(lambda quarter: 4 * quarter).filter(_is_known))
+def test_rows_of_larger_orders_are_orthogonal(order):
+    """Those up to 1200 that are known here."""
+    matrix = hadamard_matrix(order).double()
+    assert (matrix.abs() == 1).all()
+    assert torch.equal(matrix @ matrix.t(), order * torch.eye(order, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", [n for n in _SIZES if n <= 1536])
+def test_products_of_factors_are_orthogonal(n):
+    """The matrix of a whole size, which Kronecker products make of its orders."""
+    matrix = factor_hadamard(n).matrix().double()
+    assert torch.equal(matrix @ matrix.t(), n * torch.eye(n, dtype=torch.float64))
 
 
 def test_orders_without_a_matrix():
