@@ -35,14 +35,14 @@ class LayerReport:
 
     Attributes:
         error: squared error of the layer's output over that of its inputs, the already quantized layers' output,
-            relative to the squared norm of what the original layer makes of them.
+            relative to the squared norm of what the original layer makes of them; None: not finite.
         linears: by name in the layer: `error`, the same of the linear's output with nothing but its weight rounded, and
-            what else the method says.
+            what else the method says; `trouble`, where there was any.
         scales: by site, what the method says about channel scales.
     """
 
     layer: int
-    error: float
+    error: float | None
     linears: dict[str, dict[str, Any]]
     scales: dict[str, dict[str, Any]] = field(default_factory=dict)
 

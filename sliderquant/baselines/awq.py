@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sliderquant.baselines.layer import CalibratedLayer
+from sliderquant.baselines.layer import CalibratedLayer, quotient
 from sliderquant.baselines.settings import AwqSettings
 from sliderquant.modules.rotated import RotatedLinear
 from sliderquant.quantizer import QuantizedWeight, dequantize, find_grid, quantize, round_to_nearest
@@ -38,7 +38,7 @@ def awq_layer(layer: CalibratedLayer, settings: AwqSettings) -> None:
         best = _first_of_the_least(errors)
         layer.scales[site] = {
             "ratio": best / settings.ratios,
-            "error": _quotient(errors[best].item(), errors[0].item()),
+            "error": quotient(errors[best].item(), errors[0].item()),
         }
         return tried[best]
 
@@ -170,7 +170,3 @@ def _first_of_the_least(errors: Tensor) -> int:
 def _divide(gram: Tensor, scale: Tensor) -> None:
     """X^T X of inputs that are divided by `scale`, in place: linears that share it see it once."""
     gram /= torch.outer(scale, scale)
-
-
-def _quotient(error: float, of: float) -> float:
-    return error / of if of > 0 else 1.0

@@ -50,7 +50,12 @@ def gptq_layer(layer: CalibratedLayer, settings: GptqSettings) -> None:
             result = gptq(
                 layer.weight(name), gram, layer.schemes[name], layer.scale_dtype, settings.damping, settings.act_order
             )
-            layer.quantize(name, result.stored, gram, damping=result.damping)
+            trouble = {}
+            if result.damping is None:
+                trouble["trouble"] = "X^T X is not finite or 0, rounded to nearest"
+            elif result.damping > settings.damping:
+                trouble["trouble"] = f"damping raised to {result.damping:g} to make X^T X positive definite"
+            layer.quantize(name, result.stored, gram, damping=result.damping, **trouble)
 
 
 @torch.no_grad()

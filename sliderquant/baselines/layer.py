@@ -1,5 +1,6 @@
 """One decoder layer on its calibration inputs: what its linears multiply, and what takes the place of their weights."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from sliderquant.quantizer import QuantizedWeight, dequantize
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import quantize_activations
 
-__all__ = ["CalibratedLayer", "InputStatistics", "relative_error", "storable"]
+__all__ = ["CalibratedLayer", "InputStatistics", "quotient", "relative_error", "storable"]
 
 
 class _AllSeen(Exception):
@@ -239,11 +240,17 @@ def storable(old: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return torch.where(usable, new, old), torch.where(usable, implied, torch.where(old == 0, scale, 1.0))
 
 
-def relative_error(change: Tensor, weight: Tensor, gram: Tensor) -> float:
+def relative_error(change: Tensor, weight: Tensor, gram: Tensor) -> float | None:
     """Squared norm of `change X` over that of `weight X`, from `gram` = X^T X; `[out, in]` and `[in, in]`, fp32."""
     norm = ((weight @ gram) * weight).sum().item()
     error = ((change @ gram) * change).sum().item()
-    return error / norm if norm > 0 else 0.0
+    return quotient(error, norm)
+
+
+def quotient(error: float, norm: float) -> float | None:
+    """An error relative to a norm, for reports; None: not finite."""
+    relative = error / norm if norm != 0 else 0.0
+    return relative if math.isfinite(relative) else None
 
 
 def _rounding(scheme: Scheme) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sliderquant.baselines.awq import awq_layer
 from sliderquant.baselines.gptq import gptq_layer
-from sliderquant.baselines.layer import CalibratedLayer
+from sliderquant.baselines.layer import CalibratedLayer, quotient
 from sliderquant.baselines.settings import AwqSettings, GptqSettings, SmoothQuantSettings
 from sliderquant.baselines.smoothquant import smoothquant_layer
 from sliderquant.calibration.streams import ActivationStream
@@ -102,7 +102,7 @@ def _layer(plan: Plan, decoder: Decoder, index: int, device: torch.device, round
     return layer
 
 
-def _advance(layer: CalibratedLayer, original: nn.Module) -> float:
+def _advance(layer: CalibratedLayer, original: nn.Module) -> float | None:
     """The stream passes through the quantized layer. Returns the relative squared error of its output."""
     error = norm = 0.0
 
@@ -116,4 +116,4 @@ def _advance(layer: CalibratedLayer, original: nn.Module) -> float:
         return out
 
     layer.stream.walk(step, layer.device, layer.batch_size)
-    return error / norm if norm > 0 else 0.0
+    return quotient(error, norm)

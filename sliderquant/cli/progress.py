@@ -32,7 +32,13 @@ def _window_line(report: WindowReport) -> str:
 
 
 def _layer_line(report: LayerReport) -> str:
-    return f"layer {report.layer}: relative error of its output {report.error:.3g}"
+    error = "not finite" if report.error is None else f"{report.error:.3g}"
+    troubles = [f"; {name}: {found['trouble']}" for name, found in report.linears.items() if "trouble" in found]
+    return f"layer {report.layer}: relative error of its output {error}" + "".join(troubles)
+
+
+def _troubled(report: LayerReport) -> bool:
+    return report.error is None or any("trouble" in found for found in report.linears.values())
 
 
 def _trouble(report: WindowReport) -> str:
@@ -125,7 +131,7 @@ class Bars(_Counting):
             self.console.print(_window_line(report), markup=False, highlight=False)
 
     def layer_quantized(self, report: LayerReport, total: int) -> None:
-        if self.verbose:
+        if self.verbose or _troubled(report):
             self.console.print(_layer_line(report), markup=False, highlight=False)
 
     def layer_written(self, done: int, total: int) -> None:
@@ -174,7 +180,7 @@ class Lines(_Counting):
             self._print(_window_line(report))
 
     def layer_quantized(self, report: LayerReport, total: int) -> None:
-        if self.verbose or self._due():
+        if self.verbose or _troubled(report) or self._due():
             self._print(f"{_layer_line(report)}; {report.layer + 1} of {total} layers")
 
     def layer_written(self, done: int, total: int) -> None:

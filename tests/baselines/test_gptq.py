@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 import sliderquant
 from sliderquant.baselines.gptq import gptq, inverse_factor
 from sliderquant.cli import app
+from sliderquant.cli.progress import _layer_line
 from sliderquant.errors import InputError
 from sliderquant.models.source import open_model
+from sliderquant.progress import LayerReport
 from sliderquant.quantizer import dequantize, round_to_nearest
 from sliderquant.rotation import RotatedSource, Rotations
 from sliderquant.schemes import Scheme
@@ -260,9 +262,21 @@ def test_activations_that_are_not_finite_are_survived(run, random_model, tmp_pat
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1e22
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    report = run(folder, "W4A16", "gptq").report
-    assert report["layer_errors"][0]["linears"]["mlp.down_proj"]["damping"] == 0.01
-    assert report["layer_errors"][1]["linears"]["mlp.down_proj"]["damping"] is None
+    result = run(folder, "W4A16", "gptq")
+    first, second = json.loads((result.path / "sliderquant-report.json").read_text(), parse_constant=pytest.fail)[
+        "layer_errors"
+    ]
+    assert first["linears"]["mlp.down_proj"].keys() == {"error", "damping"}
+    trouble = second["linears"]["mlp.down_proj"]
+    assert trouble == {"error": None, "damping": None, "trouble": "X^T X is not finite or 0, rounded to nearest"}
+    assert _layer_line(LayerReport(**second)).startswith("layer 1: relative error of its output ")
+    assert _layer_line(LayerReport(**second)).endswith("; mlp.down_proj: X^T X is not finite or 0, rounded to nearest")
+
+
+def test_raised_damping_is_reported(run, tiny_llama, monkeypatch):
+    monkeypatch.setattr("sliderquant.baselines.gptq.inverse_factor", lambda h, damping: (torch.eye(len(h)), 0.1))
+    found = run(tiny_llama, "W4A16", "gptq").report["layer_errors"][0]["linears"]["mlp.up_proj"]
+    assert found["trouble"] == "damping raised to 0.1 to make X^T X positive definite"
 
 
 def test_the_command_line(tiny_llama, calibration_file, tmp_path):

@@ -111,6 +111,7 @@ def test_the_error_is_relative_to_the_output():
     want = (x @ change.T).square().sum() / (x @ weight.T).square().sum()
     assert relative_error(change, weight, x.T @ x) == pytest.approx(want.item(), rel=1e-5)
     assert relative_error(change, weight, torch.zeros(8, 8)) == 0
+    assert relative_error(change, weight, torch.full((8, 8), torch.nan)) is None
 
 
 class _Writer:
