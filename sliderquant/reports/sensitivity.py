@@ -70,7 +70,7 @@ def sensitivity_figure(result: Sensitivity) -> Figure:
     """Layers on the left, kinds of linears on the right; above what a part costs alone, below what is won back by
     leaving it in 16 bits. The thirds of the layers have their colors."""
     figure = Figure(figsize=(max(9.0, 6 + 0.16 * len(result.layers)), 6), layout="constrained")
-    width = max(len(result.layers) / 12, 1) * 1.5
+    width = min(max(len(result.layers) / 8, 1.5), 3)
     (top, top_kinds), (bottom, bottom_kinds) = figure.subplots(2, 2, sharex="col", width_ratios=(width, 1))
     colors = [color for name, color in COLORS.items() for _ in thirds(len(result.layers))[name]]
     for axes, values in (
@@ -107,15 +107,16 @@ def sensitivity_figure(result: Sensitivity) -> Figure:
 
 
 def _mark_thirds(axes: Axes, values: Sequence[float], layers: int) -> None:
-    """The mean of each third as a line, and its name."""
+    """The mean of each third as a line, and its name above."""
     if layers < 3:
         return
+    axes.margins(y=0.25)  # room for the names above the bars
     for name, indices in thirds(layers).items():
         mean = sum(values[index] for index in indices) / len(indices)
         ends = [indices.start - 0.5, indices.stop - 0.5]
-        label = f"{name} third: mean {mean:.3g}"
-        axes.plot(ends, [mean, mean], color=COLORS[name], linewidth=1.2, linestyle="--", label=label)
-    axes.legend(fontsize=8, framealpha=0.9)
+        axes.plot(ends, [mean, mean], color=COLORS[name], linewidth=1.2, linestyle="--")
+        style = {"color": COLORS[name], "fontsize": 8, "ha": "center", "va": "top"}
+        axes.text(sum(ends) / 2, 0.97, f"{name} third\nmean {mean:.3g}", style, transform=axes.get_xaxis_transform())
 
 
 def sensitivity_page(result: Sensitivity) -> str:

@@ -216,7 +216,7 @@ def test_memory_changes_nothing_but_the_way(four_layers, text, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"text": "missing.txt"}, "text 'missing.txt': no such file"),
+        ({"text": "missing.txt", "model": "hub/download"}, "text 'missing.txt': no such file"),
         ({"scheme": "W4A16-g64"}, "groups of 64 do not divide the inputs of mlp.down_proj"),
         ({"scheme": "W5A16"}, "scheme: weights of 5 bits"),
         ({"seqlen": 129}, "seqlen 129: expected 2 to 128"),
