@@ -10,6 +10,7 @@ COMMANDS = {
     "decode": ("benchmarks.decode", "one-token forward of a model, packed against bf16"),
     "kernels": ("benchmarks.kernels.command", "kernels against their floors and the best public kernels"),
     "load": ("benchmarks.load", "seconds per GB of loading a checkpoint, against plain reading"),
+    "step": ("benchmarks.step", "a training step with quantizers against one without"),
     "report": ("benchmarks.report", "tables and roofline plots from the files of `kernels`"),
 }
 

@@ -1,9 +1,9 @@
 """The learnable parts of one linear layer, and their merge into codes, scales and zero-points.
 
     W~ = W + (1/r) * B @ A        A [r, in] Kaiming-uniform with a = sqrt(5), B [out, r] zeros
-    Y  = X @ Q(W~)^T + bias       Q: quantizer.fake_quantize with a learned clipping of every group's range
+    Y  = X @ Q(W~)^T + bias       Q: `fake_quantize` with a learned clipping of every group's range
 
-With activations of 4 or 8 bits, Q_x(X) instead of X: quantizer.fake_quantize_activations, of which nothing is learned.
+With activations of 4 or 8 bits, Q_x(X) instead of X: `fake_quantize_activations`, of which nothing is learned.
 
 Source: SliderQuant (arXiv 2603.25284); the clipping is OmniQuant's. Everything learned is merged: what remains after
 `merge` is a quantized weight and nothing else.
@@ -22,23 +22,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sliderquant.fake_quantize import fake_quantize, fake_quantize_activations
 from sliderquant.methods import Settings
-from sliderquant.quantizer import (
-    QuantizedWeight,
-    clipped_grid,
-    dequantize,
-    fake_quantize,
-    fake_quantize_activations,
-    quantize,
-)
+from sliderquant.quantizer import QuantizedWeight, clipped_grid, dequantize, quantize
 from sliderquant.schemes import Scheme
 
-__all__ = ["RefinedLinear", "generator_for", "refined_linears"]
+__all__ = ["RefinedLinear", "SharedInput", "generator_for", "refined_linears"]
 
 
 def generator_for(seed: int, *what: object) -> torch.Generator:
     """A CPU generator of its own for each named use of the seed, so that no use depends on the order of the others."""
     return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, (seed, *what))).encode()))
+
+
+class SharedInput:
+    """Linears that read the same tensor round it once: the first one does, the others take what it made.
+
+    What is kept is let go with the last of them, and is never taken for that of another tensor.
+    """
+
+    def __init__(self, readers: int = 1) -> None:
+        self.readers = readers
+        self._kept: tuple[Tensor, float, Tensor] | None = None
+        self._left = 0
+
+    def rounded(self, x: Tensor, scheme: Scheme, fraction: float, compiled: bool) -> Tensor:
+        """x `[..., in]` with the first `fraction` of its channels rounded, each row over the range of these."""
+        if self._kept is None or self._kept[0] is not x or self._kept[1] != fraction:
+            bits, symmetric = scheme.activation_bits, scheme.activation_symmetric
+            passed = round(fraction * x.shape[-1])
+            rounded = fake_quantize_activations(x[..., :passed], bits, symmetric, compiled)
+            if passed < x.shape[-1]:
+                rounded = torch.cat((rounded, x[..., passed:]), dim=-1)
+            self._kept, self._left = (x, fraction, rounded), self.readers
+        rounded, self._left = self._kept[2], self._left - 1
+        if self._left == 0:
+            self._kept = None
+        return rounded
 
 
 class RefinedLinear(nn.Module):
@@ -51,6 +71,7 @@ class RefinedLinear(nn.Module):
         clip_low, clip_high: fp32 `[out, groups]` before the sigmoid, or None.
         quantized: whether `forward` uses the quantizers; False: the original layer.
         fraction: the share of the input channels that passes through the quantizers.
+        compiled: whether the quantizers are, see `fake_quantize.can_compile`.
     """
 
     def __init__(
@@ -61,8 +82,14 @@ class RefinedLinear(nn.Module):
         stored_dtype: torch.dtype,
         settings: Settings,
         generator: torch.Generator,
+        shared: SharedInput | None = None,
     ) -> None:
+        """
+        Args:
+            shared: of the linears that read the same input and have the same scheme; None: this one alone.
+        """
         super().__init__()
+        self._shared = shared or SharedInput()
         out_features, in_features = weight.shape
         self.scheme, self.stored_dtype = scheme, stored_dtype
         self.register_buffer("weight", weight.detach().float())
@@ -79,6 +106,7 @@ class RefinedLinear(nn.Module):
             self.clip_high = nn.Parameter(torch.full(shape, settings.clipping_start, device=weight.device))
         self.quantized = True
         self.fraction = 1.0
+        self.compiled = False
         self._frozen: Tensor | None = None
 
     @property
@@ -115,17 +143,13 @@ class RefinedLinear(nn.Module):
         return torch.cat((values[:, :passed], refined[:, passed:]), dim=1)
 
     def _on_the_grid(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.clip_low, self.clip_high, self.scheme, self.stored_dtype)
+        return fake_quantize(weight, self.clip_low, self.clip_high, self.scheme, self.stored_dtype, self.compiled)
 
     def effective_input(self, x: Tensor) -> Tensor:
         """What `forward` multiplies x `[..., in]` as."""
         if not self.quantized or not self.scheme.quantizes_activations:
             return x
-        bits, symmetric = self.scheme.activation_bits, self.scheme.activation_symmetric
-        if self.fraction >= 1:
-            return fake_quantize_activations(x, bits, symmetric)
-        passed = round(self.fraction * x.shape[-1])
-        return torch.cat((fake_quantize_activations(x[..., :passed], bits, symmetric), x[..., passed:]), dim=-1)
+        return self._shared.rounded(x, self.scheme, self.fraction, self.compiled)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]`."""

@@ -1,5 +1,6 @@
 """The walk over the model: embed, slide the windows, hand over each layer as soon as no window needs it any more."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
@@ -7,17 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from sliderquant.calibration.streams import ActivationStream
+from sliderquant.fake_quantize import can_compile
 from sliderquant.methods import Settings
 from sliderquant.models.decoder import Decoder
 from sliderquant.modules.attention import insert_rounding
 from sliderquant.modules.rotated import OnlineRotation, RotatedLinear
 from sliderquant.planning import Plan
 from sliderquant.progress import Progress, WindowReport
-from sliderquant.refine import RefinedLinear, generator_for, refined_linears
+from sliderquant.refine import RefinedLinear, SharedInput, generator_for, refined_linears
 from sliderquant.train import Stage, WindowLayers, train_stage
 from sliderquant.windows import Window
 
-__all__ = ["refine_model"]
+__all__ = ["refine_model", "refined_layer"]
 
 
 def refine_model(
@@ -57,6 +59,54 @@ def refine_model(
 
         _Sweep(plan, settings, decoder, blocks, seed, device, learned, leave)(sweep, number, reports, progress)
     return reports
+
+
+def refined_layer(plan: Plan, decoder: Decoder, index: int, seed: int, device: torch.device) -> nn.Module:
+    """Decoder layer `index` with refined linears in the places of its linears, and with the rotations and roundings
+    that the model computes while it runs."""
+    assert isinstance(plan.settings, Settings)
+    layer, family, rotations = decoder.layer(index), plan.source.family, plan.rotations
+    prefix = f"{family.layers}.{index}."
+    compiled = _compiles(plan, device)
+    # With --per-channel-fallback linears that share an input may differ in grouping, never in how it is rounded.
+    shared: dict[str, SharedInput] = {}
+    for names in family.shared_inputs:
+        shared |= dict.fromkeys(names, SharedInput(len(names)))
+    for name in family.linears:
+        linear = layer.get_submodule(name)
+        refined = RefinedLinear(
+            linear.weight,  # type: ignore[arg-type]
+            linear.bias,  # type: ignore[arg-type]
+            plan.schemes[prefix + name],
+            plan.source.dtype,
+            plan.settings,
+            generator_for(seed, prefix + name),
+            shared.get(name),
+        )
+        refined.compiled = compiled
+        layer.set_submodule(name, refined)
+    down = None if rotations is None else rotations.down(index)
+    if down is not None:
+        rotated = RotatedLinear(layer.get_submodule(family.down), OnlineRotation(down))
+        layer.set_submodule(family.down, rotated.to(device))
+    if plan.scheme.quantizes_attention:
+        rotation = None if rotations is None else rotations.query_key(index)
+        online = None if rotation is None else OnlineRotation(rotation).to(device)
+        attention = layer.get_submodule(family.attention)
+        insert_rounding(attention, plan.scheme.kv_bits, online)
+        attention.rounding.compiled = compiled  # type: ignore[union-attr]
+    return layer
+
+
+def _compiles(plan: Plan, device: torch.device) -> bool:
+    """Whether the quantizers are compiled: it takes some 10 s, and saves, in every step and for every layer, about
+    0.15 ms a linear and 3 ns a weight (measured on one core, `python -m benchmarks step`)."""
+    assert isinstance(plan.settings, Settings)
+    if plan.settings.compile == "never":
+        return False
+    weights = sum(math.prod(plan.source.shapes[f"{name}.weight"][0]) for name in plan.source.linear_names(0))
+    saved = plan.work * (1.5e-4 * len(plan.source.family.linears) + 3e-9 * weights)
+    return (plan.settings.compile == "always" or saved > 10) and can_compile(device.type, plan.source.dtype)
 
 
 class _Sweep:
@@ -110,40 +160,12 @@ class _Sweep:
     def _window(self, window: Window) -> WindowLayers:
         for index in window.layers:
             if index not in self.resident:
-                self.resident[index] = self._refined_layer(index)
+                layer = refined_layer(self.plan, self.decoder, index, self.seed, self.device)
+                for name, linear in refined_linears(layer).items() if index in self.learned else ():
+                    linear.restore(self.learned[index][name])
+                self.resident[index] = layer
         layers = [self.resident[index] for index in window.layers]
         return WindowLayers(layers, [self.inputs.arguments[index] for index in window.layers])
-
-    def _refined_layer(self, index: int) -> nn.Module:
-        layer = self.decoder.layer(index)
-        prefix = f"{self.plan.source.family.layers}.{index}."
-        for name in self.plan.source.family.linears:
-            linear = layer.get_submodule(name)
-            refined = RefinedLinear(
-                linear.weight,  # type: ignore[arg-type]
-                linear.bias,  # type: ignore[arg-type]
-                self.plan.schemes[prefix + name],
-                self.plan.source.dtype,
-                self.settings,
-                generator_for(self.seed, prefix + name),
-            )
-            if index in self.learned:
-                refined.restore(self.learned[index][name])
-            layer.set_submodule(name, refined)
-        self._insert_what_runs(index, layer)
-        return layer
-
-    def _insert_what_runs(self, index: int, layer: nn.Module) -> None:
-        """The rotations and roundings that the model computes while it runs."""
-        family, rotations = self.plan.source.family, self.plan.rotations
-        down = None if rotations is None else rotations.down(index)
-        if down is not None:
-            rotated = RotatedLinear(layer.get_submodule(family.down), OnlineRotation(down))
-            layer.set_submodule(family.down, rotated.to(self.device))
-        if self.plan.scheme.quantizes_attention:
-            rotation = None if rotations is None else rotations.query_key(index)
-            online = None if rotation is None else OnlineRotation(rotation).to(self.device)
-            insert_rounding(layer.get_submodule(family.attention), self.plan.scheme.kv_bits, online)
 
     def _advance(self, index: int, fraction: float) -> None:
         """Both streams pass through a layer that no window needs any more."""

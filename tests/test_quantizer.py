@@ -7,14 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sliderquant.quantizer import (
-    clipped_grid,
-    dequantize,
-    fake_quantize,
-    fake_quantize_activations,
-    quantize,
-    round_to_nearest,
-)
+from sliderquant.fake_quantize import fake_quantize, fake_quantize_activations
+from sliderquant.quantizer import clipped_grid, dequantize, quantize, round_to_nearest
 from sliderquant.schemes import BITS, Scheme
 from sliderquant_kernels import quantize_activations
 

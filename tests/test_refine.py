@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from sliderquant.fake_quantize import fake_quantize, fake_quantize_activations
 from sliderquant.methods import Settings
-from sliderquant.quantizer import dequantize, fake_quantize, fake_quantize_activations, round_to_nearest
+from sliderquant.quantizer import dequantize, round_to_nearest
 from sliderquant.refine import RefinedLinear, generator_for, refined_linears
 from sliderquant.schemes import Scheme
 

@@ -19,9 +19,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from sliderquant.errors import InputError
+from sliderquant.fake_quantize import fake_quantize_activations
 from sliderquant.models.family import Family
 from sliderquant.modules.rotated import OnlineRotation
-from sliderquant.quantizer import fake_quantize_activations
 from sliderquant.rotation import Rotations
 from sliderquant_kernels import quantize_activations
 
@@ -37,6 +37,7 @@ class AttentionRounding(nn.Module):
         bits: of the grid of each head of each token, with zero-points: 4 or 8; 16: not rounded.
         rotation: R3, of size head_dim, for queries and keys; or None.
         enabled: False: everything passes as it is.
+        compiled: whether rounding with gradients is, see `fake_quantize.can_compile`.
     """
 
     rotation: OnlineRotation | None
@@ -49,6 +50,7 @@ class AttentionRounding(nn.Module):
         """
         super().__init__()
         self.bits, self.rotation, self.enabled = bits, rotation, True
+        self.compiled = False
         self._config, self._eager = config, eager
 
     def query(self, x: Tensor) -> Tensor:
@@ -69,7 +71,8 @@ class AttentionRounding(nn.Module):
         if self.bits == 16:
             rows = rows if rotation is None else rotation(rows)
         elif x.requires_grad:
-            rows = fake_quantize_activations(rows if rotation is None else rotation(rows), self.bits, False)
+            rows = rows if rotation is None else rotation(rows)
+            rows = fake_quantize_activations(rows, self.bits, symmetric=False, compiled=self.compiled)
         elif rotation is None:
             rows = quantize_activations(rows, self.bits, symmetric=False).dequantize(x.dtype)
         else:

@@ -1,0 +1,245 @@
+"""Fake quantization and its straight-through gradient: the hot loop of learning.
+
+A row is a group of a weight, a token of activations, or a head of a query, key or value. With s its scale, z its
+zero-point, t = x / s and q the clamped code, x^ = (q - z) s, and
+
+    dx^/dx    1 inside the range, 0 where the code was clamped
+    dx^/ds    (q - z) - t inside, q - z outside
+    dx^/dz    0 inside, -s outside
+
+With z = lowest - bottom / s, scale and zero-point pass their gradients to the ends of the range, and those to the
+clipping (OmniQuant's, arXiv 2308.13137, eq. 2) and to the elements that are the minimum and the maximum of their row.
+Rounding of x, of the scale and of the zero-point passes gradients straight through.
+
+All of it is bound by memory. The backward pass keeps x and what there is per row, and computes t and q again. Masks are
+numbers, because on a CPU PyTorch's operations with booleans take ten times as long; compiled, it takes a third of the
+time (`can_compile`).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx.experimental._config
+from torch import Tensor
+
+from sliderquant.quantizer import find_grid, in_groups
+from sliderquant.schemes import Scheme
+
+__all__ = ["can_compile", "fake_quantize", "fake_quantize_activations"]
+
+_logger = logging.getLogger(__name__)
+
+
+def fake_quantize(
+    weight: Tensor,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    compiled: bool = False,
+) -> Tensor:
+    """The dequantized weight `[out, in]`, differentiable in `weight` and in the clipping.
+
+    The range of a group is `[sigmoid(clip_low) * min, sigmoid(clip_high) * max]`, min and max those of the current
+    weight; the grid is that of `quantizer.clipped_grid`.
+
+    Args:
+        weight: fp32 `[out, in]`.
+        clip_low, clip_high: fp32 `[out, groups]` before the sigmoid; None: no clipping.
+        dtype: in which the scale is stored.
+        compiled: by torch.compile; of use where the same shapes come many times, see `can_compile`.
+    """
+    rows = in_groups(weight, scheme).flatten(0, 1)
+    clips = (None, None) if clip_low is None or clip_high is None else (clip_low.flatten(), clip_high.flatten())
+    grid = _Grid(0, scheme.levels, scheme.symmetric, (scheme, dtype))
+    return _FakeQuantize.apply(rows, *clips, grid, compiled).view_as(weight)
+
+
+def fake_quantize_activations(x: Tensor, bits: int, symmetric: bool, compiled: bool = False) -> Tensor:
+    """x `[..., in]` with every row rounded to the grid of its own range, in fp32, then in the dtype of x.
+
+    On a CPU equal bit for bit to `sliderquant_kernels.quantize_activations(x, ...).dequantize(x.dtype)`.
+    Differentiable; the range is that of the current x.
+
+    Args:
+        x: a row is the input of a linear for a token, or a query, key or value of a head.
+        bits: 4 or 8.
+        symmetric: without zero-points.
+        compiled: as in `fake_quantize`.
+    """
+    grid = _Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, symmetric, None)
+    return _FakeQuantize.apply(x.reshape(-1, x.shape[-1]), None, None, grid, compiled).view(x.shape)
+
+
+@lru_cache(maxsize=16)
+def can_compile(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether fake quantization compiles here and computes, bit for bit, what it does uncompiled: tried once, which
+    takes some seconds. On CPUs with a C++ compiler only: on CUDA, compiled division may round otherwise.
+
+    Args:
+        dtype: in which scales are stored.
+    """
+    if device_type != "cpu":
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight, clip = torch.randn(48, 96, generator=generator), torch.rand(48, 1, generator=generator) * 4
+    try:
+        for x, function in (
+            (weight, lambda compiled: fake_quantize(weight, clip, clip / 2, Scheme(3), dtype, compiled)),
+            (weight, lambda compiled: fake_quantize_activations(weight, 4, False, compiled)),
+        ):
+            x.requires_grad_()
+            plain, compiled = function(False), function(True)
+            if not torch.equal(plain, compiled):
+                _logger.warning("compiled fake quantization does not compute the same bits: it runs uncompiled")
+                return False
+            torch.autograd.grad(compiled.sum(), x)
+    except Exception as error:  # whatever a compiler that is missing or broken raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        _logger.warning("fake quantization runs uncompiled: %s: %s", type(error).__name__, reason)
+        return False
+    return True
+
+
+class _Grid(NamedTuple):
+    """Codes from `lowest` to `highest`; `stored`: the scheme of a weight and the dtype of its scales, or None."""
+
+    lowest: int
+    highest: int
+    symmetric: bool
+    stored: tuple[Scheme, torch.dtype] | None
+
+    @property
+    def levels(self) -> int:
+        return self.highest - self.lowest
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Of rows `[rows, in]`; clip_low, clip_high fp32 `[rows]` or None."""
+
+    @staticmethod
+    def forward(ctx, rows, clip_low, clip_high, grid, compiled):
+        forward, ctx.gradients = _functions(grid, clip_low is not None, compiled)
+        inputs = [tensor for tensor in (rows, clip_low, clip_high) if tensor is not None]
+        value, *of_rows = forward(*_plain(inputs))
+        ctx.save_for_backward(*inputs, *of_rows)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradients = ctx.gradients(*_plain((grad, *ctx.saved_tensors)))
+        return *gradients, *[None] * (5 - len(gradients))
+
+
+def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous, no views and without gradients: of everything else a compiled function would get a version each."""
+    return [tensor.detach().contiguous() for tensor in tensors]
+
+
+@lru_cache(maxsize=64)
+def _functions(grid: _Grid, clipped: bool, compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`_forward` and `_gradients` on this grid. A function of its own each, because what is compiled is looked up, and
+    limited in number, by the code."""
+    if clipped:
+
+        def forward(rows: Tensor, clip_low: Tensor, clip_high: Tensor) -> Any:
+            return _forward(rows, clip_low, clip_high, grid)
+
+        def gradients(grad: Tensor, rows: Tensor, clip_low: Tensor, clip_high: Tensor, *of_rows: Tensor) -> Any:
+            return _gradients(grid, grad, rows, clip_low, clip_high, *of_rows)
+
+    else:
+
+        def forward(rows: Tensor) -> Any:  # type: ignore[misc]
+            return _forward(rows, None, None, grid)
+
+        def gradients(grad: Tensor, rows: Tensor, *of_rows: Tensor) -> Any:  # type: ignore[misc]
+            return _gradients(grid, grad, rows, None, None, *of_rows)[:1]
+
+    return (_compiled(forward), _compiled(gradients)) if compiled else (forward, gradients)
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Without the option a scale that is rounded to 16 bits and widened again would not be rounded.
+    optimized = torch.compile(function, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})
+
+    def call(*tensors: Tensor) -> Any:
+        # A square weight is none of a kind.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return optimized(*tensors)
+
+    return call
+
+
+def _forward(
+    rows: Tensor, clip_low: Tensor | None, clip_high: Tensor | None, grid: _Grid
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The rounded rows, and per row scale, zero-point, minimum and maximum."""
+    x = rows.float()
+    low, high = x.amin(dim=-1), x.amax(dim=-1)
+    bottom, top = _ends(low, high, clip_low, clip_high)
+    if grid.stored is not None:
+        scale, zero_point = find_grid(bottom, top, *grid.stored)
+    else:
+        wide = torch.maximum(-bottom, top) / (grid.levels / 2) if grid.symmetric else (top - bottom) / grid.levels
+        scale = torch.where(wide > 0, wide, 1.0)
+        # Not round(-bottom / scale) + lowest: in fp32 the two may round differently.
+        zero_point = torch.round(grid.lowest - bottom / scale).clamp_(grid.lowest, grid.highest)
+        zero_point = torch.zeros_like(scale) if grid.symmetric else zero_point
+    centred = _centred(x / scale[:, None], zero_point, grid)
+    # torch.addcmul and the like would save a pass, but not the bits: keep x^ = (q - z) * s.
+    return centred.mul_(scale[:, None]).to(rows.dtype), scale, zero_point, low, high
+
+
+def _gradients(
+    grid: _Grid,
+    grad: Tensor,
+    rows: Tensor,
+    clip_low: Tensor | None,
+    clip_high: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    low: Tensor,
+    high: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of the rows and of the clipping."""
+    wide, steps = grad.float(), rows.float() / scale[:, None]
+    centred = _centred(steps, zero_point, grid)
+    outside = torch.round(steps).sub_(centred).abs_().clamp_(max=1)  # 1 where the code was clamped
+    grad_rows = torch.addcmul(wide, wide, outside, value=-1)
+    grad_scale = torch.linalg.vecdot(wide, centred) - torch.linalg.vecdot(grad_rows, steps)
+    bottom, top = _ends(low, high, clip_low, clip_high)
+    if grid.symmetric:
+        per_end, high_wins = grad_scale / (grid.levels / 2), (top >= -bottom).float()
+        grad_bottom, grad_top = per_end * (high_wins - 1), per_end * high_wins
+    else:
+        grad_steps = grad_rows.sum(dim=-1) - wide.sum(dim=-1)  # of z, divided by s
+        grad_top = (grad_scale + grad_steps * bottom / scale) / grid.levels
+        grad_bottom = -grad_top - grad_steps
+    grad_low = grad_high = None
+    if clip_low is not None and clip_high is not None:
+        shrink_low, shrink_high = torch.sigmoid(clip_low), torch.sigmoid(clip_high)
+        grad_low, grad_high = grad_bottom * bottom * (1 - shrink_low), grad_top * top * (1 - shrink_high)
+        grad_bottom, grad_top = grad_bottom * shrink_low, grad_top * shrink_high
+    # The end of a range is the element at its minimum or maximum, unless the range was extended to hold 0.
+    for end, grad_end in ((low, grad_bottom * (low < 0)), (high, grad_top * (high > 0))):
+        there = (steps - (end / scale)[:, None]).abs_().sign_().neg_().add_(1)
+        grad_rows = grad_rows.addcmul_(there, (grad_end / there.sum(dim=-1))[:, None])
+    return grad_rows.to(rows.dtype), grad_low, grad_high
+
+
+def _ends(low: Tensor, high: Tensor, clip_low: Tensor | None, clip_high: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The range of each row, extended to hold 0 and clipped."""
+    bottom, top = low.clamp(max=0), high.clamp(min=0)
+    if clip_low is None or clip_high is None:
+        return bottom, top
+    return bottom * torch.sigmoid(clip_low), top * torch.sigmoid(clip_high)
+
+
+def _centred(steps: Tensor, zero_point: Tensor, grid: _Grid) -> Tensor:
+    """The clamped codes less the zero-point."""
+    zero_point = zero_point[:, None]
+    return torch.round(steps).add_(zero_point).clamp_(grid.lowest, grid.highest).sub_(zero_point)

@@ -1,0 +1,78 @@
+"""Fake quantization compiled and uncompiled: the same bits. Values and gradients are tested with the quantizer."""
+
+import pytest
+import torch
+
+from sliderquant import fake_quantize as module
+from sliderquant.fake_quantize import can_compile, fake_quantize, fake_quantize_activations
+from sliderquant.schemes import Scheme
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiler():
+    if not can_compile("cpu", torch.bfloat16):
+        pytest.skip("no C++ compiler that PyTorch can use")
+
+
+@pytest.mark.parametrize("scheme", [Scheme(2), Scheme(4, 32, symmetric=True)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_weights(scheme, dtype):
+    # Square, wide, with rows that lie apart, and a row of zeros.
+    for weight in (normal(64, 64), normal(8, 128), normal(16, 128)[:, :64], torch.zeros(3, 64)):
+        clips = [normal(len(weight), scheme.groups(weight.shape[1]), seed=i) for i in (1, 2)]
+        upstream, results = normal(*weight.shape, seed=3), []
+        for compiled in (False, True):
+            inputs = [x.clone().requires_grad_() for x in (weight, *clips)]
+            value = fake_quantize(*inputs, scheme, dtype, compiled)
+            results.append((value, torch.autograd.grad(value, inputs, upstream)))
+        (plain, gradients), (value, others) = results
+        assert torch.equal(value, plain)
+        for got, want in zip(others, gradients, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_activations(symmetric, dtype):
+    for shape in ((3, 5, 64), (2, 4, 7, 8)):
+        x, upstream, results = normal(*shape).to(dtype), normal(*shape, seed=1).to(dtype), []
+        for compiled in (False, True):
+            inputs = x.clone().requires_grad_()
+            value = fake_quantize_activations(inputs, 4, symmetric, compiled)
+            results.append((value, *torch.autograd.grad(value, inputs, upstream)))
+        (plain, gradient), (value, other) = results
+        assert value.dtype == dtype
+        assert torch.equal(value, plain)
+        torch.testing.assert_close(
+            other.float(), gradient.float(), rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-5
+        )
+
+
+def test_what_does_not_compute_the_same_is_not_used(monkeypatch, caplog):
+    def other(function):
+        def call(*tensors):
+            value, *rest = function(*tensors)
+            return value + 1, *rest
+
+        return call
+
+    monkeypatch.setattr(module, "_compiled", other)
+    module._functions.cache_clear()
+    assert not can_compile.__wrapped__("cpu", torch.bfloat16)
+    assert "does not compute the same bits" in caplog.text
+
+    def broken(function):
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(module, "_compiled", broken)
+    module._functions.cache_clear()
+    assert not can_compile.__wrapped__("cpu", torch.bfloat16)
+    assert "runs uncompiled: RuntimeError: no compiler found" in caplog.text
+    module._functions.cache_clear()
+    assert not can_compile.__wrapped__("cuda", torch.bfloat16)
