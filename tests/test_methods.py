@@ -54,6 +54,7 @@ def test_every_setting_is_reachable_by_name():
         "matmul": "float32",
         "retries": 1,
         "stream_memory_gb": 0.5,
+        "compile": "never",
     }
     assert set(values) == set(setting_names())
     changed = with_overrides(METHODS["sliderquant"], parse_overrides(None, [f"{k}={v}" for k, v in values.items()]))
