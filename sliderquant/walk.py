@@ -1,7 +1,7 @@
 """The walk over the model: embed, slide the windows, hand over each layer as soon as no window needs it any more."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -42,10 +42,9 @@ def refine_model(
     """
     assert isinstance(plan.settings, Settings)
     settings = plan.settings
-    stages = settings.stages
-    sweeps: Sequence[tuple[int, ...]] = (
-        [(stage,) for stage in range(len(stages))] if settings.stage_order == "sweep" else [tuple(range(len(stages)))]
-    )
+    # With fewer epochs than stages the first ones have none.
+    stages = [stage for stage in range(len(settings.stages)) if settings.epochs_of_stage(stage)]
+    sweeps = [(stage,) for stage in stages] if settings.stage_order == "sweep" else [tuple(stages)]
     reports: list[WindowReport] = []
     learned: dict[int, dict[str, dict[str, Tensor]]] = {}
     for number, sweep in enumerate(sweeps):
@@ -147,7 +146,7 @@ class _Sweep:
                 layers.walk(self.fp, self.settings.batch_size, self.device, into=self.targets)
                 for stage in stages:
                     label = f"{window} stage {stage + 1} of {len(self.settings.stages)}"
-                    total = len(self.plan.windows) * len(self.settings.stages)
+                    total = len(self.plan.windows) * min(len(self.settings.stages), self.settings.epochs)
                     progress.window_started(label, len(reports) + 1, total)
                     reports.append(self._train(window, layers, stage, number, label, progress))
                     progress.window_done(reports[-1])

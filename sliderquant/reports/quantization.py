@@ -93,7 +93,7 @@ def loss_figure(training: list[Mapping[str, Any]]) -> Figure:
             losses, style = entry["losses"], {"color": _color(entry["phase"]), "marker": ".", "markersize": 4}
             xs = [place + 0.1 + 0.8 * (epoch + 0.5) / len(losses) for epoch in range(len(losses))]
             absolute.plot(xs, losses, **style)
-            if losses and losses[0] > 0:  # a stage may have no epochs
+            if losses[0] > 0:
                 relative.plot(xs, [loss / losses[0] for loss in losses], **style)
         # A loss of 0, where nothing was rounded away, has no place on a logarithmic axis.
         if all(loss > 0 for entry in entries for loss in entry["losses"]):
