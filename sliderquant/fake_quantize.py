@@ -28,7 +28,7 @@ from torch import Tensor
 from sliderquant.quantizer import find_grid, in_groups
 from sliderquant.schemes import Scheme
 
-__all__ = ["can_compile", "fake_quantize", "fake_quantize_activations"]
+__all__ = ["Grid", "can_compile", "fake_quantize", "fake_quantize_activations", "grid_functions"]
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def fake_quantize(
     """
     rows = in_groups(weight, scheme).flatten(0, 1)
     clips = (None, None) if clip_low is None or clip_high is None else (clip_low.flatten(), clip_high.flatten())
-    grid = _Grid(0, scheme.levels, scheme.symmetric, (scheme, dtype))
+    grid = Grid(0, scheme.levels, scheme.symmetric, (scheme, dtype))
     return _FakeQuantize.apply(rows, *clips, grid, compiled).view_as(weight)
 
 
@@ -70,7 +70,7 @@ def fake_quantize_activations(x: Tensor, bits: int, symmetric: bool, compiled: b
         symmetric: without zero-points.
         compiled: as in `fake_quantize`.
     """
-    grid = _Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, symmetric, None)
+    grid = Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, symmetric, None)
     return _FakeQuantize.apply(x.reshape(-1, x.shape[-1]), None, None, grid, compiled).view(x.shape)
 
 
@@ -104,7 +104,7 @@ def can_compile(device_type: str, dtype: torch.dtype) -> bool:
     return True
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     """Codes from `lowest` to `highest`; `stored`: the scheme of a weight and the dtype of its scales, or None."""
 
     lowest: int
@@ -122,7 +122,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, clip_low, clip_high, grid, compiled):
-        forward, ctx.gradients = _functions(grid, clip_low is not None, compiled)
+        forward, ctx.gradients = grid_functions(grid, clip_low is not None, compiled)
         inputs = [tensor for tensor in (rows, clip_low, clip_high) if tensor is not None]
         value, *of_rows = forward(*_plain(inputs))
         ctx.save_for_backward(*inputs, *of_rows)
@@ -140,9 +140,14 @@ def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _functions(grid: _Grid, clipped: bool, compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`_forward` and `_gradients` on this grid. A function of its own each, because what is compiled is looked up, and
-    limited in number, by the code."""
+def grid_functions(grid: Grid, clipped: bool, compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What fake quantization is made of, on this grid.
+
+    The first maps rows `[rows, in]`, and the clipping `[rows]` twice if there is one, to the rounded rows and, per row,
+    scale, zero-point, minimum and maximum. The second maps the gradient of the rounded rows, what the first was given
+    and what it returned per row to the gradients of what it was given. Contiguous tensors without gradients.
+    """
+    # A function of its own each, because what is compiled is looked up, and limited in number, by the code.
     if clipped:
 
         def forward(rows: Tensor, clip_low: Tensor, clip_high: Tensor) -> Any:
@@ -175,7 +180,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forward(
-    rows: Tensor, clip_low: Tensor | None, clip_high: Tensor | None, grid: _Grid
+    rows: Tensor, clip_low: Tensor | None, clip_high: Tensor | None, grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The rounded rows, and per row scale, zero-point, minimum and maximum."""
     x = rows.float()
@@ -195,7 +200,7 @@ def _forward(
 
 
 def _gradients(
-    grid: _Grid,
+    grid: Grid,
     grad: Tensor,
     rows: Tensor,
     clip_low: Tensor | None,
@@ -239,7 +244,7 @@ def _ends(low: Tensor, high: Tensor, clip_low: Tensor | None, clip_high: Tensor 
     return bottom * torch.sigmoid(clip_low), top * torch.sigmoid(clip_high)
 
 
-def _centred(steps: Tensor, zero_point: Tensor, grid: _Grid) -> Tensor:
+def _centred(steps: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """The clamped codes less the zero-point."""
     zero_point = zero_point[:, None]
     return torch.round(steps).add_(zero_point).clamp_(grid.lowest, grid.highest).sub_(zero_point)

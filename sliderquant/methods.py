@@ -56,6 +56,17 @@ class LearningRates(_Frozen):
 
     low_rank: float = Field(5e-4, ge=0, description="of A and B")
     clipping: float = Field(1e-2, ge=0, description="of the clipping logits")
+    scales: float = Field(1e-3, ge=0, description="of the channel scales")
+
+
+class ScaleSettings(_Frozen):
+    """The channel scales, see `sliderquant.scales`."""
+
+    use: Literal["auto", "always", "never"] = Field(
+        "auto", description="auto: with schemes that quantize activations, or queries, keys and values"
+    )
+    start: Literal["ones", "statistics"] = Field("ones", description="1, or from calibration activations and weights")
+    space: Literal["direct", "log"] = Field("direct", description="learn them, or their logarithms")
 
 
 class Settings(_Frozen):
@@ -71,6 +82,7 @@ class Settings(_Frozen):
     clipping: bool = Field(True, description="learn the clipping of every group's range")
     clipping_start: float = Field(4.0, description="clipping logits at the start; sigmoid(4) = 0.982")
     windows: WindowSettings = WindowSettings()
+    scales: ScaleSettings = ScaleSettings()
     learning_rates: LearningRates = LearningRates()
     matmul: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype of matrix products while learning; auto: bfloat16 on GPUs that have it, else float32"

@@ -27,7 +27,7 @@ from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning import Plan, make_plan
 from sliderquant.progress import LayerReport, Progress, WindowReport
 from sliderquant.quantizer import QuantizedWeight
-from sliderquant.refine import refined_linears
+from sliderquant.refine import merged_layer
 from sliderquant.reports.quantization import quantization_page
 from sliderquant.rotation import RotatedSource, Rotations
 from sliderquant.schemes import Scheme
@@ -291,9 +291,14 @@ def _run(
         changed.update({name: tensor.cpu() for name, tensor in (dense or {}).items()})
         progress.layer_written(index + 1, source.num_layers)
 
-    def emit(index: int, layer: nn.Module, dense: Mapping[str, torch.Tensor] | None = None) -> None:
+    def emit(index: int, layer: nn.Module) -> None:
         prefix = f"{source.family.layers}.{index}."
-        write(index, {prefix + name: linear.merge() for name, linear in refined_linears(layer).items()}, dense)
+        quantized, dense = merged_layer(layer)
+        write(
+            index,
+            {prefix + name: merged for name, merged in quantized.items()},
+            {prefix + name: tensor for name, tensor in dense.items()},
+        )
 
     if blocks is None:
         for index in range(source.num_layers):

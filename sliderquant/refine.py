@@ -1,9 +1,10 @@
 """The learnable parts of one linear layer, and their merge into codes, scales and zero-points.
 
-    W~ = W + (1/r) * B @ A        A [r, in] Kaiming-uniform with a = sqrt(5), B [out, r] zeros
-    Y  = X @ Q(W~)^T + bias       Q: `fake_quantize` with a learned clipping of every group's range
+    W~ = W * alpha + (1/r) * B @ A        A [r, in] Kaiming-uniform with a = sqrt(5), B [out, r] zeros
+    Y  = (X / alpha) @ Q(W~)^T + bias     Q: `fake_quantize` with a learned clipping of every group's range
 
-With activations of 4 or 8 bits, Q_x(X) instead of X: `fake_quantize_activations`, of which nothing is learned.
+With activations of 4 or 8 bits, Q_x(X / alpha): `fake_quantize_activations`. alpha, where there is one, divides what
+comes before the linear: see `scales`.
 
 Source: SliderQuant (arXiv 2603.25284); the clipping is OmniQuant's. Everything learned is merged: what remains after
 `merge` is a quantized weight and nothing else.
@@ -15,19 +16,31 @@ that pass.
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sliderquant.fake_quantize import fake_quantize, fake_quantize_activations
+from sliderquant.fake_quantize import fake_quantize_activations
 from sliderquant.methods import Settings
 from sliderquant.quantizer import QuantizedWeight, clipped_grid, dequantize, quantize
+from sliderquant.refined_weights import LearnedWeight, effective_weights, refined_weight
+from sliderquant.scales import ChannelScale, ScaledNorm, Spread, rounded_to
 from sliderquant.schemes import Scheme
 
-__all__ = ["RefinedLinear", "SharedInput", "generator_for", "refined_linears"]
+__all__ = [
+    "RefinedLinear",
+    "SharedInput",
+    "WeightGroup",
+    "generator_for",
+    "learned_parameters",
+    "learned_state",
+    "merged_layer",
+    "refined_linears",
+    "restore_learned",
+]
 
 
 def generator_for(seed: int, *what: object) -> torch.Generator:
@@ -61,6 +74,32 @@ class SharedInput:
         return rounded
 
 
+class WeightGroup:
+    """Linears of a layer with equally many inputs: what they multiply with is computed once for all of them.
+
+    The first one that is called in a forward pass of the layer does it, and the others take theirs; one that comes for
+    the second time begins the next pass.
+    """
+
+    def __init__(self) -> None:
+        self.linears: list[RefinedLinear] = []
+        self._kept: dict[int, Tensor] = {}
+
+    def take(self, linear: "RefinedLinear") -> Tensor:
+        """W^ of a linear of the group, fp32 `[out, in]`."""
+        if id(linear) not in self._kept:
+            first = linear
+            weights = effective_weights(
+                [other.learned_weight() for other in self.linears],
+                first.scheme,
+                first.stored_dtype,
+                first.fraction,
+                first.compiled,
+            )
+            self._kept = {id(other): weight for other, weight in zip(self.linears, weights, strict=True)}
+        return self._kept.pop(id(linear))
+
+
 class RefinedLinear(nn.Module):
     """A linear layer whose weight is being refined.
 
@@ -69,10 +108,15 @@ class RefinedLinear(nn.Module):
         bias: fp32 `[out]` or None; not learned.
         low_rank_a, low_rank_b: fp32 `[rank, in]` and `[out, rank]`, or None.
         clip_low, clip_high: fp32 `[out, groups]` before the sigmoid, or None.
+        column, row: channel scales, which belong to the layer: its input comes divided by the one, its output and bias
+            are to be divided by the other; or None.
         quantized: whether `forward` uses the quantizers; False: the original layer.
         fraction: the share of the input channels that passes through the quantizers.
         compiled: whether the quantizers are, see `fake_quantize.can_compile`.
     """
+
+    column: Spread | None = None
+    row: Spread | None = None
 
     def __init__(
         self,
@@ -83,13 +127,16 @@ class RefinedLinear(nn.Module):
         settings: Settings,
         generator: torch.Generator,
         shared: SharedInput | None = None,
+        group: WeightGroup | None = None,
     ) -> None:
         """
         Args:
-            shared: of the linears that read the same input and have the same scheme; None: this one alone.
+            shared: of the linears that read the same input; None: this one alone.
+            group: of linears of the same layer, number of inputs and scheme; None: this one alone.
         """
         super().__init__()
-        self._shared = shared or SharedInput()
+        self._shared, self._group = shared or SharedInput(), group or WeightGroup()
+        self._group.linears.append(self)
         out_features, in_features = weight.shape
         self.scheme, self.stored_dtype = scheme, stored_dtype
         self.register_buffer("weight", weight.detach().float())
@@ -124,26 +171,27 @@ class RefinedLinear(nn.Module):
     clip_low: nn.Parameter | None
     clip_high: nn.Parameter | None
 
-    def refined_weight(self) -> Tensor:
-        """W~, fp32 `[out, in]`."""
-        if self.low_rank_a is None or self.low_rank_b is None:
-            return self.weight
-        return torch.addmm(self.weight, self.low_rank_b, self.low_rank_a, alpha=1 / self.low_rank_a.shape[0])
+    def learned_weight(self) -> LearnedWeight:
+        """The weight and what is learned for it."""
+        return LearnedWeight(
+            self.weight,
+            self.low_rank_a,
+            self.low_rank_b,
+            self.clip_low,
+            self.clip_high,
+            None if self.column is None else self.column(),
+            None if self.row is None else self.row(),
+        )
 
     def effective_weight(self) -> Tensor:
         """What `forward` multiplies with, fp32 `[out, in]`."""
-        if not self.quantized:
-            return self.weight
-        refined = self.refined_weight()
-        if self.fraction >= 1:
-            return self._on_the_grid(refined)
-        passed = round(self.fraction * refined.shape[1])
-        # Per channel, the range is that of the channels that pass; a group keeps its own.
-        values = self._on_the_grid(refined[:, :passed] if self.scheme.group_size is None else refined)
-        return torch.cat((values[:, :passed], refined[:, passed:]), dim=1)
+        return self._group.take(self) if self.quantized else self.weight
 
-    def _on_the_grid(self, weight: Tensor) -> Tensor:
-        return fake_quantize(weight, self.clip_low, self.clip_high, self.scheme, self.stored_dtype, self.compiled)
+    def effective_bias(self) -> Tensor | None:
+        """What `forward` adds, fp32 `[out]`: rounded to the dtype in which it is stored."""
+        if self.bias is None or self.row is None or not self.quantized:
+            return self.bias
+        return rounded_to(self.bias / self.row(), self.stored_dtype)
 
     def effective_input(self, x: Tensor) -> Tensor:
         """What `forward` multiplies x `[..., in]` as."""
@@ -154,7 +202,7 @@ class RefinedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]`."""
         weight = self.effective_weight() if self._frozen is None else self._frozen
-        return F.linear(self.effective_input(x), weight, self.bias)
+        return F.linear(self.effective_input(x), weight, self.effective_bias())
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -169,29 +217,15 @@ class RefinedLinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> tuple[QuantizedWeight, Tensor]:
         """The weight as it is stored, and the weight that was trained, fp32 `[out, in]`: equal bit for bit."""
-        refined = self.refined_weight()
+        learned = self.learned_weight()
+        refined = refined_weight(learned)
         grid = clipped_grid(refined, self.clip_low, self.clip_high, self.scheme, self.stored_dtype)
-        trained = self._on_the_grid(refined)
+        (trained,) = effective_weights([learned], self.scheme, self.stored_dtype)
         quantized = quantize(refined, grid, self.scheme, self.stored_dtype)
         assert torch.equal(dequantize(quantized, self.scheme), trained), (
             "the stored weight differs from the trained one"
         )
         return quantized, trained
-
-    def low_rank_parameters(self) -> list[nn.Parameter]:
-        return [p for p in (self.low_rank_a, self.low_rank_b) if p is not None]
-
-    def clipping_parameters(self) -> list[nn.Parameter]:
-        return [p for p in (self.clip_low, self.clip_high) if p is not None]
-
-    def learned(self) -> dict[str, Tensor]:
-        """A copy of what was learned, by name; `restore` takes it back."""
-        return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
-
-    @torch.no_grad()
-    def restore(self, learned: dict[str, Tensor]) -> None:
-        for name, parameter in self.named_parameters():
-            parameter.copy_(learned[name])
 
 
 def refined_linears(module: nn.Module) -> dict[str, RefinedLinear]:
@@ -199,3 +233,42 @@ def refined_linears(module: nn.Module) -> dict[str, RefinedLinear]:
     found = {name: child for name, child in module.named_modules() if isinstance(child, RefinedLinear)}
     # Behind an online rotation it is the child `linear` of what stands in its place.
     return {name.removesuffix(".linear"): child for name, child in found.items()}
+
+
+def learned_parameters(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """What is learned inside `module`: by kind, `low_rank`, `clipping` or `scales`, and by name."""
+    found: dict[str, dict[str, nn.Parameter]] = {"low_rank": {}, "clipping": {}, "scales": {}}
+    for name, child in module.named_modules():
+        for own, parameter in child.named_parameters(recurse=False):
+            if isinstance(child, RefinedLinear):
+                found["clipping" if own.startswith("clip") else "low_rank"][f"{name}.{own}"] = parameter
+            elif isinstance(child, ChannelScale):
+                found["scales"][f"{name}.{own}"] = parameter
+    return found
+
+
+def learned_state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of what was learned inside `module`, by name; `restore_learned` takes it back."""
+    kinds = learned_parameters(module).values()
+    return {name: parameter.detach().clone() for kind in kinds for name, parameter in kind.items()}
+
+
+@torch.no_grad()
+def restore_learned(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put back what `learned_state` returned."""
+    for kind in learned_parameters(module).values():
+        for name, parameter in kind.items():
+            parameter.copy_(state[name])
+
+
+@torch.no_grad()
+def merged_layer(layer: nn.Module) -> tuple[dict[str, tuple[QuantizedWeight, Tensor]], dict[str, Tensor]]:
+    """What is stored of a refined decoder layer: by name of the linear, what `merge` returns; and by name of the
+    tensor, the norms and biases that channel scales were merged into, fp32, with values that their dtypes hold."""
+    linears = refined_linears(layer)
+    dense = {f"{name}.weight": child.weight() for name, child in layer.named_modules() if isinstance(child, ScaledNorm)}
+    for name, linear in linears.items():
+        bias = linear.effective_bias()
+        if linear.row is not None and bias is not None:
+            dense[f"{name}.bias"] = bias
+    return {name: linear.merge() for name, linear in linears.items()}, dense

@@ -19,7 +19,15 @@ from sliderquant.calibration.streams import ActivationStream
 from sliderquant.errors import SliderQuantError
 from sliderquant.methods import Settings
 from sliderquant.modules.attention import AttentionRounding
-from sliderquant.refine import RefinedLinear, generator_for, refined_linears
+from sliderquant.refine import (
+    RefinedLinear,
+    generator_for,
+    learned_parameters,
+    learned_state,
+    refined_linears,
+    restore_learned,
+)
+from sliderquant.scales import ScaledNorm
 
 __all__ = ["Stage", "StageResult", "WindowLayers", "matmul_context", "matmul_dtype", "train_stage"]
 
@@ -56,15 +64,25 @@ class WindowLayers:
     def linears(self) -> list[RefinedLinear]:
         return [linear for layer in self.layers for linear in refined_linears(layer).values()]
 
+    def learned_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """What is learned in the window, by kind."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for layer in self.layers:
+            for kind, parameters in learned_parameters(layer).items():
+                found.setdefault(kind, []).extend(parameters.values())
+        return found
+
     def set(self, quantized: bool, fraction: float = 1.0) -> None:
-        """Switch every linear between the quantizer and the original weight, and attention between the rounding of
-        what it multiplies and none."""
+        """Switch every linear between the quantizer and the original weight, norms to theirs, and attention between the
+        rounding of what it multiplies and none."""
         for linear in self.linears():
             linear.quantized, linear.fraction = quantized, fraction
         for layer in self.layers:
             for module in layer.modules():
                 if isinstance(module, AttentionRounding):
                     module.enabled = quantized
+                elif isinstance(module, ScaledNorm):
+                    module.scaled = quantized
 
     def walk(
         self,
@@ -140,16 +158,15 @@ def train_stage(stage: Stage, on_epoch: Callable[[int, float], None]) -> StageRe
         SliderQuantError: the loss is not finite without any training.
     """
     stage.window.set(quantized=True, fraction=stage.fraction)
-    linears = stage.window.linears()
-    start = [linear.learned() for linear in linears]
+    start = [learned_state(layer) for layer in stage.window.layers]
     result = StageResult()
     while True:
         losses = _epochs(stage, result.rate_scale, on_epoch)
         if losses is not None:
             result.losses = losses
             return result
-        for linear, learned in zip(linears, start, strict=True):
-            linear.restore(learned)
+        for layer, learned in zip(stage.window.layers, start, strict=True):
+            restore_learned(layer, learned)
         if result.retries == stage.settings.retries:
             untrained = _loss_without_learning(stage)
             if not math.isfinite(untrained):
@@ -166,12 +183,12 @@ def train_stage(stage: Stage, on_epoch: Callable[[int, float], None]) -> StageRe
 def _epochs(stage: Stage, rate_scale: float, on_epoch: Callable[[int, float], None]) -> list[float] | None:
     """One attempt: the mean loss of each epoch; None: one was not finite."""
     settings, rates = stage.settings, stage.settings.learning_rates
-    linears = stage.window.linears()
-    parameters = (
-        (rates.low_rank, [p for linear in linears for p in linear.low_rank_parameters()]),
-        (rates.clipping, [p for linear in linears for p in linear.clipping_parameters()]),
-    )
-    groups = [{"params": found, "lr": rate * settings.batch_size * rate_scale} for rate, found in parameters if found]
+    kinds = stage.window.learned_parameters()
+    groups = [
+        {"params": found, "lr": getattr(rates, kind) * settings.batch_size * rate_scale}
+        for kind, found in kinds.items()
+        if found
+    ]
     if not groups:
         loss = _loss_without_learning(stage)
         return [loss] * stage.epochs if math.isfinite(loss) else None
@@ -194,7 +211,7 @@ def _epochs(stage: Stage, rate_scale: float, on_epoch: Callable[[int, float], No
             return None
         losses.append(mean)
         on_epoch(steps, mean)
-    finite = all(bool(p.isfinite().all()) for linear in linears for p in linear.parameters())
+    finite = all(bool(parameter.isfinite().all()) for found in kinds.values() for parameter in found)
     return losses if finite else None
 
 

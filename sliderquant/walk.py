@@ -1,7 +1,9 @@
 """The walk over the model: embed, slide the windows, hand over each layer as soon as no window needs it any more."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 
 import torch
@@ -15,7 +17,17 @@ from sliderquant.modules.attention import insert_rounding
 from sliderquant.modules.rotated import OnlineRotation, RotatedLinear
 from sliderquant.planning import Plan
 from sliderquant.progress import Progress, WindowReport
-from sliderquant.refine import RefinedLinear, SharedInput, generator_for, refined_linears
+from sliderquant.refine import (
+    RefinedLinear,
+    SharedInput,
+    WeightGroup,
+    generator_for,
+    learned_state,
+    refined_linears,
+    restore_learned,
+)
+from sliderquant.scales import Site, insert_scales, scale_sites, start_from_statistics
+from sliderquant.schemes import Scheme
 from sliderquant.train import Stage, WindowLayers, train_stage
 from sliderquant.windows import Window
 
@@ -46,7 +58,7 @@ def refine_model(
     stages = [stage for stage in range(len(settings.stages)) if settings.epochs_of_stage(stage)]
     sweeps = [(stage,) for stage in stages] if settings.stage_order == "sweep" else [tuple(stages)]
     reports: list[WindowReport] = []
-    learned: dict[int, dict[str, dict[str, Tensor]]] = {}
+    learned: dict[int, dict[str, Tensor]] = {}
     for number, sweep in enumerate(sweeps):
         last = number == len(sweeps) - 1
 
@@ -54,7 +66,7 @@ def refine_model(
             if last:
                 emit(index, layer)
             else:
-                learned[index] = {name: linear.learned() for name, linear in refined_linears(layer).items()}
+                learned[index] = learned_state(layer)
 
         _Sweep(plan, settings, decoder, blocks, seed, device, learned, leave)(sweep, number, reports, progress)
     return reports
@@ -71,19 +83,25 @@ def refined_layer(plan: Plan, decoder: Decoder, index: int, seed: int, device: t
     shared: dict[str, SharedInput] = {}
     for names in family.shared_inputs:
         shared |= dict.fromkeys(names, SharedInput(len(names)))
+    groups: dict[tuple[int, Scheme], WeightGroup] = defaultdict(WeightGroup)
     for name in family.linears:
         linear = layer.get_submodule(name)
+        scheme = plan.schemes[prefix + name]
         refined = RefinedLinear(
             linear.weight,  # type: ignore[arg-type]
             linear.bias,  # type: ignore[arg-type]
-            plan.schemes[prefix + name],
+            scheme,
             plan.source.dtype,
             plan.settings,
             generator_for(seed, prefix + name),
             shared.get(name),
+            groups[linear.weight.shape[1], scheme],  # type: ignore[index]
         )
         refined.compiled = compiled
         layer.set_submodule(name, refined)
+    if _has_scales(plan):
+        log = plan.settings.scales.space == "log"
+        insert_scales(layer, _sites(plan), refined_linears(layer), log, plan.source.dtype)
     down = None if rotations is None else rotations.down(index)
     if down is not None:
         rotated = RotatedLinear(layer.get_submodule(family.down), OnlineRotation(down))
@@ -95,6 +113,26 @@ def refined_layer(plan: Plan, decoder: Decoder, index: int, seed: int, device: t
         insert_rounding(attention, plan.scheme.kv_bits, online)
         attention.rounding.compiled = compiled  # type: ignore[union-attr]
     return layer
+
+
+def start_scales(plan: Plan, layer: nn.Module) -> AbstractContextManager[None]:
+    """Within it the unquantized layer sees its calibration inputs; then its channel scales are where they start."""
+    assert isinstance(plan.settings, Settings)
+    if not _has_scales(plan) or plan.settings.scales.start == "ones":
+        return nullcontext()
+    return start_from_statistics(layer, _sites(plan), refined_linears(layer))
+
+
+def _has_scales(plan: Plan) -> bool:
+    assert isinstance(plan.settings, Settings)
+    use = plan.settings.scales.use
+    activations = plan.scheme.quantizes_activations or plan.scheme.quantizes_attention
+    return use == "always" or (use == "auto" and activations)
+
+
+def _sites(plan: Plan) -> dict[str, Site]:
+    rotated = plan.rotations is not None and "R4" in plan.rotations.transforms
+    return scale_sites(plan.source.family, plan.source.config, rotated)
 
 
 def _compiles(plan: Plan, device: torch.device) -> bool:
@@ -119,7 +157,7 @@ class _Sweep:
         blocks: Tensor,
         seed: int,
         device: torch.device,
-        learned: dict[int, dict[str, dict[str, Tensor]]],
+        learned: dict[int, dict[str, Tensor]],
         leave: Callable[[int, nn.Module], None],
     ) -> None:
         self.plan, self.settings, self.decoder = plan, settings, decoder
@@ -131,6 +169,7 @@ class _Sweep:
         self.fp.fill(samples)
         self.quant.data.copy_(self.fp.data)
         self.resident: dict[int, nn.Module] = {}
+        self.new: list[int] = []  # of them, those whose channel scales have not started
 
     def __call__(self, stages: tuple[int, ...], number: int, reports: list[WindowReport], progress: Progress) -> None:
         """Run these stages in every window, and add to the reports what happened."""
@@ -143,7 +182,11 @@ class _Sweep:
                     left += 1
                 layers = self._window(window)
                 layers.set(quantized=False)
-                layers.walk(self.fp, self.settings.batch_size, self.device, into=self.targets)
+                with ExitStack() as starting:
+                    for index in self.new:
+                        starting.enter_context(start_scales(self.plan, self.resident[index]))
+                    layers.walk(self.fp, self.settings.batch_size, self.device, into=self.targets)
+                self.new.clear()
                 for stage in stages:
                     label = f"{window} stage {stage + 1} of {len(self.settings.stages)}"
                     total = len(self.plan.windows) * min(len(self.settings.stages), self.settings.epochs)
@@ -160,8 +203,10 @@ class _Sweep:
         for index in window.layers:
             if index not in self.resident:
                 layer = refined_layer(self.plan, self.decoder, index, self.seed, self.device)
-                for name, linear in refined_linears(layer).items() if index in self.learned else ():
-                    linear.restore(self.learned[index][name])
+                if index in self.learned:
+                    restore_learned(layer, self.learned[index])
+                else:
+                    self.new.append(index)
                 self.resident[index] = layer
         layers = [self.resident[index] for index in window.layers]
         return WindowLayers(layers, [self.inputs.arguments[index] for index in window.layers])

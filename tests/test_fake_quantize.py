@@ -63,7 +63,7 @@ def test_what_does_not_compute_the_same_is_not_used(monkeypatch, caplog):
         return call
 
     monkeypatch.setattr(module, "_compiled", other)
-    module._functions.cache_clear()
+    module.grid_functions.cache_clear()
     assert not can_compile.__wrapped__("cpu", torch.bfloat16)
     assert "does not compute the same bits" in caplog.text
 
@@ -71,8 +71,8 @@ def test_what_does_not_compute_the_same_is_not_used(monkeypatch, caplog):
         raise RuntimeError("no compiler found")
 
     monkeypatch.setattr(module, "_compiled", broken)
-    module._functions.cache_clear()
+    module.grid_functions.cache_clear()
     assert not can_compile.__wrapped__("cpu", torch.bfloat16)
     assert "runs uncompiled: RuntimeError: no compiler found" in caplog.text
-    module._functions.cache_clear()
+    module.grid_functions.cache_clear()
     assert not can_compile.__wrapped__("cuda", torch.bfloat16)

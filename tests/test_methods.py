@@ -18,7 +18,7 @@ def test_defaults_are_the_published_ones():
     assert (settings.epochs, settings.batch_size, settings.gamma, settings.rank) == (60, 3, 0.5, 4)
     assert settings.clipping_start == 4.0
     assert settings.windows.model_dump() == {"shallow": 4, "deep": 4, "size": 2, "stride": 1}
-    assert settings.learning_rates.model_dump() == {"low_rank": 5e-4, "clipping": 1e-2}
+    assert settings.learning_rates.model_dump() == {"low_rank": 5e-4, "clipping": 1e-2, "scales": 1e-3}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,10 @@ def test_every_setting_is_reachable_by_name():
         "windows.stride": 3,
         "learning_rates.low_rank": 1e-4,
         "learning_rates.clipping": 2e-3,
+        "learning_rates.scales": 3e-3,
+        "scales.use": "always",
+        "scales.start": "statistics",
+        "scales.space": "log",
         "matmul": "float32",
         "retries": 1,
         "stream_memory_gb": 0.5,

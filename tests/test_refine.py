@@ -4,7 +4,8 @@ import torch
 from sliderquant.fake_quantize import fake_quantize, fake_quantize_activations
 from sliderquant.methods import Settings
 from sliderquant.quantizer import dequantize, round_to_nearest
-from sliderquant.refine import RefinedLinear, generator_for, refined_linears
+from sliderquant.refine import RefinedLinear, generator_for, learned_state, refined_linears, restore_learned
+from sliderquant.refined_weights import refined_weight
 from sliderquant.schemes import Scheme
 
 
@@ -36,13 +37,13 @@ def test_nothing_learned_and_no_clipping_is_round_to_nearest():
 
 def test_the_low_rank_term_starts_at_zero_and_is_scaled_by_its_rank():
     linear = make(rank=4)
-    assert torch.equal(linear.refined_weight(), linear.weight)
+    assert torch.equal(refined_weight(linear.learned_weight()), linear.weight)
     assert linear.low_rank_a.abs().max() <= 1 / 64**0.5  # Kaiming-uniform, a = sqrt(5)
     assert linear.low_rank_a.std().item() == pytest.approx(1 / (3 * 64) ** 0.5, rel=0.15)
     with torch.no_grad():
         linear.low_rank_b.normal_()
     expected = linear.weight + linear.low_rank_b @ linear.low_rank_a / 4
-    assert torch.allclose(linear.refined_weight(), expected, atol=1e-6)
+    assert torch.allclose(refined_weight(linear.learned_weight()), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
@@ -55,7 +56,7 @@ def test_a_stage_quantizes_the_first_channels_only(fraction):
     passed = round(64 * fraction)
     weight = linear.effective_weight()
     assert torch.equal(weight[:, :passed], full[:, :passed])
-    assert torch.equal(weight[:, passed:], linear.refined_weight()[:, passed:])
+    assert torch.equal(weight[:, passed:], refined_weight(linear.learned_weight())[:, passed:])
     if fraction < 1:
         assert not torch.equal(weight, full)
 
@@ -101,12 +102,13 @@ def test_everything_learned_gets_a_gradient_and_the_weight_none():
 
 def test_learned_and_restore():
     linear = make()
-    kept = linear.learned()
+    kept = learned_state(linear)
+    assert set(kept) == {".low_rank_a", ".low_rank_b", ".clip_low", ".clip_high"}
     with torch.no_grad():
         for parameter in linear.parameters():
             parameter.add_(1)
-    linear.restore(kept)
-    assert all(torch.equal(parameter, kept[name]) for name, parameter in linear.named_parameters())
+    restore_learned(linear, kept)
+    assert all(torch.equal(parameter, kept[f".{name}"]) for name, parameter in linear.named_parameters())
 
 
 def test_generators_depend_on_the_seed_and_the_name_alone():

@@ -6,7 +6,7 @@ from sliderquant.calibration.streams import ActivationStream
 from sliderquant.errors import SliderQuantError
 from sliderquant.methods import Settings
 from sliderquant.modules import AttentionRounding
-from sliderquant.refine import RefinedLinear, generator_for
+from sliderquant.refine import RefinedLinear, generator_for, learned_state
 from sliderquant.schemes import Scheme
 from sliderquant.train import Stage, WindowLayers, matmul_dtype, train_stage
 
@@ -58,7 +58,7 @@ def train(layers, settings, epochs=6, seed=2):
 
 
 def state(layers):
-    return [tensor for linear in layers.linears() for tensor in linear.learned().values()]
+    return [tensor for layer in layers.layers for tensor in learned_state(layer).values()]
 
 
 def test_training_reduces_the_loss_and_reports_each_epoch():

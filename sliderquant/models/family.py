@@ -20,6 +20,8 @@ class Family:
         norms: the RMSNorm inside a decoder layer that each of these groups reads, in the same order; it multiplies by
             its weight as it is stored.
         attention: the attention module inside a decoder layer.
+        query, key, query_norm, key_norm: the linears that make queries and keys, and the RMSNorms of each head after
+            them, or None.
         value, output, down: those of the linears that make the values, that read the attention's output, and that end
             the MLP; the last two are added to the residual stream.
         up: the one of them whose outputs, times those of an activation function, are the inputs of `down`.
@@ -47,6 +49,10 @@ class Family:
     )
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     attention: str = "self_attn"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    query_norm: str | None = None
+    key_norm: str | None = None
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
     up: str = "mlp.up_proj"

@@ -7,4 +7,9 @@ __all__ = ["LLAMA", "MISTRAL", "QWEN2", "QWEN3"]
 LLAMA = Family(model_types=("llama",), architectures=("LlamaForCausalLM",))
 MISTRAL = Family(model_types=("mistral",), architectures=("MistralForCausalLM",))
 QWEN2 = Family(model_types=("qwen2",), architectures=("Qwen2ForCausalLM",))
-QWEN3 = Family(model_types=("qwen3",), architectures=("Qwen3ForCausalLM",))
+QWEN3 = Family(
+    model_types=("qwen3",),
+    architectures=("Qwen3ForCausalLM",),
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
+)

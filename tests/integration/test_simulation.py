@@ -16,7 +16,7 @@ from sliderquant_kernels import LowBitLayout, QuantizedActivations
 
 ALL = ("R1", "R2", "R3", "R4")
 IDS = torch.randint(2, 2000, (2, 13), generator=torch.Generator().manual_seed(5))
-RTN = {"rank": 0, "clipping": False, "epochs": 1}
+RTN = {"rank": 0, "clipping": False, "epochs": 1, "scales": {"use": "never"}}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,245 @@
+"""What the linears of a layer multiply with while they are being refined, for several of them at once.
+
+    W~ = (W * column) / row + (1/r) B A         column [in], row [out]: channel scales, or 1
+    W^ = fake_quantize(W~)                      the first `passed` columns; the rest stays as it is
+
+Weights with equally many inputs are taken as one that lie one after the other, and that is cut into pieces: with small
+layers it is the number of calls that takes the time, with large ones every pass over memory that no cache holds.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sliderquant.fake_quantize import Grid, grid_functions
+from sliderquant.schemes import Scheme
+
+__all__ = ["LearnedWeight", "effective_weights", "refined_weight"]
+
+
+@dataclass(frozen=True)
+class LearnedWeight:
+    """A weight and what is learned for it.
+
+    Attributes:
+        weight: fp32 `[out, in]`, not learned.
+        low_rank_a, low_rank_b: fp32 `[rank, in]` and `[out, rank]`, or None.
+        clip_low, clip_high: fp32 `[out, groups]` before the sigmoid, or None.
+        column, row: fp32 `[in]` and `[out]`, or None for 1.
+    """
+
+    weight: Tensor
+    low_rank_a: Tensor | None
+    low_rank_b: Tensor | None
+    clip_low: Tensor | None
+    clip_high: Tensor | None
+    column: Tensor | None = None
+    row: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the attributes."""
+        return (
+            self.weight, self.low_rank_a, self.low_rank_b, self.clip_low, self.clip_high, self.column, self.row,
+        )  # fmt: skip
+
+
+_FIELDS = 7
+_ELEMENTS_AT_ONCE = 1 << 20
+
+
+def effective_weights(
+    weights: Sequence[LearnedWeight], scheme: Scheme, dtype: torch.dtype, fraction: float = 1.0, compiled: bool = False
+) -> tuple[Tensor, ...]:
+    """W^ of each weight, `[out, in]` in fp32 or the dtype of autocast, differentiable in what is learned.
+
+    Args:
+        weights: of the same number of inputs, all with or all without clipping.
+        dtype: in which scales are stored.
+        fraction: the share of the columns that passes through the quantizer. Per channel, the range is that of the
+            columns that pass; a group keeps its own.
+        compiled: as in `fake_quantize`.
+    """
+    grid = Grid(0, scheme.levels, scheme.symmetric, (scheme, dtype))
+    passed = round(fraction * weights[0].weight.shape[1])
+    functions = grid_functions(grid, weights[0].clip_low is not None, compiled)
+    # Within autocast they would be cast first of all.
+    device = weights[0].weight.device.type
+    result = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    settings = _Settings(scheme, passed, functions, result)
+    return _EffectiveWeights.apply(settings, *(tensor for weight in weights for tensor in weight.tensors()))
+
+
+@torch.no_grad()
+def refined_weight(weight: LearnedWeight) -> Tensor:
+    """W~, fp32 `[out, in]`."""
+    return _refine(weight, slice(None), torch.empty_like(weight.weight))
+
+
+def _refine(learned: LearnedWeight, rows: slice, out: Tensor) -> Tensor:
+    """Some rows of W~."""
+    scaled = learned.weight[rows]
+    if learned.column is not None:
+        scaled = torch.mul(scaled, learned.column, out=out)
+    if learned.row is not None:
+        scaled = torch.div(scaled, learned.row[rows, None], out=out)
+    if learned.low_rank_a is not None and learned.low_rank_b is not None:
+        a, b = learned.low_rank_a, learned.low_rank_b[rows]
+        return torch.addmm(scaled, b, a, alpha=1 / len(a), out=out)
+    return out if scaled is out else out.copy_(scaled)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    scheme: Scheme
+    passed: int
+    functions: tuple[Callable[..., Any], Callable[..., Any]]
+    dtype: torch.dtype  # of the result
+
+
+class _Piece:
+    """Some rows of the buffer: of one weight, of a part of one, or of several."""
+
+    def __init__(self, weights: Sequence[LearnedWeight], start: int, stop: int) -> None:
+        self.start, self.stop, first = start, stop, 0
+        # Index of the weight, its rows, and where they are in the piece.
+        self.parts: list[tuple[int, slice, slice]] = []
+        for index, weight in enumerate(weights):
+            rows = len(weight.weight)
+            low, high = max(start, first), min(stop, first + rows)
+            if low < high:
+                self.parts.append((index, slice(low - first, high - first), slice(low - start, high - start)))
+            first += rows
+
+    def refine(self, weights: Sequence[LearnedWeight]) -> Tensor:
+        out = weights[0].weight.new_empty(self.stop - self.start, weights[0].weight.shape[1])
+        for index, rows, here in self.parts:
+            _refine(weights[index], rows, out[here])
+        return out
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The rows of this piece, of tensors that lie one after the other."""
+        found = [tensors[index][rows] for index, rows, _ in self.parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _pieces(weights: Sequence[LearnedWeight]) -> list[_Piece]:
+    """Few enough rows that they stay in a cache while they are refined, quantized, and turned into gradients."""
+    total = sum(len(weight.weight) for weight in weights)
+    rows = max(_ELEMENTS_AT_ONCE // weights[0].weight.shape[1], 1)
+    return [_Piece(weights, start, min(start + rows, total)) for start in range(0, total, rows)]
+
+
+class _EffectiveWeights(torch.autograd.Function):
+    """With G the gradient of W~: dA = B^T G / r, dB = G A^T / r, d column = sum over rows of G * W / row, d row = minus
+    the sum over columns of G * W * column / row^2. Neither W~ nor G is ever there as a whole."""
+
+    @staticmethod
+    def forward(ctx, settings, *tensors):
+        weights = _unflattened([None if tensor is None else tensor.detach() for tensor in tensors])
+        sizes, inputs = [len(weight.weight) for weight in weights], weights[0].weight.shape[1]
+        pieces, values, stored = _pieces(weights), [], []
+        for piece in pieces:
+            refined = piece.refine(weights)
+            value, *of_rows = settings.functions[0](_rows(refined, settings), *_clips(weights, piece))
+            value = value.view(len(refined), -1).to(settings.dtype)
+            if value.shape[1] < inputs:
+                value = torch.cat((value, refined[:, settings.passed :].to(settings.dtype)), dim=1)
+            elif settings.passed < inputs:
+                value[:, settings.passed :] = refined[:, settings.passed :]
+            values.append(value)
+            # Of one piece W~ is kept, of several it is computed again: it would come from memory either way.
+            stored.append([*of_rows, *([refined] if len(pieces) == 1 else [])])
+        ctx.settings, ctx.count = settings, len(tensors)
+        ctx.save_for_backward(*tensors, *(tensor for kept in stored for tensor in kept))
+        return tuple((values[0] if len(values) == 1 else torch.cat(values)).split(sizes))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        settings = ctx.settings
+        saved: list[Any] = [None if tensor is None else tensor.detach() for tensor in ctx.saved_tensors]
+        weights, of_rows = _unflattened(saved[: ctx.count]), saved[ctx.count :]
+        gradients, pieces = [_Gradients(weight) for weight in weights], _pieces(weights)
+        for number, piece in enumerate(pieces):
+            grad, clips = piece.gather(grads), _clips(weights, piece)
+            if len(pieces) == 1:
+                refined, statistics = of_rows[-1], of_rows[:-1]
+            else:
+                refined, statistics = piece.refine(weights), of_rows[4 * number : 4 * number + 4]
+            of_part = grad
+            if settings.passed < grad.shape[1]:
+                grad = grad.float()
+                of_part = grad[:, : settings.passed].contiguous()
+                if settings.scheme.group_size is not None:
+                    of_part = torch.cat((of_part, torch.zeros_like(grad[:, settings.passed :])), dim=1)
+            rows = _rows(refined, settings)
+            of_refined, *of_clips = settings.functions[1](of_part.view(rows.shape), rows, *clips, *statistics)
+            of_refined = of_refined.view(of_part.shape)
+            if of_refined.shape[1] < grad.shape[1]:
+                of_refined = torch.cat((of_refined, grad[:, settings.passed :]), dim=1)
+            elif settings.passed < grad.shape[1]:
+                of_refined[:, settings.passed :] += grad[:, settings.passed :]
+            of_clips = [of_clip.view(len(refined), -1) for of_clip in of_clips]
+            for index, rows_of_weight, here in piece.parts:
+                gradients[index].add(rows_of_weight, of_refined[here], [of_clip[here] for of_clip in of_clips])
+        return None, *(tensor for found in gradients for tensor in found.tensors())
+
+
+class _Gradients:
+    """Of the tensors of one weight, piece by piece: those of its columns are summed, those of its rows filled in."""
+
+    def __init__(self, weight: LearnedWeight) -> None:
+        self.weight = weight
+        summed = (weight.low_rank_a, weight.column)
+        self.of_a, self.of_column = (None if tensor is None else torch.zeros_like(tensor) for tensor in summed)
+        filled = (weight.low_rank_b, weight.clip_low, weight.clip_high, weight.row)
+        self.of_b, self.of_low, self.of_high, self.of_row = (
+            None if tensor is None else torch.empty_like(tensor) for tensor in filled
+        )
+
+    def add(self, rows: slice, grad: Tensor, of_clips: Sequence[Tensor]) -> None:
+        """grad: of these rows of W~."""
+        weight = self.weight
+        if self.of_a is not None and self.of_b is not None:
+            assert weight.low_rank_a is not None
+            assert weight.low_rank_b is not None
+            share = 1 / len(self.of_a)
+            self.of_a.addmm_(weight.low_rank_b[rows].T, grad, alpha=share)
+            self.of_b[rows] = (grad @ weight.low_rank_a.T).mul_(share)
+        for found, of_clip in zip((self.of_low, self.of_high), of_clips, strict=False):
+            assert found is not None
+            found[rows] = of_clip
+        if self.of_column is None and self.of_row is None:
+            return
+        product = grad * weight.weight[rows]
+        if self.of_column is not None:
+            self.of_column += product.sum(0) if weight.row is None else (1 / weight.row[rows]) @ product
+        if self.of_row is not None:
+            assert weight.row is not None
+            sums = product.sum(1) if weight.column is None else product @ weight.column
+            self.of_row[rows] = sums.div_(weight.row[rows].square()).neg_()
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of a LearnedWeight's."""
+        return None, self.of_a, self.of_b, self.of_low, self.of_high, self.of_column, self.of_row
+
+
+def _unflattened(tensors: Sequence[Any]) -> list[LearnedWeight]:
+    return [LearnedWeight(*tensors[i : i + _FIELDS]) for i in range(0, len(tensors), _FIELDS)]
+
+
+def _rows(refined: Tensor, settings: _Settings) -> Tensor:
+    """What is quantized of rows of W~: a group whole, also where only its first columns pass."""
+    part = refined[:, : settings.passed].contiguous() if settings.scheme.group_size is None else refined
+    groups = settings.scheme.groups(part.shape[1])
+    return part.view(-1, part.shape[1] // groups)
+
+
+def _clips(weights: Sequence[LearnedWeight], piece: _Piece) -> list[Tensor]:
+    return [
+        piece.gather([getattr(weight, name) for weight in weights]).flatten()
+        for name in ("clip_low", "clip_high")
+        if weights[0].clip_low is not None
+    ]

@@ -1,0 +1,268 @@
+"""Learned channel scales: factors that a layer computes the same without, and that make it easier to round.
+
+What comes before a linear is divided by alpha, the columns that read it are multiplied, in five places:
+
+    norm -> q, k, v             the norm's weight / alpha
+    norm -> gate, up            the same
+    v -> o                      rows of v / alpha; with grouped-query attention one alpha for each channel of a KV head
+    up -> down                  rows of up / alpha; not where a rotation stands before down_proj
+    q, k                        rows of q / alpha, rows of k * alpha: not read by a linear, but by attention
+
+q and k pass through RoPE, which mixes the two channels of a pair: these share one alpha, as do the query heads that
+read a KV head. Where q and k have norms (Qwen3), alpha goes into the norms' weights, which all heads share.
+
+Weights of norms and biases are stored in 16 bits. They are rounded while learning already, straight through, so that
+what is learned is what is stored.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sliderquant.models.family import Family
+
+__all__ = [
+    "ChannelScale",
+    "ScaledNorm",
+    "Site",
+    "Spread",
+    "insert_scales",
+    "rounded_to",
+    "scale_sites",
+    "start_from_statistics",
+]
+
+_SMALLEST = 1e-4
+
+
+class ChannelScale(nn.Module):
+    """alpha, fp32 `[size]`, of a site; 1 at first.
+
+    Attributes:
+        parameter: alpha itself, or its logarithm.
+        log: which.
+    """
+
+    def __init__(self, size: int, log: bool, device: torch.device) -> None:
+        super().__init__()
+        self.log = log
+        self.parameter = nn.Parameter((torch.zeros if log else torch.ones)(size, device=device))
+
+    def forward(self) -> Tensor:
+        """alpha."""
+        return self.parameter.exp() if self.log else self.parameter.clamp(min=_SMALLEST)
+
+    @torch.no_grad()
+    def start(self, alpha: Tensor) -> None:
+        """Begin with these values."""
+        alpha = torch.where(alpha.isfinite() & (alpha > _SMALLEST), alpha, 1.0)
+        self.parameter.copy_(alpha.log() if self.log else alpha)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """alpha as a linear or norm sees it.
+
+    Attributes:
+        index: of the alpha of each channel, int64; None: they are the same.
+        inverse: 1 / alpha.
+    """
+
+    scale: ChannelScale
+    index: Tensor | None = None
+    inverse: bool = False
+
+    def __call__(self) -> Tensor:
+        alpha = self.scale()
+        alpha = alpha if self.index is None else alpha[self.index]
+        return 1 / alpha if self.inverse else alpha
+
+
+class ScaledNorm(nn.Module):
+    """A norm whose weight is divided by alpha, in the norm's place.
+
+    Attributes:
+        norm: the original.
+        scaled: False: it computes what the original does.
+    """
+
+    def __init__(self, norm: nn.Module, spread: Spread, stored_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm, self.stored_dtype, self.scaled = norm, stored_dtype, True
+        self._spread = spread
+
+    def weight(self) -> Tensor:
+        """As it is stored, fp32 `[size]`."""
+        original: Tensor = self.norm.weight  # type: ignore[assignment]
+        return rounded_to(original / self._spread(), self.stored_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.scaled:
+            return self.norm(x)
+        return functional_call(self.norm, {"weight": self.weight()}, (x,))
+
+
+def rounded_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x fp32, rounded to the values of `dtype`; gradients pass straight through."""
+    return x + (x.detach().to(dtype).float() - x.detach())
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A `Spread` without its scale."""
+
+    index: Tensor | None = None
+    inverse: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """One of the places; by name in the layer, how alpha is spread.
+
+    Attributes:
+        size: of alpha.
+        norms: whose weights are divided.
+        columns: linears whose columns are multiplied.
+        rows: linears whose rows are divided.
+    """
+
+    size: int
+    norms: Mapping[str, Pattern]
+    columns: Mapping[str, Pattern]
+    rows: Mapping[str, Pattern]
+
+
+def scale_sites(family: Family, config: Any, rotated_down: bool) -> dict[str, Site]:
+    """The places of a decoder layer that have an alpha, by the name of what is divided.
+
+    Args:
+        config: of the model.
+        rotated_down: a rotation stands before down_proj.
+    """
+    heads, values = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    plain = Pattern()
+    sites = {
+        norm: Site(config.hidden_size, {norm: plain}, dict.fromkeys(readers, plain), {})
+        for norm, readers in zip(family.norms, family.shared_inputs, strict=True)
+    }
+    channels = torch.arange(values * head_dim).view(values, 1, head_dim).expand(-1, heads // values, -1).flatten()
+    sites[family.value] = Site(values * head_dim, {}, {family.output: Pattern(channels)}, {family.value: plain})
+    if not rotated_down:
+        sites[family.up] = Site(config.intermediate_size, {}, {family.down: plain}, {family.up: plain})
+    # RoPE rotates channel i of a head with channel i + head_dim / 2.
+    pairs = torch.arange(head_dim // 2).repeat(2)
+    if family.query_norm is not None and family.key_norm is not None:
+        norms = {family.query_norm: Pattern(pairs), family.key_norm: Pattern(pairs, inverse=True)}
+        sites[family.query] = Site(head_dim // 2, norms, {}, {})
+    else:
+        of_keys = torch.arange(values)[:, None] * (head_dim // 2) + pairs
+        of_queries = of_keys.repeat_interleave(heads // values, 0)
+        rows = {family.query: Pattern(of_queries.flatten()), family.key: Pattern(of_keys.flatten(), inverse=True)}
+        sites[family.query] = Site(values * head_dim // 2, {}, {}, rows)
+    return sites
+
+
+def insert_scales(
+    layer: nn.Module, sites: Mapping[str, Site], linears: Mapping[str, Any], log: bool, stored_dtype: torch.dtype
+) -> None:
+    """Give a decoder layer a `ChannelScale` for every site, as its child `channel_scales`.
+
+    Args:
+        linears: by name, its `RefinedLinear`s.
+        log: learn logarithms.
+        stored_dtype: of norms and biases.
+    """
+    scales = nn.ModuleDict()
+    for name, site in sites.items():
+        device = next(iter(linears.values())).weight.device
+        scale = ChannelScale(site.size, log, device)
+        scales[_key(name)] = scale
+        for norm, pattern in site.norms.items():
+            layer.set_submodule(
+                norm, ScaledNorm(layer.get_submodule(norm), _spread(scale, pattern, device), stored_dtype)
+            )
+        for linear, pattern in site.columns.items():
+            linears[linear].column = _spread(scale, pattern, device)
+        for linear, pattern in site.rows.items():
+            linears[linear].row = _spread(scale, pattern, device)
+    layer.channel_scales = scales
+
+
+@contextmanager
+def start_from_statistics(layer: nn.Module, sites: Mapping[str, Site], linears: Mapping[str, Any]) -> Iterator[None]:
+    """Within it the layer, unquantized, sees its calibration inputs; afterwards every alpha starts with
+
+    sqrt(max |x_j| / max |w_j|)       x what the columns read, w the columns (SmoothQuant, arXiv 2211.10438, eq. 4)
+    sqrt(max |q_j| / max |k_j|)       for queries and keys, of the norms of rotary pairs
+    """
+    seen: dict[str, Tensor] = {}
+    hooks = []
+    for name, site in sites.items():
+        for column in list(site.columns)[:1]:
+            hooks.append(linears[column].register_forward_pre_hook(_largest_input(seen, name)))
+        for pair in (*site.rows, *site.norms) if not site.columns else ():
+            hooks.append(layer.get_submodule(pair).register_forward_hook(_largest_pair(seen, pair, site)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with torch.no_grad():
+        for name, site in sites.items():
+            scale: ChannelScale = layer.channel_scales[_key(name)]  # type: ignore[index,assignment]
+            if site.columns:
+                weights = torch.stack([linears[column].weight.abs().amax(0) for column in site.columns]).amax(0)
+                index = next(iter(site.columns.values())).index
+                scale.start((_reduced(seen[name], index, site.size) / _reduced(weights, index, site.size)).sqrt())
+            else:
+                queries, keys = (
+                    _reduced(seen[pair], pattern.index, site.size)
+                    for pair, pattern in {**site.rows, **site.norms}.items()
+                )
+                scale.start((queries / keys).sqrt())
+
+
+def _largest_input(seen: dict[str, Tensor], name: str) -> Any:
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        largest = arguments[0].detach().abs().flatten(0, -2).amax(0)
+        seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
+
+    return hook
+
+
+def _largest_pair(seen: dict[str, Tensor], name: str, site: Site) -> Any:
+    """Of an output `[..., heads * head_dim]` or `[..., head_dim]`: the norm of each channel with its partner, which
+    RoPE leaves as it is."""
+    pattern = {**site.rows, **site.norms}[name]
+    assert pattern.index is not None
+    # The first channel of a head is where the index of its partner is the same, half a head further.
+    head_dim = 2 * int((pattern.index == pattern.index[0]).nonzero()[1])
+
+    def hook(_: nn.Module, arguments: Any, output: Tensor) -> None:
+        halves = output.detach().unflatten(-1, (-1, 2, head_dim // 2))
+        norms = halves.square().sum(-2, keepdim=True).sqrt().expand_as(halves).flatten(-3)
+        largest = norms.flatten(0, -2).amax(0)
+        seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
+
+    return hook
+
+
+def _reduced(per_channel: Tensor, index: Tensor | None, size: int) -> Tensor:
+    """The largest value of the channels that share an alpha."""
+    if index is None:
+        return per_channel
+    return per_channel.new_zeros(size).scatter_reduce_(0, index.to(per_channel.device), per_channel, "amax")
+
+
+def _spread(scale: ChannelScale, pattern: Pattern, device: torch.device) -> Spread:
+    return Spread(scale, None if pattern.index is None else pattern.index.to(device), pattern.inverse)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "-")  # a module's name has no dots

@@ -1,0 +1,80 @@
+"""Effective weights of several linears at once: against one at a time, composed of plain operations and autograd."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sliderquant.fake_quantize import fake_quantize
+from sliderquant.refined_weights import LearnedWeight, effective_weights, refined_weight
+from sliderquant.schemes import Scheme
+
+SCHEMES = (Scheme(2), Scheme(3, 32), Scheme(4, 32, symmetric=True), Scheme(4, symmetric=True))
+
+
+def make(out_features, in_features, scheme, rank=3, clipped=True, scaled=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    groups = scheme.groups(in_features)
+    return LearnedWeight(
+        normal(out_features, in_features),
+        normal(rank, in_features).requires_grad_() if rank else None,
+        (0.1 * normal(out_features, rank)).requires_grad_() if rank else None,
+        normal(out_features, groups).requires_grad_() if clipped else None,
+        normal(out_features, groups).requires_grad_() if clipped else None,
+        (normal(in_features) * 0.3).exp().requires_grad_() if scaled else None,
+        (normal(out_features) * 0.3).exp().requires_grad_() if scaled else None,
+    )
+
+
+def composed(learned, scheme, fraction):
+    """One weight by the formulas, from operations that autograd knows, and `fake_quantize`."""
+    refined = learned.weight
+    if learned.column is not None:
+        refined = refined * learned.column / learned.row[:, None]
+    if learned.low_rank_a is not None:
+        refined = refined + learned.low_rank_b @ learned.low_rank_a / len(learned.low_rank_a)
+    passed = round(fraction * refined.shape[1])
+    part = refined[:, :passed] if scheme.group_size is None else refined
+    value = fake_quantize(part, learned.clip_low, learned.clip_high, scheme, torch.bfloat16)
+    return torch.cat((value[:, :passed], refined[:, passed:]), dim=1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    groups=st.integers(1, 3),
+    scheme=st.sampled_from(SCHEMES),
+    rank=st.integers(0, 3),
+    clipped=st.booleans(),
+    scaled=st.booleans(),
+    fraction=st.sampled_from([0.25, 0.5, 2 / 3, 1.0]),
+)
+def test_values_and_gradients(sizes, groups, scheme, rank, clipped, scaled, fraction):
+    weights = [make(size, 32 * groups, scheme, rank, clipped, scaled, seed) for seed, size in enumerate(sizes)]
+    got = effective_weights(weights, scheme, torch.bfloat16, fraction)
+    want = [composed(weight, scheme, fraction) for weight in weights]
+    inputs = [
+        tensor for weight in weights for tensor in weight.tensors() if tensor is not None and tensor.requires_grad
+    ]
+    for one, other in zip(got, want, strict=True):
+        # A code at the middle between two may fall either way.
+        assert ((one - other).abs() > 1e-5).sum() <= 1
+    if inputs:
+        upstream = [torch.randn(one.shape, generator=torch.Generator().manual_seed(9)) for one in got]
+        gradients = torch.autograd.grad(got, inputs, upstream)
+        for one, other in zip(gradients, torch.autograd.grad(want, inputs, upstream), strict=True):
+            assert one.shape == other.shape
+            assert (one - other).norm() <= 1e-3 * other.norm() + 1e-5
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_refined_weight(scheme):
+    weight = make(6, 64, scheme)
+    want = weight.weight * weight.column / weight.row[:, None] + weight.low_rank_b @ weight.low_rank_a / 3
+    torch.testing.assert_close(refined_weight(weight), want)
+    plain = make(6, 64, scheme, rank=0, scaled=False)
+    assert torch.equal(refined_weight(plain), plain.weight)
