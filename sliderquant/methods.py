@@ -114,13 +114,45 @@ class Method:
     Attributes:
         settings: `Settings`: it slides windows over the layers; `OneShotSettings`: it looks at calibration activations
             once, layer by layer; None: it needs no calibration text.
+        activation_settings: those with schemes that quantize activations; None: the same.
         activations: whether it is for schemes with quantized activations only, for those without only, or for any.
+        rotations: what it rotates by if nothing is asked for; R3 only where queries and keys are quantized.
     """
 
     name: str
     summary: str
     settings: Settings | OneShotSettings | None
+    activation_settings: Settings | None = None
     activations: Literal["any", "quantized", "not quantized"] = "any"
+    rotations: tuple[str, ...] = ()
+
+    def settings_for(self, scheme: Scheme) -> Settings | OneShotSettings | None:
+        """The settings with a scheme."""
+        quantized = scheme.quantizes_activations and self.activation_settings is not None
+        return self.activation_settings if quantized else self.settings
+
+    def rotations_for(self, scheme: Scheme) -> tuple[str, ...]:
+        """The rotations with a scheme."""
+        return tuple(name for name in self.rotations if name != "R3" or scheme.quantizes_attention)
+
+
+_NO_RAMPS = {"shallow": 0, "deep": 0}
+# The published settings: with quantized activations 20 epochs, and a fifth of the rate of the low-rank term.
+_PUBLISHED = Settings()
+_PUBLISHED_ACTIVATIONS = Settings.model_validate({"epochs": 20, "learning_rates": {"low_rank": 1e-4}})
+_RECIPE, _ACTIVATION_RECIPE = _PUBLISHED, _PUBLISHED_ACTIVATIONS
+
+
+def _changed(settings: Settings, **changes: Any) -> Settings:
+    return Settings.model_validate(_merged(settings.model_dump(), changes))
+
+
+def _merged(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in overrides.items():
+        inner = result.get(key)
+        result[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
+    return result
 
 
 METHODS: Mapping[str, Method] = {
@@ -140,7 +172,38 @@ METHODS: Mapping[str, Method] = {
             SmoothQuantSettings(),
             activations="quantized",
         ),
-        Method("sliderquant", "sliding windows with low-rank terms and learned clipping", Settings()),
+        Method(
+            "omniquant",
+            "layer by layer, learned clipping and channel scales",
+            _changed(_PUBLISHED, windows={**_NO_RAMPS, "size": 1}, gamma=1, rank=0),
+            _changed(
+                _PUBLISHED_ACTIVATIONS,
+                windows={**_NO_RAMPS, "size": 1},
+                gamma=1,
+                rank=0,
+                scales={"start": "statistics"},
+            ),
+        ),
+        Method(
+            "cbq",
+            "sliding windows of two layers with low-rank terms, learned clipping and channel scales",
+            _changed(_PUBLISHED, windows={**_NO_RAMPS, "size": 2}, gamma=1),
+            _changed(_PUBLISHED_ACTIVATIONS, windows={**_NO_RAMPS, "size": 2}, gamma=1),
+        ),
+        Method(
+            "sliderquant",
+            "sliding windows with ramps and stages; low-rank terms, learned clipping and channel scales",
+            _RECIPE,
+            _ACTIVATION_RECIPE,
+        ),
+        Method("sliderquant-published", "sliderquant with the paper's settings", _PUBLISHED, _PUBLISHED_ACTIVATIONS),
+        Method(
+            "sliderquant+",
+            "sliderquant on a rotated model",
+            _RECIPE,
+            _ACTIVATION_RECIPE,
+            rotations=("R1", "R2", "R3", "R4"),
+        ),
     )
 }
 
@@ -200,21 +263,22 @@ def parse_overrides(config: Path | None, assignments: list[str]) -> dict[str, An
     return overrides
 
 
-def with_overrides(method: Method, overrides: Mapping[str, Any]) -> Settings | OneShotSettings | None:
-    """The method's settings with nested `overrides`, for example `{"epochs": 10, "windows": {"shallow": 2}}`.
+def with_overrides(method: Method, scheme: Scheme, overrides: Mapping[str, Any]) -> Settings | OneShotSettings | None:
+    """The method's settings with a scheme and nested `overrides`: `{"epochs": 10, "windows": {"shallow": 2}}`.
 
     Raises:
         InputError: an unknown key or an unusable value; the message lists the keys there are.
     """
-    if method.settings is None:
+    settings = method.settings_for(scheme)
+    if settings is None:
         if overrides:
             raise InputError(f"method {method.name} has no settings, but {', '.join(overrides)} was set: leave it out")
         return None
-    merged = _merged(method.settings.model_dump(), overrides)
+    merged = _merged(settings.model_dump(), overrides)
     try:
-        return type(method.settings).model_validate(merged)
+        return type(settings).model_validate(merged)
     except ValidationError as error:
-        raise InputError(_explained(error, type(method.settings))) from error
+        raise InputError(_explained(error, type(settings))) from error
 
 
 def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
@@ -227,14 +291,6 @@ def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[s
         else:
             names.append(prefix + name)
     return names
-
-
-def _merged(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in overrides.items():
-        inner = result.get(key)
-        result[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
-    return result
 
 
 def _explained(error: ValidationError, model: type[BaseModel]) -> str:

@@ -21,7 +21,7 @@ from sliderquant.devices import deterministic, machine, peak_memory, resolve_dev
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
 from sliderquant.loading import load
-from sliderquant.methods import Settings, method_named, with_overrides
+from sliderquant.methods import Method, Settings, method_named, with_overrides
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning import Plan, make_plan
@@ -70,7 +70,7 @@ def plan(
     samples: int = 128,
     seqlen: int | None = None,
     per_channel_fallback: bool = False,
-    rotate: Sequence[str] = (),
+    rotate: Sequence[str] | None = None,
     seed: int = 2,
 ) -> Plan:
     """What `quantize` with the same arguments would do. Reads headers only.
@@ -78,7 +78,7 @@ def plan(
     Raises:
         InputError: as `quantize`.
     """
-    source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme))
+    source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme), method_named(method))
     return _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback)
 
 
@@ -96,7 +96,7 @@ def quantize(
     perplexity_on: str | None = None,
     overwrite: bool = False,
     per_channel_fallback: bool = False,
-    rotate: Sequence[str] = (),
+    rotate: Sequence[str] | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> QuantizeResult:
@@ -119,6 +119,7 @@ def quantize(
         per_channel_fallback: linears whose input size the group does not divide get one scale per channel.
         rotate: rotations to fold into the model first, of `"R1"` to `"R4"`, see `sliderquant.rotation`. R3 and R4 are
             computed while the model runs: only sliderquant reads such a checkpoint, or one with quantized attention.
+            None: those of the method, of most none.
         progress: is told how far the run is.
         command: the command line, for the model card.
 
@@ -129,7 +130,7 @@ def quantize(
     progress = progress or Progress()
     started = time.perf_counter()
     target = resolve_device(device)
-    source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme))
+    source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme), method_named(method))
     settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback)
     needs_text = settled.settings is not None
     for text in ([calibration] if needs_text else []) + ([perplexity_on] if perplexity_on else []):
@@ -234,7 +235,11 @@ def is_quantized(folder: Path) -> bool:
         return False
 
 
-def _rotated(source: ModelSource, rotate: Sequence[str], seed: int, scheme: Scheme) -> ModelSource:
+def _rotated(
+    source: ModelSource, rotate: Sequence[str] | None, seed: int, scheme: Scheme, method: Method
+) -> ModelSource:
+    if rotate is None:
+        rotate = method.rotations_for(scheme)
     if not rotate:
         return source
     if "R3" in rotate and not scheme.quantizes_attention:
@@ -254,13 +259,13 @@ def _plan(
     seqlen: int | None,
     per_channel_fallback: bool,
 ) -> Plan:
-    chosen = method_named(method)
+    chosen, parsed = method_named(method), Scheme.parse(scheme)
     length = default_seqlen(source.config) if seqlen is None else seqlen
     return make_plan(
         source,
-        Scheme.parse(scheme),
+        parsed,
         chosen,
-        with_overrides(chosen, settings or {}),
+        with_overrides(chosen, parsed, settings or {}),
         samples,
         length,
         per_channel_fallback,

@@ -11,6 +11,9 @@ from sliderquant.methods import (
     with_overrides,
 )
 from sliderquant.schemes import Scheme
+from sliderquant.windows import schedule
+
+SCHEME = Scheme(4)
 
 
 def test_defaults_are_the_published_ones():
@@ -61,7 +64,9 @@ def test_every_setting_is_reachable_by_name():
         "compile": "never",
     }
     assert set(values) == set(setting_names())
-    changed = with_overrides(METHODS["sliderquant"], parse_overrides(None, [f"{k}={v}" for k, v in values.items()]))
+    changed = with_overrides(
+        METHODS["sliderquant"], SCHEME, parse_overrides(None, [f"{k}={v}" for k, v in values.items()])
+    )
     for key, value in values.items():
         found = changed
         for part in key.split("."):
@@ -73,7 +78,7 @@ def test_a_file_is_read_and_assignments_win(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("epochs: 10\nwindows:\n  shallow: 2\n  deep: 2\n")
     settings = with_overrides(
-        METHODS["sliderquant"], parse_overrides(path, ["windows.deep=3", "learning_rates.low_rank=1e-3"])
+        METHODS["sliderquant"], SCHEME, parse_overrides(path, ["windows.deep=3", "learning_rates.low_rank=1e-3"])
     )
     assert (settings.epochs, settings.windows.shallow, settings.windows.deep) == (10, 2, 3)
     assert settings.learning_rates.low_rank == 1e-3
@@ -98,7 +103,7 @@ def test_a_file_is_read_and_assignments_win(tmp_path):
 )
 def test_bad_settings_are_named(assignment, message):
     with pytest.raises(InputError, match=message):
-        with_overrides(METHODS["sliderquant"], parse_overrides(None, [assignment]))
+        with_overrides(METHODS["sliderquant"], SCHEME, parse_overrides(None, [assignment]))
 
 
 def test_bad_files_are_named(tmp_path):
@@ -113,10 +118,10 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_unknown_method_and_settings_for_a_method_without_any():
-    with pytest.raises(InputError, match="unknown method 'gtpq': expected one of rtn, gptq, awq, smoothquant, slider"):
+    with pytest.raises(InputError, match="unknown method 'gtpq': expected one of rtn, gptq, awq, smoothquant, omniquant, cbq, slider"):
         method_named("gtpq")
     with pytest.raises(InputError, match="method rtn has no settings, but epochs was set"):
-        with_overrides(METHODS["rtn"], {"epochs": 3})
+        with_overrides(METHODS["rtn"], SCHEME, {"epochs": 3})
 
 
 @pytest.mark.parametrize(
@@ -131,11 +136,11 @@ def test_one_shot_methods_have_settings_of_their_own(method, values):
     chosen = METHODS[method]
     values = {**values, "batch_size": 2, "stream_memory_gb": 0.5}
     assert set(values) == set(setting_names(type(chosen.settings)))
-    changed = with_overrides(chosen, parse_overrides(None, [f"{key}={value}" for key, value in values.items()]))
+    changed = with_overrides(chosen, SCHEME, parse_overrides(None, [f"{key}={value}" for key, value in values.items()]))
     assert type(changed) is type(chosen.settings)
     assert changed.model_dump() == values
     with pytest.raises(InputError, match=f"unknown setting 'epochs': expected one of .*{next(iter(values))}"):
-        with_overrides(chosen, {"epochs": 3})
+        with_overrides(chosen, SCHEME, {"epochs": 3})
 
 
 @pytest.mark.parametrize(
@@ -154,3 +159,25 @@ def test_methods_and_schemes_that_go_together(method, fits, does_not):
     for scheme in does_not:
         with pytest.raises(InputError, match=f"method {method} with scheme {scheme}: .* use a scheme such as"):
             check_scheme(METHODS[method], Scheme.parse(scheme))
+
+
+def test_settings_and_rotations_depend_on_the_scheme():
+    weights, activations = Scheme.parse("W2A16"), Scheme.parse("W4A4KV4")
+    published = METHODS["sliderquant-published"]
+    assert published.settings_for(weights).model_dump() == Settings().model_dump()
+    assert (published.settings_for(activations).epochs, published.settings_for(activations).rank) == (20, 4)
+    assert published.settings_for(activations).learning_rates.model_dump() == {
+        "low_rank": 1e-4, "clipping": 1e-2, "scales": 1e-3,
+    }  # fmt: skip
+    assert METHODS["sliderquant"].rotations_for(activations) == ()
+    assert METHODS["sliderquant+"].rotations_for(activations) == ("R1", "R2", "R3", "R4")
+    assert METHODS["sliderquant+"].rotations_for(weights) == ("R1", "R2", "R4")
+
+
+@pytest.mark.parametrize(("name", "windows"), [("omniquant", "[0] [1] [2] [3]"), ("cbq", "[0..1] [1..2] [2..3]")])
+def test_relatives_are_windows_without_ramps(name, windows):
+    for scheme in (Scheme.parse("W2A16"), Scheme.parse("W4A4KV4")):
+        settings = METHODS[name].settings_for(scheme)
+        assert settings.stages == (1.0,)
+        assert " ".join(map(str, schedule(4, **settings.windows.model_dump()))) == windows
+    assert METHODS["omniquant"].settings_for(Scheme.parse("W2A16")).rank == 0

@@ -11,7 +11,7 @@ from sliderquant.cli.errors import DeviceOption, QuietOption, VerboseOption, rep
 
 __all__ = ["command"]
 
-_METHODS = "rtn, gptq, awq, smoothquant or sliderquant"
+_METHODS = "rtn, gptq, awq, smoothquant, omniquant, cbq, sliderquant, sliderquant-published or sliderquant+."
 
 
 @reported
@@ -41,7 +41,10 @@ def command(
     per_channel_fallback: Annotated[
         bool, typer.Option("--per-channel-fallback", help="Layers that the group does not divide: per channel.")
     ] = False,
-    rotate: Annotated[str, typer.Option(help="Rotations to fold in first, of R1,R2,R3,R4; R3 with KV4 or KV8.")] = "",
+    rotate: Annotated[
+        str | None,
+        typer.Option(help="Rotations to fold in first, of R1,R2,R3,R4, or none.", show_default="the method's"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     quiet: QuietOption = False,
@@ -55,7 +58,9 @@ def command(
     from sliderquant.methods import parse_overrides
 
     settings = parse_overrides(config, set_ or [])
-    rotations = [name.strip().upper() for name in rotate.split(",") if name.strip()]
+    rotations = None
+    if rotate is not None:
+        rotations = [name.strip().upper() for name in rotate.split(",") if name.strip().lower() not in ("", "none")]
     if dry_run:
         print_plan(
             pipeline.plan(model, scheme, method, settings, samples, seqlen, per_channel_fallback, rotations, seed)
