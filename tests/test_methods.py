@@ -118,7 +118,7 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_unknown_method_and_settings_for_a_method_without_any():
-    with pytest.raises(InputError, match="unknown method 'gtpq': expected one of rtn, gptq, awq, smoothquant, omniquant, cbq, slider"):
+    with pytest.raises(InputError, match=r"unknown method 'gtpq': expected one of rtn, gptq, .*, cbq, sliderquant"):
         method_named("gtpq")
     with pytest.raises(InputError, match="method rtn has no settings, but epochs was set"):
         with_overrides(METHODS["rtn"], SCHEME, {"epochs": 3})
