@@ -80,7 +80,10 @@ class Settings(_Frozen):
     )
     rank: int = Field(4, ge=0, description="rank of the low-rank term; 0: none")
     clipping: bool = Field(True, description="learn the clipping of every group's range")
-    clipping_start: float = Field(4.0, description="clipping logits at the start; sigmoid(4) = 0.982")
+    clipping_start: float | Literal["search"] = Field(
+        4.0,
+        description="clipping logits at the start, sigmoid(4) = 0.982; search: each group's best share of its range",
+    )
     windows: WindowSettings = WindowSettings()
     scales: ScaleSettings = ScaleSettings()
     learning_rates: LearningRates = LearningRates()

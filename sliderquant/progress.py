@@ -14,6 +14,8 @@ class WindowReport:
         fraction: share of the input channels that was quantized.
         losses: mean squared error of each epoch.
         retries: attempts thrown away because of a non-finite loss.
+        seconds: that it took.
+        tokens_per_second: calibration tokens that passed through the window, forward and backward, in a second.
     """
 
     layers: list[int]
@@ -24,6 +26,8 @@ class WindowReport:
     retries: int = 0
     rate_scale: float = 1.0
     converged: bool = True
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

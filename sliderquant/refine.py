@@ -144,13 +144,14 @@ class RefinedLinear(nn.Module):
         self.low_rank_a = self.low_rank_b = self.clip_low = self.clip_high = None
         if settings.rank > 0:
             bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5)
-            start = torch.empty(settings.rank, in_features).uniform_(-bound, bound, generator=generator)
-            self.low_rank_a = nn.Parameter(start.to(weight.device))
+            uniform = torch.empty(settings.rank, in_features).uniform_(-bound, bound, generator=generator)
+            self.low_rank_a = nn.Parameter(uniform.to(weight.device))
             self.low_rank_b = nn.Parameter(torch.zeros(out_features, settings.rank, device=weight.device))
         if settings.clipping:
             shape = (out_features, scheme.groups(in_features))
-            self.clip_low = nn.Parameter(torch.full(shape, settings.clipping_start, device=weight.device))
-            self.clip_high = nn.Parameter(torch.full(shape, settings.clipping_start, device=weight.device))
+            start = 4.0 if settings.clipping_start == "search" else settings.clipping_start
+            self.clip_low = nn.Parameter(torch.full(shape, start, device=weight.device))
+            self.clip_high = nn.Parameter(torch.full(shape, start, device=weight.device))
         self.quantized = True
         self.fraction = 1.0
         self.compiled = False

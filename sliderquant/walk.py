@@ -1,15 +1,17 @@
 """The walk over the model: embed, slide the windows, hand over each layer as soon as no window needs it any more."""
 
 import math
+import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from sliderquant.calibration.streams import ActivationStream
+from sliderquant.clipping import start_from_search
 from sliderquant.fake_quantize import can_compile
 from sliderquant.methods import Settings
 from sliderquant.models.decoder import Decoder
@@ -115,12 +117,18 @@ def refined_layer(plan: Plan, decoder: Decoder, index: int, seed: int, device: t
     return layer
 
 
-def start_scales(plan: Plan, layer: nn.Module) -> AbstractContextManager[None]:
-    """Within it the unquantized layer sees its calibration inputs; then its channel scales are where they start."""
-    assert isinstance(plan.settings, Settings)
-    if not _has_scales(plan) or plan.settings.scales.start == "ones":
-        return nullcontext()
-    return start_from_statistics(layer, _sites(plan), refined_linears(layer))
+@contextmanager
+def starting(plan: Plan, layer: nn.Module) -> Iterator[None]:
+    """Within it the unquantized layer sees its calibration inputs; then what is learned is where it starts."""
+    settings, linears = plan.settings, refined_linears(layer)
+    assert isinstance(settings, Settings)
+    with ExitStack() as stack:
+        if settings.clipping and settings.clipping_start == "search":
+            stack.enter_context(start_from_search(linears))
+        # Left first: the clipping is searched for scaled weights.
+        if _has_scales(plan) and settings.scales.start == "statistics":
+            stack.enter_context(start_from_statistics(layer, _sites(plan), linears))
+        yield
 
 
 def _has_scales(plan: Plan) -> bool:
@@ -169,7 +177,7 @@ class _Sweep:
         self.fp.fill(samples)
         self.quant.data.copy_(self.fp.data)
         self.resident: dict[int, nn.Module] = {}
-        self.new: list[int] = []  # of them, those whose channel scales have not started
+        self.new: list[int] = []  # of them, those that have not started
 
     def __call__(self, stages: tuple[int, ...], number: int, reports: list[WindowReport], progress: Progress) -> None:
         """Run these stages in every window, and add to the reports what happened."""
@@ -182,9 +190,9 @@ class _Sweep:
                     left += 1
                 layers = self._window(window)
                 layers.set(quantized=False)
-                with ExitStack() as starting:
+                with ExitStack() as stack:
                     for index in self.new:
-                        starting.enter_context(start_scales(self.plan, self.resident[index]))
+                        stack.enter_context(starting(self.plan, self.resident[index]))
                     layers.walk(self.fp, self.settings.batch_size, self.device, into=self.targets)
                 self.new.clear()
                 for stage in stages:
@@ -229,5 +237,10 @@ class _Sweep:
         training = Stage(
             layers, self.quant, self.targets, fraction, epochs, self.settings, self.seed, label, self.device
         )
+        start = time.perf_counter()
         result = train_stage(training, lambda steps, loss: progress.epoch_done(steps, steps * len(window), loss))
-        return WindowReport(list(window.layers), window.phase, sweep, fraction, **asdict(result))
+        report = WindowReport(list(window.layers), window.phase, sweep, fraction, **asdict(result))
+        report.seconds = time.perf_counter() - start
+        tokens = len(self.quant.data) * self.plan.seqlen * len(result.losses) * (1 + result.retries)
+        report.tokens_per_second = tokens / report.seconds
+        return report

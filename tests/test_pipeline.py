@@ -36,6 +36,8 @@ def test_the_report_says_what_was_done(finished, tiny_llama, calibration_file):
     assert [entry["layers"] for entry in report["training"]] == [[0], [0, 1], [1]] * 2
     assert [entry["fraction"] for entry in report["training"]] == [0.5] * 3 + [1.0] * 3
     assert all(len(entry["losses"]) == 1 for entry in report["training"])
+    assert all(entry["seconds"] > 0 for entry in report["training"])
+    assert all(0 < entry["tokens_per_second"] < 1e6 for entry in report["training"])
     for name in ("before", "after"):
         measured = report["perplexity"][name]
         assert {"value", "dataset", "seqlen", "tokens", "tokenizer", "dtype"} <= set(measured)

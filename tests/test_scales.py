@@ -18,7 +18,7 @@ from sliderquant.rotation import RotatedSource, Rotations
 from sliderquant.scales import ChannelScale, Spread, rounded_to, scale_sites
 from sliderquant.schemes import Scheme
 from sliderquant.train import WindowLayers
-from sliderquant.walk import refined_layer, start_scales
+from sliderquant.walk import refined_layer, starting
 
 CPU = torch.device("cpu")
 FAMILIES = {
@@ -192,7 +192,7 @@ def test_start_from_statistics(random_model, tmp_path, family):
     x, keywords = seen["layer"]
     window = WindowLayers([layer], [keywords])
     window.set(quantized=False)
-    with torch.no_grad(), start_scales(plan, layer):
+    with torch.no_grad(), starting(plan, layer):
         for row in x:  # sample by sample
             window(row[None])
     alpha = {name: scale().detach() for name, scale in layer.channel_scales.items()}

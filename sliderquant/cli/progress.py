@@ -28,7 +28,8 @@ def _window_line(report: WindowReport) -> str:
     layers = report.layers
     named = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
     line = f"{named}, {report.fraction:.0%} of the channels: loss {report.losses[0]:.4g} -> {report.losses[-1]:.4g}"
-    return line + _trouble(report)
+    speed = f", {report.seconds:.1f} s, {report.tokens_per_second:.0f} tokens/s"
+    return line + speed + _trouble(report)
 
 
 def _layer_line(report: LayerReport) -> str:

@@ -185,6 +185,8 @@ def _stage(entry: Mapping[str, Any]) -> tuple[Any, ...]:
         f"{losses[0]:.4g}",
         f"{losses[-1]:.4g}",
         ratio,
+        f"{entry['seconds']:.1f}",
+        f"{entry['tokens_per_second']:.0f}",
         entry["retries"],
     )
 

@@ -18,6 +18,7 @@ WINDOWS = [
 
 def stage(window, fraction=1.0, losses=(4.0, 2.0, 1.0), **changes):
     entry = {**window, "sweep": 0, "fraction": fraction, "losses": list(losses), "retries": 0, "rate_scale": 1.0}
+    entry |= {"seconds": 2.0, "tokens_per_second": 500.0}
     return {**entry, "converged": True, **changes}
 
 
