@@ -7,6 +7,7 @@ import sys
 # Only the chosen one is imported: `kernels` needs torch and triton alone, which is all that some machines have.
 COMMANDS = {
     "accuracy": ("benchmarks.accuracy", "perplexity of the methods on small trained models"),
+    "ablate": ("benchmarks.ablate", "what each ingredient of sliderquant brings"),
     "decode": ("benchmarks.decode", "one-token forward of a model, packed against bf16"),
     "kernels": ("benchmarks.kernels.command", "kernels against their floors and the best public kernels"),
     "load": ("benchmarks.load", "seconds per GB of loading a checkpoint, against plain reading"),

@@ -1,115 +1,200 @@
-"""Perplexity of the methods on small trained models, with the seconds each run took.
+"""Perplexity of all methods at all schemes, with the seconds each run took, and whether the paper's order holds.
 
-Needs a folder with `data/` and `models/` (--material): WikiText-2 and TinyStories text and the models demo-llama-5m and
-stories260K. Settings: the published ramps, windows, rank and rates with 10 epochs on 64 samples of 256 tokens, seed 2;
-where a scheme has settings of its own (`own`), they are used in place of these, and the result file holds them.
+Without --model and --quick it needs a folder with `data/` and `models/` (--material): WikiText-2 and TinyStories text
+and the model stories260K. Settings: each method's own, with 10 epochs, 64 samples of 256 tokens and seed 2. Results
+go into accuracy.json, accuracy.md and accuracy.png, those of --quick and --model into accuracy-quick and
+accuracy-models; rows of other runs stay in the file.
 """
 
 import argparse
+import dataclasses
 import tempfile
-import time
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import sliderquant
-from benchmarks import results
+from benchmarks.accuracy_plot import accuracy_figure
+from benchmarks.accuracy_table import EPOCHS, SAMPLES, SCHEMES, markdown, summary_of
+from benchmarks.runs import (
+    DEMO,
+    Case,
+    Place,
+    RunFile,
+    Text,
+    kept_text,
+    named_text,
+    outlier_model,
+    run_all,
+    scheme_argument,
+)
 from sliderquant.errors import InputError
 from sliderquant.methods import METHODS, Settings, check_scheme
 from sliderquant.schemes import Scheme
 
-RUNS: dict[str, dict[str, Any]] = {
-    "demo-llama-5m": {
-        "calibration": "data/wikitext2/wiki.valid.txt",
-        "evaluation": "data/wikitext2/wiki.test.raw[:400000]",
-        "settings": {},
-        "goals": {"W4A16": 40.80, "W3A16": 42.59, "W2A16": 60.26},
-    },
-    "stories260K": {
-        "calibration": "data/tinystories/tinystories.txt[:1677721]",
-        "evaluation": "data/tinystories/tinystories.txt[-400000:]",
-        "settings": {"windows": {"shallow": 2, "deep": 2}},
-        "goals": {"W4A16": round(6.37 * 1.03, 2), "W2A16": 46.8},
+__all__ = ["MODELS", "ModelSpec", "material_texts", "plan"]
+
+ROTATIONS = ("R1", "R2", "R3", "R4")
+ROTATED_METHODS = ("rtn", "gptq", "sliderquant")
+SEQLEN = 256
+PURPOSES = ("calibration", "evaluation")
+WIKITEXT = ("data/wikitext2/wiki.valid.txt", "data/wikitext2/wiki.test.raw[:400000]")
+STORIES = ("data/tinystories/tinystories.txt[:1677721]", "data/tinystories/tinystories.txt[-400000:]")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model of the table.
+
+    Attributes:
+        folder: in --material; empty: the model that the package brings along.
+        texts: to calibrate and to measure on.
+        outliers: outliers are injected into the model first.
+        methods, schemes: those that are run; None: all.
+        ramps: the ramps of methods that have any, where the model has too few layers for theirs.
+        extra: further runs: (label, scheme, method, changed settings, samples).
+    """
+
+    folder: str = ""
+    texts: tuple[str, str] = WIKITEXT
+    outliers: bool = False
+    methods: tuple[str, ...] | None = None
+    schemes: tuple[str, ...] | None = None
+    ramps: int | None = None
+    extra: tuple[tuple[str, str, str, dict[str, Any], int], ...] = field(default=())
+
+
+MODELS: dict[str, ModelSpec] = {
+    "demo-llama-5m": ModelSpec(),
+    "stories260K": ModelSpec(
+        folder="models/stories260K",
+        texts=STORIES,
+        # Its linears have 64 or 172 inputs: groups of 64 are whole rows, or do not divide them.
+        schemes=tuple(scheme for scheme in SCHEMES if scheme != "W2A16-g64"),
+        ramps=2,
         # 64 channels leave a low-rank term of 4 and a clipping little room at 4 bits: full rank, one window over the
         # whole model, and more text, so that full rank does not overfit.
-        "own": {
-            "W4A16": {
-                "samples": 256,
-                "settings": {
+        extra=(
+            (
+                "full rank, one window",
+                "W4A16",
+                "sliderquant",
+                {
                     "rank": 64,
                     "gamma": 1,
                     "windows": {"shallow": 0, "deep": 0, "size": 5, "stride": 1},
                     "learning_rates": {"low_rank": 5e-3},
                 },
-            }
-        },
-    },
+                256,
+            ),
+        ),
+    ),
+    "demo-llama-5m-outliers": ModelSpec(
+        outliers=True, methods=("rtn", "smoothquant", "sliderquant", "sliderquant+"), schemes=("W4A4KV4",)
+    ),
 }
+QUICK_TEXTS = ("topics", "stdlib[:60000]")
+QUICK_EPOCHS, QUICK_SAMPLES, QUICK_SCHEMES = 2, 6, ("W2A16", "W4A4KV4")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="the demo model, two schemes, few epochs: two minutes")
     parser.add_argument("--material", type=Path, default=Path("../shared"), help="folder with data/ and models/")
-    parser.add_argument("--models", nargs="*", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--schemes", nargs="*", help="only these")
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="only these")
+    parser.add_argument("--model", nargs="+", default=[], help="folders or hub ids of other models, in place of ours")
+    parser.add_argument("--calibration", default="wikitext2", help="text for --model")
+    parser.add_argument("--evaluation", default="wikitext2", help="text for --model")
+    parser.add_argument("--seqlen", type=int, help="tokens of a sample and block; with --model 2048, else 256")
+    parser.add_argument("--samples", type=int, help="calibration samples; with --model 128, else 64")
+    parser.add_argument("--schemes", nargs="+", type=scheme_argument, help="only these")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--epochs", type=int, help=f"of learned methods; {EPOCHS}, with --quick {QUICK_EPOCHS}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[2])
+    parser.add_argument("--resume", action="store_true", help="do not repeat what is in the result file")
     parser.add_argument("--out", type=Path, help="folder for the result files")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if not (arguments.material / "data").is_dir():
-        raise SystemExit(f"--material {arguments.material}: expected a folder with data/ and models/")
-    rows = []
-    for model in arguments.models:
-        rows += _model_rows(model, arguments)
-        path = results.write("accuracy", rows, arguments.out)
-    print(results.markdown(rows, ["model", "scheme", "method", "perplexity", "goal", "seconds"]))
-    print(f"written to {path}")
+    if arguments.quick and (arguments.model or arguments.models):
+        raise SystemExit("--quick: it is of the demo model: leave out --model and --models")
+    if arguments.model and arguments.models:
+        raise SystemExit("--models are names of our models, --model is for others: give one of the two")
+    epochs = arguments.epochs or (QUICK_EPOCHS if arguments.quick else EPOCHS)
+    samples = arguments.samples or (QUICK_SAMPLES if arguments.quick else 128 if arguments.model else SAMPLES)
+    file = RunFile("accuracy" + ("-quick" if arguments.quick else "-models" if arguments.model else ""), arguments.out)
+    with ExitStack() as stack:
+        places = _places(arguments, stack)
+        cases = []
+        for name in places:
+            spec = ModelSpec(schemes=QUICK_SCHEMES) if arguments.quick else MODELS.get(name, ModelSpec())
+            cases += plan(name, spec, arguments.schemes, arguments.methods, epochs, samples, arguments.seeds)
+        run_all(cases, places, file, arguments.resume, lambda: _write(file))
+    _write(file, picture=True)
+    print(file.beside(".md").read_text(encoding="utf-8"))
+    print(f"written to {file.path}, .md and .png")
 
 
-def _model_rows(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    spec = RUNS[model]
-    folder = arguments.material / "models" / model
-    evaluation = str(arguments.material / spec["evaluation"])
-    original = sliderquant.evaluate(folder, evaluation, seqlen=256)
-    row = {"model": model, "scheme": "16 bits", "method": "-", "perplexity": original.value, "goal": "", "seconds": ""}
-    rows: list[dict[str, Any]] = [{**row, "protocol": {**original.as_dict(), "dataset": spec["evaluation"]}}]
-    print(row, flush=True)
-    for scheme, goal in spec["goals"].items():
-        if arguments.schemes and scheme not in arguments.schemes:
-            continue
-        for method in arguments.methods:
-            if not _go_together(method, scheme):
+def plan(
+    model: str,
+    spec: ModelSpec,
+    schemes: Sequence[str] | None,
+    methods: Collection[str],
+    epochs: int,
+    samples: int,
+    seeds: Sequence[int],
+) -> list[Case]:
+    """The runs of a model in their order: the model as it is, then each scheme with each method that goes with it.
+
+    Rounding to nearest depends on no seed unless it rotates, and runs once. Rotated rows are for schemes that quantize
+    activations; the rotated `sliderquant` is `sliderquant+`, and has one of its own only if the settings differ.
+    """
+    offered = spec.schemes or SCHEMES
+    chosen = offered if schemes is None else [s for s in schemes if s in offered or spec.schemes is None]
+    cases = [Case.original(model)]
+    for scheme in chosen:
+        rotations = [(name, ()) for name in METHODS] if spec.outliers else _with_rotations(Scheme.parse(scheme))
+        for method, rotated in rotations:
+            allowed = method in methods and (spec.methods is None or method in spec.methods)
+            if not (allowed and _go_together(method, scheme)):
                 continue
-            own = spec.get("own", {}).get(scheme, {})
-            chosen = {"epochs": arguments.epochs, **own.get("settings", spec["settings"])}
-            settings = chosen if isinstance(METHODS[method].settings, Settings) else None
-            samples = own.get("samples", 64)
-            with tempfile.TemporaryDirectory() as out:
-                start = time.perf_counter()
-                result = sliderquant.quantize(
-                    folder,
-                    Path(out) / "checkpoint",
-                    scheme=scheme,
-                    method=method,
-                    settings=settings,
-                    calibration=str(arguments.material / spec["calibration"]),
-                    samples=samples,
-                    seqlen=256,
-                    seed=2,
-                )
-                seconds = time.perf_counter() - start
-                value = sliderquant.evaluate(result.path, evaluation, seqlen=256).value
-            row = {
-                "model": model,
-                "scheme": scheme,
-                "method": method,
-                "perplexity": value,
-                "goal": goal if method == "sliderquant" else "",
-                "seconds": round(seconds, 1),
-            }
-            print(row, flush=True)
-            rows.append({**row, "settings": result.report["settings"], "samples": samples, "seed": 2})
-    return rows
+            changes = _ramps(method, scheme, spec)
+            rotation = rotated or METHODS[method].rotations_for(Scheme.parse(scheme))
+            case = Case.of(model, scheme, method, changes, epochs, rotation=rotation, seed=seeds[0], samples=samples)
+            if rotated and "sliderquant+" in methods and _is_plus(case, changes, epochs):
+                continue
+            cases += [case] if case.settings is None and not rotation else _seeded(case, seeds)
+    for label, scheme, method, changes, own in spec.extra:
+        if scheme in chosen and method in methods:
+            case = Case.of(model, scheme, method, changes, epochs, label=label, seed=seeds[0], samples=own)
+            cases += _seeded(case, seeds)
+    return cases
+
+
+def _with_rotations(scheme: Scheme) -> list[tuple[str, tuple[str, ...]]]:
+    plain: list[tuple[str, tuple[str, ...]]] = [(method, ()) for method in METHODS]
+    if not scheme.quantizes_activations:
+        return plain
+    rotations = tuple(name for name in ROTATIONS if name != "R3" or scheme.quantizes_attention)
+    return plain + [(method, rotations) for method in ROTATED_METHODS]
+
+
+def _is_plus(case: Case, changes: dict[str, Any], epochs: int) -> bool:
+    plus, scheme = METHODS["sliderquant+"], Scheme.parse(case.scheme)
+    same = case.method == "sliderquant" and plus.rotations_for(scheme) == case.rotation
+    return same and Case.of(case.model, case.scheme, plus.name, changes, epochs).settings == case.settings
+
+
+def _ramps(method: str, scheme: str, spec: ModelSpec) -> dict[str, Any]:
+    settings = METHODS[method].settings_for(Scheme.parse(scheme))
+    if spec.ramps is None or not isinstance(settings, Settings):
+        return {}
+    windows = settings.windows
+    return {"windows": {"shallow": min(windows.shallow, spec.ramps), "deep": min(windows.deep, spec.ramps)}}
+
+
+def _seeded(case: Case, seeds: Sequence[int]) -> list[Case]:
+    return [dataclasses.replace(case, seed=seed) for seed in seeds]
 
 
 def _go_together(method: str, scheme: str) -> bool:
@@ -118,3 +203,45 @@ def _go_together(method: str, scheme: str) -> bool:
     except InputError:
         return False
     return True
+
+
+def _places(arguments: argparse.Namespace, stack: ExitStack) -> dict[str, Place]:
+    """By name, where models and texts are."""
+    material = arguments.material
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    if arguments.quick:
+        texts = [kept_text(Text(t, t), p, folder) for t, p in zip(QUICK_TEXTS, PURPOSES, strict=True)]
+        return {DEMO.name: Place(DEMO.name, str(DEMO), *texts, seqlen=arguments.seqlen or SEQLEN)}
+    if arguments.model:
+        sources = (arguments.calibration, arguments.evaluation)
+        texts = [kept_text(named_text(t, material), p, folder) for t, p in zip(sources, PURPOSES, strict=True)]
+        places = {}
+        for model in arguments.model:
+            name = Path(model).resolve().name if Path(model).expanduser().is_dir() else model
+            if name in places:
+                raise SystemExit(f"--model: two models are called {name}: rename a folder, or run them one by one")
+            places[name] = Place(name, model, *texts, seqlen=arguments.seqlen)
+        return places
+    places = {}
+    for name in arguments.models or MODELS:
+        spec = MODELS[name]
+        model = str(material / spec.folder) if spec.folder else str(DEMO)
+        if spec.outliers:
+            model = stack.enter_context(outlier_model(model))
+        texts = material_texts(spec.texts, material)
+        places[name] = Place(name, model, *texts, seqlen=arguments.seqlen or SEQLEN)
+    return places
+
+
+def material_texts(names: Iterable[str], material: Path) -> list[Text]:
+    """Texts in the folder `material`."""
+    if not (material / "data").is_dir():
+        raise SystemExit(f"--material {material}: expected a folder with data/ and models/; --quick needs none")
+    return [Text(name, str(material / name)) for name in names]
+
+
+def _write(file: RunFile, picture: bool = False) -> None:
+    rows = file.rows()
+    file.beside(".md").write_text(markdown(rows), encoding="utf-8")
+    if picture:
+        accuracy_figure(summary_of(rows)).savefig(file.beside(".png"), dpi=100)

@@ -1,5 +1,6 @@
 """The benchmarks are not installed with the package: they are found next to the tests."""
 
+import argparse
 import sys
 import types
 from pathlib import Path
@@ -92,3 +93,34 @@ def pack_words():
         return (fields.flatten(-2).unflatten(-1, (-1, 32)).long() << torch.arange(32)).sum(-1).to(torch.int32)
 
     return pack
+
+
+@pytest.fixture
+def run_row():
+    """`run_row(model, scheme, method, perplexity, ...)`: a row of the accuracy table or of an ablation."""
+
+    def make(model, scheme, method, perplexity, **more):
+        learned = method in ("omniquant", "cbq", "sliderquant", "sliderquant-published", "sliderquant+")
+        known = {
+            "model": model, "scheme": scheme, "method": method, "rotation": "", "seed": 2,
+            "epochs": 10 if learned else None, "samples": None if method == "rtn" else 64, "seqlen": 256,
+            "calibration": "a.txt", "evaluation": "b.txt", "engine": "windows" if learned else method, "settings": {},
+            "perplexity": perplexity, "seconds": 12.0,
+        }  # fmt: skip
+        original = {"seed": None, "samples": None, "seconds": None} if method == "original" else {}
+        return {**known, **original, **more}
+
+    return make
+
+
+@pytest.fixture
+def parsed(tmp_path, monkeypatch):
+    """`parsed(module, *words)`: a command's arguments, with results into `tmp_path / "cpu"`."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def parse(module, *words):
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        return parser.parse_args([*map(str, words), "--out", str(tmp_path)])
+
+    return parse

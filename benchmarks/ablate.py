@@ -1,0 +1,161 @@
+"""What each ingredient of `sliderquant` brings: its settings with one thing changed at a time, over several seeds.
+
+NAME is one of the ablations in benchmarks/ablations.py, or `all`. Needs a folder with `data/` (--material), unless
+--calibration and --evaluation name other texts. Every run goes into ablations.json as soon as it is there, the table
+into ablations.md; what two ablations have in common is run once.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.ablations import ABLATIONS, BASE
+from benchmarks.accuracy import MODELS, PURPOSES, SEQLEN, material_texts
+from benchmarks.accuracy_table import EPOCHS, SAMPLES
+from benchmarks.runs import (
+    DEMO,
+    Case,
+    Place,
+    Row,
+    RunFile,
+    Text,
+    kept_text,
+    named_text,
+    run_all,
+    scheme_argument,
+    summarize,
+)
+from sliderquant.errors import InputError
+
+__all__ = ["markdown", "plan"]
+
+METHOD = "sliderquant"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=[*ABLATIONS, "all"], help="what to vary")
+    known = ", ".join(name for name, spec in MODELS.items() if not spec.outliers)
+    parser.add_argument("--model", default=DEMO.name, help=f"{known}, or a folder or hub id")
+    parser.add_argument("--material", type=Path, default=Path("../shared"), help="folder with data/ and models/")
+    parser.add_argument("--calibration", help="text, in place of the model's; wikitext2 for others")
+    parser.add_argument("--evaluation", help="text, in place of the model's; wikitext2 for others")
+    parser.add_argument("--seqlen", type=int, help=f"tokens of a sample and block; {SEQLEN}, for others 2048")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration samples")
+    parser.add_argument("--scheme", type=scheme_argument, help="in place of the ablation's own")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[2])
+    parser.add_argument("--resume", action="store_true", help="do not repeat what is in the result file")
+    parser.add_argument("--out", type=Path, help="folder for the result files")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    file = RunFile("ablations", arguments.out)
+    with tempfile.TemporaryDirectory() as folder:
+        place = _place(arguments, Path(folder))
+        names = list(ABLATIONS) if arguments.name == "all" else [arguments.name]
+        try:
+            cases = plan(place.name, names, arguments.scheme, arguments.epochs, arguments.samples, arguments.seeds)
+        except InputError as error:
+            raise SystemExit(str(error)) from error
+        run_all(cases, {place.name: place}, file, arguments.resume, lambda: _write(file))
+    _write(file)
+    print(file.beside(".md").read_text(encoding="utf-8"))
+    print(f"written to {file.path} and .md")
+
+
+def plan(
+    model: str, names: Sequence[str], scheme: str | None, epochs: int, samples: int, seeds: Sequence[int]
+) -> list[Case]:
+    """The runs in their order: the model as it is, then of each ablation the method as it is and every row."""
+    spec = MODELS.get(model)
+    base = {} if spec is None or spec.ramps is None else {"windows": {"shallow": spec.ramps, "deep": spec.ramps}}
+    cases = [Case.original(model)]
+    for name in names:
+        ablation = ABLATIONS[name]
+        for label, changes in {BASE: {}, **ablation.rows}.items():
+            chosen = scheme or ablation.scheme
+            settings = {**base, **changes}
+            cases += [
+                Case.of(model, chosen, METHOD, settings, epochs, seed=seed, samples=samples, label=label, ablation=name)
+                for seed in seeds
+            ]
+    return cases
+
+
+def _place(arguments: argparse.Namespace, folder: Path) -> Place:
+    spec = MODELS.get(arguments.model)
+    if spec is not None and spec.outliers:
+        raise SystemExit(f"--model {arguments.model}: its outliers are of the accuracy table: use another model")
+    given = (arguments.calibration, arguments.evaluation)
+    if spec is None:
+        path = Path(arguments.model).expanduser()
+        name = path.resolve().name if path.is_dir() else arguments.model
+        model, seqlen = arguments.model, arguments.seqlen
+        texts = [named_text(text or "wikitext2", arguments.material) for text in given]
+    else:
+        name, seqlen = arguments.model, arguments.seqlen or SEQLEN
+        model = str(arguments.material / spec.folder) if spec.folder else str(DEMO)
+        texts = [
+            named_text(text, arguments.material) if text else material_texts([own], arguments.material)[0]
+            for text, own in zip(given, spec.texts, strict=True)
+        ]
+    kept: list[Text] = [kept_text(text, purpose, folder) for text, purpose in zip(texts, PURPOSES, strict=True)]
+    return Place(name, model, *kept, seqlen=seqlen)
+
+
+def _write(file: RunFile) -> None:
+    file.beside(".md").write_text(markdown(file.rows()), encoding="utf-8")
+
+
+COLUMNS = ["row", "perplexity", "spread", "against as it is", "seconds", "seeds"]
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """A table for each ablation, model, scheme and budget."""
+    summary = summarize(rows)
+    tables: dict[tuple[object, ...], list[Row]] = {}
+    for row in summary:
+        if row["method"] == METHOD:
+            key = (row["ablation"], row["model"], row["scheme"], row["epochs"], row["samples"])
+            tables.setdefault(key, []).append(row)
+    originals = {row["model"]: row for row in summary if row["method"] != METHOD and "perplexity" in row}
+    parts = [
+        "# Ablations",
+        "",
+        f"`{METHOD}` with one thing changed. Perplexity, lower is better, and seconds of quantizing: means over the "
+        "seeds; spread: largest less smallest.",
+    ]
+    names = list(ABLATIONS)
+    for (name, model, scheme, epochs, samples), found in sorted(
+        tables.items(), key=lambda item: names.index(item[0][0]) if item[0][0] in names else len(names)
+    ):
+        question = f": {ABLATIONS[name].question}" if name in ABLATIONS else ""
+        parts += [
+            "",
+            f"## {name}{question}",
+            "",
+            f"{model}, {scheme}, {epochs} epochs, {samples} samples"
+            + (f" (16 bits: {originals[model]['perplexity']:.2f})" if model in originals else ""),
+            "",
+            results.markdown(_listed(found), COLUMNS),
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def _listed(found: list[Row]) -> list[Row]:
+    base = next((row["perplexity"] for row in found if row["label"] == BASE and "perplexity" in row), None)
+    labels = [BASE, *(ABLATIONS[found[0]["ablation"]].rows if found[0]["ablation"] in ABLATIONS else ())]
+    listed = []
+    for row in sorted(found, key=lambda row: labels.index(row["label"]) if row["label"] in labels else len(labels)):
+        shown = {"row": row["label"], "seeds": " ".join(map(str, row["seeds"]))}
+        if "perplexity" in row:
+            shown |= {"perplexity": f"{row['perplexity']:.2f}", "seconds": f"{row['seconds']:.3g}"}
+            shown["spread"] = f"{row['spread']:.2f}" if len(row["seeds"]) > 1 else ""
+            if base is not None and row["label"] != BASE:
+                shown["against as it is"] = f"{100 * (row['perplexity'] / base - 1):+.1f}%"
+        else:
+            shown["perplexity"] = f"refused: {row['error']}"
+        listed.append(shown)
+    return listed

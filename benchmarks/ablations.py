@@ -1,0 +1,82 @@
+"""What `python -m benchmarks ablate` varies: settings of `sliderquant` that differ from the method's own."""
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ABLATIONS", "BASE", "Ablation"]
+
+BASE = "as it is"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One ingredient.
+
+    Attributes:
+        question: what the rows answer.
+        rows: label -> the settings that differ; that of the method as it is comes by itself.
+        scheme: the scheme unless another is asked for.
+    """
+
+    question: str
+    rows: dict[str, dict[str, Any]]
+    scheme: str = "W2A16"
+
+
+def _windows(shallow: int, deep: int, size: int) -> dict[str, Any]:
+    return {"windows": {"shallow": shallow, "deep": deep, "size": size, "stride": 1}}
+
+
+def _scales(use: str, start: str = "ones", space: str = "direct") -> dict[str, Any]:
+    return {"scales": {"use": use, "start": start, "space": space}}
+
+
+# A window of this size is one over all layers of any model: the schedule cuts it to those there are.
+_ALL_LAYERS = 1000
+
+ABLATIONS: dict[str, Ablation] = {
+    "windows": Ablation(
+        "what sliding over several layers brings",
+        {
+            "block by block": _windows(0, 0, 1),
+            "size 2, no ramps": _windows(0, 0, 2),
+            "size 3, no ramps": _windows(0, 0, 3),
+            "size 2, ramps of 4": _windows(4, 4, 2),
+            "one window over all layers": _windows(0, 0, _ALL_LAYERS),
+        },
+    ),
+    "ramps": Ablation(
+        "what the growing and the shrinking windows at the two ends bring",
+        {
+            f"shallow {shallow}, deep {deep}": _windows(shallow, deep, 2)
+            for shallow, deep in ((0, 0), (2, 2), (4, 4), (4, 0), (0, 4))
+        },
+    ),
+    "gamma": Ablation(
+        "what quantizing the input channels in stages brings",
+        {"one stage": {"gamma": 1.0}, "two stages": {"gamma": 0.5}, "four stages": {"gamma": 0.25}},
+    ),
+    "stage_order": Ablation(
+        "whether stages go over the whole model one after the other, or within each window",
+        {order: {"stage_order": order} for order in ("sweep", "window")},
+    ),
+    "rank": Ablation(
+        "what the low-rank term brings",
+        {"no low-rank term" if rank == 0 else f"rank {rank}": {"rank": rank} for rank in (0, 1, 4, 16)},
+    ),
+    "clipping": Ablation(
+        "what learned clipping brings",
+        {"learned": {"clipping": True}, "none": {"clipping": False}},
+    ),
+    "scales": Ablation(
+        "which channel scales, where activations are quantized",
+        {
+            "none": _scales("never"),
+            "from ones, direct": _scales("always", "ones", "direct"),
+            "from ones, log": _scales("always", "ones", "log"),
+            "from statistics, direct": _scales("always", "statistics", "direct"),
+            "from statistics, log": _scales("always", "statistics", "log"),
+        },
+        scheme="W4A4KV4",
+    ),
+}

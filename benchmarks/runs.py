@@ -1,0 +1,311 @@
+"""Runs of a benchmark: a model is quantized and its perplexity measured. Each is kept in a file as soon as it is there.
+
+A result file holds no path of the machine: models are called by their names, texts by their place in --material.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM
+
+import sliderquant
+from benchmarks import results
+from benchmarks.outliers import inject_outliers
+from sliderquant.calibration.text import NAMED_SOURCES, read_text
+from sliderquant.errors import InputError, SliderQuantError
+from sliderquant.methods import METHODS, OneShotSettings, Settings, with_overrides
+from sliderquant.models.source import open_model
+from sliderquant.schemes import Scheme
+
+__all__ = [
+    "DEMO",
+    "Case",
+    "Place",
+    "RunFile",
+    "Text",
+    "kept_text",
+    "named_text",
+    "outlier_model",
+    "run_all",
+    "scheme_argument",
+    "summarize",
+]
+
+DEMO = Path(__file__).parent.parent / "sliderquant" / "assets" / "demo-llama-5m"
+ORIGINAL = "original"
+# What makes two rows the same line of a table; a run with other settings or texts replaces the row that is there.
+SLOT = ("ablation", "label", "model", "scheme", "method", "rotation", "seed", "epochs", "samples")
+WORK = ("model", "scheme", "engine", "rotation", "seed", "samples", "settings", "seqlen", "calibration", "evaluation")
+
+Row = dict[str, Any]
+
+
+class Text(NamedTuple):
+    """A text by the name that results call it, and what `sliderquant.quantize` reads."""
+
+    name: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model and the texts that it is calibrated and measured on.
+
+    Attributes:
+        name: what results call it.
+        model: folder, or id on the Hugging Face hub.
+        seqlen: tokens of a sample and of a block; None: 2048, or the model's maximum when that is shorter.
+    """
+
+    name: str
+    model: str
+    calibration: Text
+    evaluation: Text
+    seqlen: int | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        scheme: as `sliderquant.schemes` writes it; "16 bits" with the method "original".
+        settings: all of them, the method's and what was changed.
+        label: tells apart runs of one method with different settings.
+        ablation: the name of the ablation that it belongs to.
+    """
+
+    model: str
+    scheme: str
+    method: str
+    settings: Settings | OneShotSettings | None = None
+    rotation: tuple[str, ...] = ()
+    seed: int | None = None
+    samples: int | None = None
+    label: str = ""
+    ablation: str = ""
+
+    @classmethod
+    def of(cls, model: str, scheme: str, method: str, changes: dict[str, Any], epochs: int, **more: Any) -> "Case":
+        """A run with the method's settings but for `changes`; `epochs` where the method has any.
+
+        Raises:
+            InputError: the changes are not settings of the method.
+        """
+        chosen, parsed = METHODS[method], Scheme.parse(scheme)
+        if isinstance(chosen.settings_for(parsed), Settings):
+            changes = {"epochs": epochs, **changes}
+        return cls(model, str(parsed), method, with_overrides(chosen, parsed, changes), **more)
+
+    @classmethod
+    def original(cls, model: str) -> "Case":
+        """The model as it is."""
+        return cls(model, "16 bits", ORIGINAL)
+
+    def __str__(self) -> str:
+        rotated = "+".join(self.rotation)
+        parts = (self.model, self.scheme, self.ablation, self.method, self.label, rotated)
+        return " ".join(part for part in parts if part) + ("" if self.seed is None else f" seed {self.seed}")
+
+    def described(self, place: Place) -> Row:
+        """The columns of its row that are known before it ran."""
+        settings = None if self.settings is None else self.settings.model_dump(mode="json")
+        return {
+            **({"ablation": self.ablation} if self.ablation else {}),
+            "model": self.model,
+            "scheme": self.scheme,
+            "method": self.method,
+            **({"label": self.label} if self.label else {}),
+            "rotation": ",".join(self.rotation),
+            "seed": self.seed,
+            "epochs": self.settings.epochs if isinstance(self.settings, Settings) else None,
+            "samples": self.samples if self.settings is not None else None,
+            "seqlen": place.seqlen,
+            "calibration": place.calibration.name if self.settings is not None else None,
+            "evaluation": place.evaluation.name,
+            # Methods that slide windows differ in their settings alone.
+            "engine": "windows" if isinstance(self.settings, Settings) else self.method,
+            "settings": settings,
+        }
+
+
+class RunFile:
+    """Rows of runs in `<folder>/<device>/<name>.json`, which is replaced as a whole after every run.
+
+    Several processes may add to it at a time. Rows that are not of runs, such as those of older files, are dropped.
+    """
+
+    def __init__(self, name: str, folder: Path | None) -> None:
+        self.name, self.folder = name, folder
+        self.path = (folder or results.FOLDER) / results.device_name() / f"{name}.json"
+        digest = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
+        self._lock = FileLock(Path(tempfile.gettempdir()) / f"sliderquant-benchmark-{digest}.lock")
+
+    def rows(self) -> list[Row]:
+        if not self.path.is_file():
+            return []
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))["rows"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{self.path}: not a result file of this command ({error}): move it away") from error
+        return [row for row in found if "engine" in row]
+
+    def add(self, row: Row) -> None:
+        """Write the row in place of the one of the same slot."""
+        with self._lock:
+            slot = _columns(row, SLOT)
+            kept = [other for other in self.rows() if _columns(other, SLOT) != slot]
+            results.write(self.name, [*kept, row], self.folder)
+
+    def beside(self, suffix: str) -> Path:
+        """The path of a file next to it."""
+        return self.path.with_suffix(suffix)
+
+
+def run_all(
+    cases: Sequence[Case],
+    places: dict[str, Place],
+    file: RunFile,
+    resume: bool,
+    added: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the cases one after the other; each is in the file when the next begins, then `added` is called.
+
+    Args:
+        resume: runs that are in the file are not repeated. A run that does the same as an earlier one by another name
+            is never repeated; its row says whose figures it holds. Runs that ended in an error are tried again.
+    """
+    finished = [row for row in file.rows() if "perplexity" in row] if resume else []
+    for number, case in enumerate(cases, start=1):
+        row = case.described(places[case.model])
+        print(f"[{number}/{len(cases)}] {case}", end=" ", flush=True)
+        same = [other for other in finished if _columns(other, WORK) == _columns(row, WORK)]
+        there = next((other for other in same if _columns(other, SLOT) == _columns(row, SLOT)), None)
+        if there is not None:
+            print(f"{there['perplexity']:.2f}, is in the file", flush=True)
+            continue
+        if same:
+            row = {**same[0], **row, "same_as": _named(same[0])}
+        else:
+            row = _measured(case, places[case.model], row)
+        file.add(row)
+        if "perplexity" in row:
+            finished.append(row)
+            print(f"{row['perplexity']:.2f}" + (f", {row['seconds']} s" if row["seconds"] else ""), flush=True)
+        else:
+            print(row["error"], flush=True)
+        added()
+
+
+def _measured(case: Case, place: Place, row: Row) -> Row:
+    """The row with what came out, or with an `error`."""
+    with tempfile.TemporaryDirectory() as folder:
+        measured: Row = {}
+        checkpoint: str | Path = place.model
+        try:
+            if case.method != ORIGINAL:
+                start = time.perf_counter()
+                result = sliderquant.quantize(
+                    place.model,
+                    Path(folder) / "checkpoint",
+                    scheme=case.scheme,
+                    method=case.method,
+                    settings=None if case.settings is None else case.settings.model_dump(),
+                    calibration=place.calibration.source,
+                    samples=case.samples or 1,
+                    seqlen=place.seqlen,
+                    seed=case.seed or 0,
+                    rotate=case.rotation,
+                )
+                measured = {"seconds": round(time.perf_counter() - start, 1), "steps": result.plan.steps}
+                measured["threads"] = torch.get_num_threads()
+                checkpoint = result.path
+            value = sliderquant.evaluate(checkpoint, place.evaluation.source, seqlen=place.seqlen)
+        except SliderQuantError as error:
+            return {**row, "error": str(error).replace(place.model, place.name).replace(folder, "")}
+        tokens = {"blocks": value.blocks, "tokens": value.tokens}
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return {"seconds": None, "steps": None, **row, "perplexity": value.value, **measured, **tokens, "date": date}
+
+
+def summarize(rows: Iterable[Row]) -> list[Row]:
+    """One row for all seeds: mean `perplexity` and `seconds`, `spread` (largest less smallest), and the `seeds`."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_columns(row, [name for name in SLOT if name != "seed"]), []).append(row)
+    summary = []
+    for group in groups.values():
+        found = [row for row in group if "perplexity" in row]
+        kept = {name: value for name, value in (found or group)[0].items() if name in SLOT and name != "seed"}
+        kept["seeds"] = [row["seed"] for row in found if row["seed"] is not None]
+        if found:
+            values = [row["perplexity"] for row in found]
+            kept |= {"perplexity": statistics.fmean(values), "spread": max(values) - min(values)}
+            seconds = [row["seconds"] for row in found if row["seconds"] is not None]
+            kept["seconds"] = round(statistics.fmean(seconds), 1) if seconds else None
+        else:
+            kept["error"] = group[0]["error"]
+        summary.append(kept)
+    return summary
+
+
+@contextmanager
+def outlier_model(source: str, factor: float = 32.0) -> Iterator[str]:
+    """A folder with a copy of a model that has outliers injected, for as long as the context lasts."""
+    opened = open_model(source)
+    model = AutoModelForCausalLM.from_pretrained(opened.folder, dtype="auto")
+    inject_outliers(model, opened.family, factor=factor)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        opened.tokenizer().save_pretrained(folder)
+        yield folder
+
+
+def named_text(source: str, material: Path) -> Text:
+    """A text as a user names it: a file below `material` is called by its place in it, another by its name alone."""
+    if source.partition("[")[0] in NAMED_SOURCES:
+        return Text(source, source)
+    path = Path(source).expanduser().resolve()
+    inside = path.is_relative_to(material.resolve())
+    return Text(path.relative_to(material.resolve()).as_posix() if inside else path.name, source)
+
+
+def kept_text(text: Text, purpose: str, folder: Path) -> Text:
+    """Texts that take long to put together, written once to a file in `folder`."""
+    if text.source.partition("[")[0] not in NAMED_SOURCES:
+        return text
+    read = read_text(text.source, purpose)  # type: ignore[arg-type]
+    if not read.running:
+        return text
+    path = folder / f"{purpose}-{hashlib.sha256(text.source.encode()).hexdigest()[:16]}.txt"
+    path.write_text(read.documents[0], encoding="utf-8")
+    return Text(text.name, str(path))
+
+
+def scheme_argument(text: str) -> str:
+    """A scheme given on the command line, as `sliderquant.schemes` writes it."""
+    try:
+        return str(Scheme.parse(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _columns(row: Row, names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(json.dumps(row.get(name), sort_keys=True) for name in names)
+
+
+def _named(row: Row) -> str:
+    parts = (row.get("ablation"), row["method"], row.get("label"), row["rotation"])
+    return " ".join(part for part in parts if part)

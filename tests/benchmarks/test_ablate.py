@@ -1,0 +1,89 @@
+"""Ablations: every row is a setting that there is, one thing at a time, nothing run twice."""
+
+import json
+
+import pytest
+
+from benchmarks import ablate
+from benchmarks.ablations import ABLATIONS, BASE
+from benchmarks.runs import RunFile
+from sliderquant.methods import METHODS
+from sliderquant.schemes import Scheme
+
+
+def flat(settings, prefix=""):
+    found = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_rows_change_what_they_are_about(name):
+    about = {"windows": "windows.", "ramps": "windows.", "scales": "scales."}.get(name, name)
+    cases = ablate.plan("a-model", [name], None, 10, 64, [2])[1:]
+    base = flat(cases[0].settings.model_dump())
+    assert cases[0].label == BASE
+    assert base == flat(
+        METHODS["sliderquant"].settings_for(Scheme.parse(cases[0].scheme)).model_dump() | {"epochs": 10}
+    )
+    rows = [flat(case.settings.model_dump()) for case in cases[1:]]
+    for row in rows:
+        assert all(key.startswith(about) for key in row if row[key] != base[key])
+    assert len({json.dumps(row) for row in rows}) == len(rows) >= 2
+
+
+def test_plan():
+    cases = ablate.plan("stories260K", ["gamma", "scales"], None, 5, 32, [2, 3])
+    assert cases[0].method == "original"
+    assert [(case.ablation, case.label, case.seed) for case in cases[1:5]] == [
+        ("gamma", BASE, 2), ("gamma", BASE, 3), ("gamma", "one stage", 2), ("gamma", "one stage", 3)
+    ]  # fmt: skip
+    assert {case.scheme for case in cases[1:] if case.ablation == "gamma"} == {"W2A16"}
+    assert {case.scheme for case in cases[1:] if case.ablation == "scales"} == {"W4A4KV4"}
+    assert {(case.settings.windows.shallow, case.settings.epochs, case.samples) for case in cases[1:]} == {(2, 5, 32)}
+    assert {case.scheme for case in ablate.plan("m", ["scales"], "W4A4", 5, 32, [2])[1:]} == {"W4A4"}
+
+
+def test_the_table(run_row):
+    rows = [
+        run_row("m", "W2A16", "sliderquant", value, seed=seed, ablation="gamma", label=label)
+        for label, values in (("one stage", (66.0,)), (BASE, (59.0, 61.0)))
+        for seed, value in enumerate(values)
+    ]
+    lines = ablate.markdown([run_row("m", "16 bits", "original", 40.0), *rows]).splitlines()
+    assert "m, W2A16, 10 epochs, 64 samples (16 bits: 40.00)" in lines
+    assert lines[-2:] == [f"| {BASE} | 60.00 | 2.00 |  | 12 | 0 1 |", "| one stage | 66.00 |  | +10.0% | 12 | 0 |"]
+
+
+def test_a_real_run(parsed, tiny_llama, calibration_file, tmp_path, capsys):
+    words = ["--model", tiny_llama, "--calibration", calibration_file, "--evaluation", f"{calibration_file}[:2000]"]
+    words += ["--seqlen", 32, "--samples", 3, "--epochs", 2, "--seeds", 2, 3]
+    ablate.run(parsed(ablate, "stage_order", *words))
+    file = RunFile("ablations", tmp_path)
+    rows = file.rows()
+    assert [(row.get("label"), row["seed"]) for row in rows] == [
+        (None, None), (BASE, 2), (BASE, 3), ("sweep", 2), ("sweep", 3), ("window", 2), ("window", 3)
+    ]  # fmt: skip
+    order = METHODS["sliderquant"].settings.stage_order
+    for row in rows[3:]:
+        same = row["settings"]["stage_order"] == order
+        assert row.get("same_as") == (f"stage_order sliderquant {BASE}" if same else None)
+    assert len({row["perplexity"] for row in rows}) == 5
+    assert str(tiny_llama.parent) not in file.path.read_text()
+    assert "## stage_order" in file.path.with_suffix(".md").read_text()
+    capsys.readouterr()
+    # What another ablation has in common with it is taken from the file.
+    ablate.run(parsed(ablate, "clipping", *words, "--resume"))
+    assert len(file.rows()) == len(rows) + 6
+    again = [row for row in file.rows() if row.get("ablation") == "clipping" and "same_as" not in row]
+    assert [row["label"] for row in again] == ["none", "none"]
+
+
+def test_bad_arguments(parsed, tmp_path):
+    with pytest.raises(SystemExit, match="outliers"):
+        ablate.run(parsed(ablate, "rank", "--model", "demo-llama-5m-outliers"))
+    with pytest.raises(SystemExit, match="--material"):
+        ablate.run(parsed(ablate, "rank", "--material", tmp_path / "nothing"))
+    with pytest.raises(SystemExit):
+        parsed(ablate, "nothing")
