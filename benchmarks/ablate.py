@@ -23,6 +23,7 @@ from benchmarks.runs import (
     Text,
     kept_text,
     named_text,
+    positive,
     run_all,
     scheme_argument,
     summarize,
@@ -41,10 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--material", type=Path, default=Path("../shared"), help="folder with data/ and models/")
     parser.add_argument("--calibration", help="text, in place of the model's; wikitext2 for others")
     parser.add_argument("--evaluation", help="text, in place of the model's; wikitext2 for others")
-    parser.add_argument("--seqlen", type=int, help=f"tokens of a sample and block; {SEQLEN}, for others 2048")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration samples")
+    parser.add_argument("--seqlen", type=positive, help=f"tokens of a sample and block; {SEQLEN}, for others 2048")
+    parser.add_argument("--samples", type=positive, default=SAMPLES, help="calibration samples")
     parser.add_argument("--scheme", type=scheme_argument, help="in place of the ablation's own")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--epochs", type=positive, default=EPOCHS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[2])
     parser.add_argument("--resume", action="store_true", help="do not repeat what is in the result file")
     parser.add_argument("--out", type=Path, help="folder for the result files")

@@ -26,6 +26,7 @@ from benchmarks.runs import (
     kept_text,
     named_text,
     outlier_model,
+    positive,
     run_all,
     scheme_argument,
 )
@@ -105,11 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", default=[], help="folders or hub ids of other models, in place of ours")
     parser.add_argument("--calibration", default="wikitext2", help="text for --model")
     parser.add_argument("--evaluation", default="wikitext2", help="text for --model")
-    parser.add_argument("--seqlen", type=int, help="tokens of a sample and block; with --model 2048, else 256")
-    parser.add_argument("--samples", type=int, help="calibration samples; with --model 128, else 64")
+    parser.add_argument("--seqlen", type=positive, help="tokens of a sample and block; with --model 2048, else 256")
+    parser.add_argument("--samples", type=positive, help="calibration samples; with --model 128, else 64")
     parser.add_argument("--schemes", nargs="+", type=scheme_argument, help="only these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--epochs", type=int, help=f"of learned methods; {EPOCHS}, with --quick {QUICK_EPOCHS}")
+    parser.add_argument("--epochs", type=positive, help=f"of learned methods; {EPOCHS}, with --quick {QUICK_EPOCHS}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[2])
     parser.add_argument("--resume", action="store_true", help="do not repeat what is in the result file")
     parser.add_argument("--out", type=Path, help="folder for the result files")

@@ -38,6 +38,7 @@ __all__ = [
     "kept_text",
     "named_text",
     "outlier_model",
+    "positive",
     "run_all",
     "scheme_argument",
     "summarize",
@@ -292,6 +293,13 @@ def kept_text(text: Text, purpose: str, folder: Path) -> Text:
     path = folder / f"{purpose}-{hashlib.sha256(text.source.encode()).hexdigest()[:16]}.txt"
     path.write_text(read.documents[0], encoding="utf-8")
     return Text(text.name, str(path))
+
+
+def positive(text: str) -> int:
+    """A whole number above 0 given on the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, not {text!r}")
+    return int(text)
 
 
 def scheme_argument(text: str) -> str:

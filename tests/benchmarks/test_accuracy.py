@@ -285,7 +285,7 @@ def test_a_real_run(parsed, tiny_llama, calibration_file, tmp_path, capsys):
     assert json.loads(path.read_text())["rows"] == json.loads(text)["rows"]
 
 
-def test_bad_arguments(parsed, tmp_path):
+def test_bad_arguments(parsed, tmp_path, capsys):
     for words, message in (
         (["--quick", "--models", DEMO], "--quick"),
         (["--model", "a", "--models", DEMO], "one of the two"),
@@ -293,8 +293,10 @@ def test_bad_arguments(parsed, tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             accuracy.run(parsed(accuracy, *words))
-    with pytest.raises(SystemExit):
-        parsed(accuracy, "--schemes", "W9A16")
+    for words, message in ((["--schemes", "W9A16"], "weights of 9 bits"), (["--epochs", 0], "above 0")):
+        with pytest.raises(SystemExit):
+            parsed(accuracy, *words)
+        assert message in capsys.readouterr().err
 
 
 def test_the_model_with_outliers(tiny_llama, calibration_file):
