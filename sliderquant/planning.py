@@ -130,7 +130,7 @@ def make_plan(
         sum(math.prod(shapes[f"{name}.weight"][0]) for name in source.linear_names(layer))
         for layer in range(source.num_layers)
     )
-    device_bytes, host_bytes = _memory(source, schemes, settings, windows, samples, seqlen, layer_weights)
+    device_bytes, host_bytes = _memory(source, scheme, settings, windows, samples, seqlen, layer_weights)
     source_bytes = sum(size for _, size in shapes.values())
     quantized = [(name, shapes[f"{name}.weight"]) for name in schemes]
     disk = source_bytes - sum(size for _, (_, size) in quantized)
@@ -187,29 +187,32 @@ def _schemes(
 
 def _memory(
     source: ModelSource,
-    schemes: dict[str, Scheme],
+    scheme: Scheme,
     settings: Settings | OneShotSettings | None,
     windows: tuple[Window, ...],
     samples: int,
     seqlen: int,
     layer_weights: int,
 ) -> tuple[int, int]:
-    """Bytes on the device and on the host. A layer that is refined holds, in fp32, its weights, their refined and their
-    fake-quantized values, what the quantizer keeps for its backward pass (two tensors) and the gradients of both; and
-    the activations of a batch that autograd keeps, some 16 hidden and 5 intermediate vectors a token. A linear that
-    quantizes its input keeps that, and 5 bytes for its backward pass, besides."""
+    """Bytes on the device and on the host. A layer that is refined holds, in fp32, its weights, their fake-quantized
+    values and the gradients of these, and for a while two tensors more of the same size; and the activations of a
+    batch that autograd keeps, some 16 hidden and 5 intermediate vectors a token. What is rounded on the way, once for
+    all that read it, is kept besides."""
     config = source.config
     if settings is None:
         return 4 * layer_weights * 4, 4 * layer_weights * 4
     if not isinstance(settings, Settings):
         return _one_shot_memory(source, settings, samples, seqlen, layer_weights)
-    largest = max(len(window) for window in windows)
+    family, largest = source.family, max(len(window) for window in windows)
+    shapes = {name: source.shapes[f"{family.layers}.0.{name}.weight"][0] for name in family.linears}
     kept = 16 * config.hidden_size + 5 * config.intermediate_size
-    if any(scheme.quantizes_activations for scheme in schemes.values()):
-        inputs = [source.shapes[f"{name}.weight"][0][1] for name in source.linear_names(0)]
-        kept += math.ceil(sum(inputs) * 9 / 4)
+    if scheme.quantizes_activations:
+        others = {name for names in family.shared_inputs for name in names[1:]}
+        kept += 2 * sum(shapes[name][1] for name in family.linears if name not in others)
+    if scheme.quantizes_attention:
+        kept += 2 * sum(shapes[name][0] for name in (family.query, family.key, family.value))
     activations = settings.batch_size * seqlen * kept
-    device = largest * 4 * (7 * layer_weights + activations)
+    device = largest * 4 * (5 * layer_weights + activations)
     stream = samples * seqlen * config.hidden_size * 4
     in_memory = 3 * stream if stream <= settings.stream_memory_gb * _GB / 3 else 0
     embedding = config.vocab_size * config.hidden_size * 4
