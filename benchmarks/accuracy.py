@@ -95,7 +95,7 @@ MODELS: dict[str, ModelSpec] = {
         outliers=True, methods=("rtn", "smoothquant", "sliderquant", "sliderquant+"), schemes=("W4A4KV4",)
     ),
 }
-QUICK_TEXTS = ("topics", "stdlib[:60000]")
+QUICK_TEXTS, QUICK_SEQLEN = ("topics", "stdlib[:30000]"), 128
 QUICK_EPOCHS, QUICK_SAMPLES, QUICK_SCHEMES = 2, 6, ("W2A16", "W4A4KV4")
 
 
@@ -106,8 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", default=[], help="folders or hub ids of other models, in place of ours")
     parser.add_argument("--calibration", default="wikitext2", help="text for --model")
     parser.add_argument("--evaluation", default="wikitext2", help="text for --model")
-    parser.add_argument("--seqlen", type=positive, help="tokens of a sample and block; with --model 2048, else 256")
-    parser.add_argument("--samples", type=positive, help="calibration samples; with --model 128, else 64")
+    parser.add_argument(
+        "--seqlen", type=positive, help="tokens of a sample and block; with --model 2048, with --quick 128, else 256"
+    )
+    parser.add_argument(
+        "--samples", type=positive, help="calibration samples; with --model 128, with --quick 6, else 64"
+    )
     parser.add_argument("--schemes", nargs="+", type=scheme_argument, help="only these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--epochs", type=positive, help=f"of learned methods; {EPOCHS}, with --quick {QUICK_EPOCHS}")
@@ -212,7 +216,7 @@ def _places(arguments: argparse.Namespace, stack: ExitStack) -> dict[str, Place]
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     if arguments.quick:
         texts = [kept_text(Text(t, t), p, folder) for t, p in zip(QUICK_TEXTS, PURPOSES, strict=True)]
-        return {DEMO.name: Place(DEMO.name, str(DEMO), *texts, seqlen=arguments.seqlen or SEQLEN)}
+        return {DEMO.name: Place(DEMO.name, str(DEMO), *texts, seqlen=arguments.seqlen or QUICK_SEQLEN)}
     if arguments.model:
         sources = (arguments.calibration, arguments.evaluation)
         texts = [kept_text(named_text(t, material), p, folder) for t, p in zip(sources, PURPOSES, strict=True)]
