@@ -101,7 +101,7 @@ def refined_layer(plan: Plan, decoder: Decoder, index: int, seed: int, device: t
         )
         refined.compiled = compiled
         layer.set_submodule(name, refined)
-    if _has_scales(plan):
+    if plan.settings.scales.used_with(plan.scheme):
         log = plan.settings.scales.space == "log"
         insert_scales(layer, _sites(plan), refined_linears(layer), log, plan.source.dtype)
     down = None if rotations is None else rotations.down(index)
@@ -126,16 +126,9 @@ def starting(plan: Plan, layer: nn.Module) -> Iterator[None]:
         if settings.clipping and settings.clipping_start == "search":
             stack.enter_context(start_from_search(linears))
         # Left first: the clipping is searched for scaled weights.
-        if _has_scales(plan) and settings.scales.start == "statistics":
+        if settings.scales.used_with(plan.scheme) and settings.scales.start == "statistics":
             stack.enter_context(start_from_statistics(layer, _sites(plan), linears))
         yield
-
-
-def _has_scales(plan: Plan) -> bool:
-    assert isinstance(plan.settings, Settings)
-    use = plan.settings.scales.use
-    activations = plan.scheme.quantizes_activations or plan.scheme.quantizes_attention
-    return use == "always" or (use == "auto" and activations)
 
 
 def _sites(plan: Plan) -> dict[str, Site]:

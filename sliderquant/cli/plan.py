@@ -1,10 +1,11 @@
 """The plan of a run, as `--dry-run` prints it."""
 
 from collections import Counter
+from collections.abc import Iterator
 
-from sliderquant.methods import OneShotSettings
+from sliderquant.methods import OneShotSettings, Settings
 from sliderquant.planning import Plan
-from sliderquant.schemes import attention_in_words
+from sliderquant.schemes import Scheme, attention_in_words
 
 __all__ = ["print_plan"]
 
@@ -33,8 +34,18 @@ def print_plan(plan: Plan) -> None:
         print(f"windows     {' '.join(map(str, plan.windows))}")
         print(f"stages      {shares} of the input channels; stage order: {settings.stage_order}")
         print(f"steps       {plan.steps}")
+        print("learned     " + ", ".join(_learned(settings, plan.scheme)))
     print(
         f"memory      about {plan.memory_bytes / 1e9:.2f} GB where layers are refined, "
         f"{plan.host_memory_bytes / 1e9:.2f} GB of host memory"
     )
     print(f"disk        {plan.disk_bytes / 1e9:.3f} GB")
+
+
+def _learned(settings: Settings, scheme: Scheme) -> Iterator[str]:
+    if settings.rank:
+        yield f"low-rank terms of rank {settings.rank}"
+    if settings.clipping:
+        yield f"clipping from {settings.clipping_start}"
+    if settings.scales.used_with(scheme):
+        yield f"channel scales from {settings.scales.start}"
