@@ -76,3 +76,19 @@ def test_what_does_not_compute_the_same_is_not_used(monkeypatch, caplog):
     assert "runs uncompiled: RuntimeError: no compiler found" in caplog.text
     module.grid_functions.cache_clear()
     assert not can_compile.__wrapped__("cuda", torch.bfloat16)
+
+
+def test_equal_ends_share_the_gradient():
+    """Of the minimum: as that of `torch.amin`."""
+    x = torch.tensor([[-2.0, -2.0, 1.0, 0.5]], requires_grad=True)
+    upstream = torch.tensor([[0.3, 0.3, -0.2, 1.0]])
+    (gradient,) = torch.autograd.grad(fake_quantize_activations(x, 4, False), x, upstream)
+    assert gradient[0, 0] == gradient[0, 1]
+    low = x.detach()[:, :1].clone().requires_grad_()
+    other = torch.cat((low, low, x.detach()[:, 2:]), 1)
+    (whole,) = torch.autograd.grad(fake_quantize_activations(other, 4, False), low, upstream)
+    torch.testing.assert_close(gradient[:, :2].sum(), whole[0, 0])
+    # A lone minimum next to it gets what both would.
+    lone = torch.tensor([[-2.0, -1.999, 1.0, 0.5]], requires_grad=True)
+    (single,) = torch.autograd.grad(fake_quantize_activations(lone, 4, False), lone, upstream)
+    torch.testing.assert_close(single[:, :2].sum(), gradient[:, :2].sum(), rtol=1e-2, atol=1e-2)

@@ -4,7 +4,14 @@ import torch
 from sliderquant.fake_quantize import fake_quantize, fake_quantize_activations
 from sliderquant.methods import Settings
 from sliderquant.quantizer import dequantize, round_to_nearest
-from sliderquant.refine import RefinedLinear, generator_for, learned_state, refined_linears, restore_learned
+from sliderquant.refine import (
+    RefinedLinear,
+    SharedInput,
+    generator_for,
+    learned_state,
+    refined_linears,
+    restore_learned,
+)
 from sliderquant.refined_weights import refined_weight
 from sliderquant.schemes import Scheme
 
@@ -155,3 +162,30 @@ def test_the_gradient_reaches_the_layers_before():
     linear(x).square().sum().backward()
     assert x.grad.norm() > 0
     assert linear.low_rank_b.grad.norm() > 0
+
+
+def test_an_input_is_rounded_once_for_all_that_read_it(monkeypatch):
+    import sliderquant.refine as module
+
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments[0])
+        return fake_quantize_activations(*arguments)
+
+    monkeypatch.setattr(module, "fake_quantize_activations", counted)
+    shared, scheme = SharedInput(3), Scheme.parse("W4A4")
+    x, other = torch.randn(4, 64), torch.randn(4, 64)
+    first = shared.rounded(x, scheme, 1.0, False)
+    assert torch.equal(first, fake_quantize_activations(x, 4, False))
+    assert shared.rounded(x, scheme, 1.0, False) is first
+    assert torch.equal(shared.rounded(other, scheme, 1.0, False), fake_quantize_activations(other, 4, False))
+    assert len(calls) == 2
+    for _ in range(2):
+        shared.rounded(other, scheme, 1.0, False)
+    assert len(calls) == 2
+    # The last of three has taken it: nothing is kept, and nothing is stale.
+    assert shared._kept is None
+    shared.rounded(other, scheme, 1.0, False)
+    assert len(calls) == 3
+    assert torch.equal(shared.rounded(other, scheme, 0.5, False)[:, 32:], other[:, 32:])
