@@ -165,7 +165,10 @@ def _merged(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any
 # Ours, at the same number of steps: see `python -m benchmarks accuracy`.
 _RECIPE = _changed(_PUBLISHED, clipping_start="search")
 _ACTIVATION_RECIPE = _changed(
-    _PUBLISHED_ACTIVATIONS, clipping_start="search", scales={"start": "statistics", "space": "log"}
+    _PUBLISHED_ACTIVATIONS,
+    clipping_start="search",
+    scales={"start": "statistics", "space": "log"},
+    learning_rates={"low_rank": 5e-4},
 )
 
 METHODS: Mapping[str, Method] = {
