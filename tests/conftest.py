@@ -1,6 +1,7 @@
 """What tests share: small random models that are made here, and the folder with larger material, where there is one."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,11 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "sliderquant" / "assets" / "demo-llama-5m"
 SHARED = ROOT.parent / "shared"
+
+# The benchmarks are not installed with the package. Last, because the folder `kernels` next to them must not be taken
+# for the package of that name.
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,16 +1,11 @@
-"""The benchmarks are not installed with the package: they are found next to the tests."""
+"""What the tests of the benchmarks share."""
 
 import argparse
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = str(Path(__file__).resolve().parents[2])
-if ROOT not in sys.path:
-    sys.path.insert(0, ROOT)
 
 
 @pytest.fixture
