@@ -137,8 +137,8 @@ def _sites(plan: Plan) -> dict[str, Site]:
 
 
 def _compiles(plan: Plan, device: torch.device) -> bool:
-    """Whether the quantizers are compiled: it takes some 10 s, and saves, in every step and for every layer, about
-    0.15 ms a linear and 3 ns a weight (measured on one core, `python -m benchmarks step`)."""
+    """Whether the quantizers are compiled: it takes some 10 s, and is taken to save, in every step and for every
+    layer, 0.15 ms a linear and 3 ns a weight: an estimate, which only has to tell long runs from short ones."""
     assert isinstance(plan.settings, Settings)
     if plan.settings.compile == "never":
         return False
