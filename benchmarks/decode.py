@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from benchmarks import results
-from sliderquant.modules import PackedLinear
+from sliderquant.modules import PackedLinear, cache_keyword
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.schemes import Scheme
 
@@ -142,13 +142,14 @@ def _stepper(model: nn.Module, context: int, longest: int, device: torch.device)
     cache = StaticCache(config=model.config, max_cache_len=longest)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, longest), generator=generator).to(device)
+    cached = {cache_keyword(model.forward): cache}
     with torch.inference_mode():
-        model(input_ids=ids[:, :context], past_key_values=cache)
+        model(input_ids=ids[:, :context], **cached)
 
     def step(token: int) -> None:
         position = context + token
         with torch.inference_mode():
-            model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, position : position + 1], use_cache=True, **cached)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

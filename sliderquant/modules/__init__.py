@@ -1,6 +1,6 @@
 """Inference layers on top of `sliderquant_kernels`."""
 
-from sliderquant.modules.attention import AttentionRounding, insert_rounding, round_attention
+from sliderquant.modules.attention import AttentionRounding, cache_keyword, insert_rounding, round_attention
 from sliderquant.modules.linear import PackedLinear, QuantizedLinear
 from sliderquant.modules.merged import LinearSlice, MergedLinear, merge_linears, split_linears
 from sliderquant.modules.rotated import OnlineRotation, RotatedLinear, insert_rotations
@@ -13,6 +13,7 @@ __all__ = [
     "PackedLinear",
     "QuantizedLinear",
     "RotatedLinear",
+    "cache_keyword",
     "insert_rotations",
     "insert_rounding",
     "merge_linears",

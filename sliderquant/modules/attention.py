@@ -1,6 +1,6 @@
 """What attention multiplies, rotated (R3) and rounded: queries and keys after RoPE, and values.
 
-The attention modules of transformers hand their keys, after RoPE, and their values to `past_key_values.update`, and
+The attention modules of transformers hand their keys, after RoPE, and their values to the `update` of their cache, and
 their queries to the attention function that their configuration names. `insert_rounding` steps in at both places, so
 that the modules' own code runs unchanged, with whatever cache and attention function the model uses:
 
@@ -11,7 +11,9 @@ that the modules' own code runs unchanged, with whatever cache and attention fun
 """
 
 import copy
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from sliderquant.modules.rotated import OnlineRotation
 from sliderquant.rotation import Rotations
 from sliderquant_kernels import quantize_activations
 
-__all__ = ["AttentionRounding", "insert_rounding", "round_attention"]
+__all__ = ["AttentionRounding", "cache_keyword", "insert_rounding", "round_attention"]
 
 _NAME = "sliderquant"
 
@@ -42,16 +44,20 @@ class AttentionRounding(nn.Module):
 
     rotation: OnlineRotation | None
 
-    def __init__(self, bits: int, rotation: OnlineRotation | None, config: PretrainedConfig, eager: Any) -> None:
+    def __init__(
+        self, bits: int, rotation: OnlineRotation | None, config: PretrainedConfig, eager: Any, cache_keyword: str
+    ) -> None:
         """
         Args:
             config: that of the model, which names the attention function to call.
             eager: the function that `"eager"` means for this kind of attention module.
+            cache_keyword: the name of its argument for the cache.
         """
         super().__init__()
         self.bits, self.rotation, self.enabled = bits, rotation, True
         self.compiled = False
         self._config, self._eager = config, eager
+        self.cache_keyword = cache_keyword
 
     def query(self, x: Tensor) -> Tensor:
         """Queries or keys `[batch, heads, tokens, head_dim]` -> the same shape and dtype."""
@@ -101,17 +107,35 @@ class _RoundedWrites:
         return getattr(self._cache, name)
 
 
+def cache_keyword(forward: Callable[..., Any]) -> str:
+    """The name by which a model or attention module of transformers takes its cache: `cache` from 5.24 on, before that
+    `past_key_values`.
+
+    Raises:
+        InputError: it takes none.
+    """
+    names = inspect.signature(forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in names:
+            return name
+    raise InputError(
+        f"{forward.__qualname__}: expected an argument `cache` or `past_key_values`, found {', '.join(names)}: what "
+        "it multiplies cannot be rounded; use a scheme without KV, and no rotation R3"
+    )
+
+
 def insert_rounding(attention: nn.Module, bits: int, rotation: OnlineRotation | None) -> None:
     """Make an attention module of transformers rotate and round what it multiplies, in place.
 
     Raises:
-        InputError: there is one already.
+        InputError: there is one already, or the module takes no cache.
     """
     if isinstance(getattr(attention, "rounding", None), AttentionRounding):
         raise InputError("attention: its queries, keys and values are rounded already")
+    keyword = cache_keyword(attention.forward)
     eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
     config: Any = attention.config
-    attention.rounding = AttentionRounding(bits, rotation, config, eager)
+    attention.rounding = AttentionRounding(bits, rotation, config, eager, keyword)
     attention.config = config = copy.copy(config)
     config._attn_implementation = _NAME
     attention.register_forward_pre_hook(_round_writes, with_kwargs=True)
@@ -134,10 +158,11 @@ def round_attention(model: nn.Module, family: Family, bits: int, rotations: Rota
 
 
 def _round_writes(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    if len(arguments) > 3:
-        raise TypeError("attention: past_key_values is expected as a keyword argument")
     rounding: AttentionRounding = module.rounding  # type: ignore[assignment]
-    return arguments, {**keywords, "past_key_values": _RoundedWrites(keywords.get("past_key_values"), rounding)}
+    keyword = rounding.cache_keyword
+    if len(arguments) > 3:
+        raise TypeError(f"attention: {keyword} is expected as a keyword argument")
+    return arguments, {**keywords, keyword: _RoundedWrites(keywords.get(keyword), rounding)}
 
 
 def _attention(

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from sliderquant.errors import InputError
 from sliderquant.models.source import open_model
-from sliderquant.modules import AttentionRounding, insert_rounding, round_attention
+from sliderquant.modules import AttentionRounding, cache_keyword, insert_rounding, round_attention
 from sliderquant.rotation import Rotations
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -106,8 +106,9 @@ def test_what_is_learned_is_what_runs(load):
 def test_the_cache_holds_what_is_rounded_once(load):
     model, _, _ = load()
     whole, cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    want = model(input_ids=IDS, past_key_values=whole).logits
-    steps = [model(input_ids=IDS[:, i : i + 6], past_key_values=cache).logits for i in range(0, 24, 6)]
+    keyword = cache_keyword(model.forward)
+    want = model(input_ids=IDS, **{keyword: whole}).logits
+    steps = [model(input_ids=IDS[:, i : i + 6], **{keyword: cache}).logits for i in range(0, 24, 6)]
     torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-4, atol=1e-5)
     for stored, other in zip(cache.layers, whole.layers, strict=True):
         torch.testing.assert_close(stored.keys, other.keys, rtol=1e-4, atol=1e-5)
@@ -159,3 +160,16 @@ def test_twice_is_refused(load):
     assert isinstance(attention.rounding, AttentionRounding)
     with pytest.raises(InputError, match="rounded already"):
         insert_rounding(attention, 4, None)
+
+
+def test_a_module_without_a_cache_is_refused():
+    """Not passed over: its keys and values would stay as they are."""
+
+    class Attention(torch.nn.Module):
+        config = None
+
+        def forward(self, hidden_states):
+            return hidden_states
+
+    with pytest.raises(InputError, match="expected an argument `cache`"):
+        insert_rounding(Attention(), 4, None)

@@ -23,6 +23,7 @@ from sliderquant.modules import (
     MergedLinear,
     PackedLinear,
     QuantizedLinear,
+    cache_keyword,
     merge_linears,
     split_linears,
 )
@@ -693,10 +694,11 @@ def test_compiled_decoding_with_a_static_cache(checkpoint: Path) -> None:
     def decode(merge: bool) -> tuple[list[int], list[torch.Tensor]]:
         model, programs = load(checkpoint, "cpu", merge=merge), Programs()
         cache = StaticCache(config=model.config, max_cache_len=32)
-        model(input_ids=IDS, past_key_values=cache)
+        cached = {cache_keyword(model.forward): cache}
+        model(input_ids=IDS, **cached)
         compiled = torch.compile(model.forward, fullgraph=True, backend=programs)
         tokens = [IDS[:, token : token + 1] for token in range(8)]
-        return programs.products, [compiled(input_ids=ids, past_key_values=cache).logits for ids in tokens]
+        return programs.products, [compiled(input_ids=ids, **cached).logits for ids in tokens]
 
     products, logits = decode(merge=True)
     single_products, expected = decode(merge=False)
