@@ -83,7 +83,7 @@ def test_the_walk_without_the_quantizer_is_the_full_precision_window():
 def test_attention_is_rounded_only_when_the_window_is_quantized():
     layers = window(Settings())
     for layer in layers.layers:
-        layer.rounding = AttentionRounding(4, None, None, None)
+        layer.rounding = AttentionRounding(4, None, None, None, "cache")
     x = torch.randn(1, 2, 3, 16, generator=torch.Generator().manual_seed(1))
     for quantized in (False, True):
         layers.set(quantized=quantized)
