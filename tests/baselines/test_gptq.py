@@ -179,6 +179,7 @@ def test_a_hessian_of_no_use_means_rounding_to_nearest(broken):
         ("W4A4", "qwen2", []),
         ("W4A8-act-sym", "llama", ["R1", "R2", "R4"]),
         ("W4A4KV4", "llama", []),
+        ("W4A4KV4", "qwen2", ["R1", "R2", "R3", "R4"]),
     ],
 )
 def test_every_linear_of_a_run_is_the_textbook_on_what_the_loaded_model_gives_it(

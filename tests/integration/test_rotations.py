@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from torch.nn import functional as F
+from transformers import AttentionInterface, AutoModelForCausalLM, CompressedTensorsConfig
 from typer.testing import CliRunner
 
 import sliderquant
@@ -24,10 +26,16 @@ CPU = torch.device("cpu")
 ALL = ["R1", "R2", "R4"]
 
 
-def simulated(folder, scheme, names, seed):
-    """The rotated model, weights rounded to nearest and inputs of the linears to the grid of their token, in fp32."""
+def simulated(folder, scheme, names, seed, checkpoint=None):
+    """The rotated model, weights rounded to nearest and inputs of the linears to the grid of their token, and queries,
+    keys and values to that of their head, in fp32.
+
+    Args:
+        checkpoint: whose weights it has instead.
+    """
     source = open_model(folder)
-    rotated = RotatedSource.of(source, Rotations.of_model(source, names, seed))
+    rotations = Rotations.of_model(source, names, seed)
+    rotated = RotatedSource.of(source, rotations)
     model = AutoModelForCausalLM.from_config(rotated.config, dtype=torch.float32).eval().requires_grad_(False)
     weights = {name: rotated.weight(name, CPU) for name in rotated.files}
 
@@ -41,9 +49,27 @@ def simulated(folder, scheme, names, seed):
             weights[f"{name}.weight"] = dequantize(rounded, scheme)
             if scheme.quantizes_activations:
                 model.get_submodule(name).register_forward_pre_hook(rounded_input)
+    if checkpoint is not None:
+        loaded = sliderquant.load(checkpoint, "cpu", dtype="float32", merge=False)
+        weights |= {name: x.float() for name, x in loaded.state_dict().items() if name in weights}
+        for name in (name for layer in range(source.num_layers) for name in source.linear_names(layer)):
+            linear = loaded.get_submodule(name)
+            weights[f"{name}.weight"] = getattr(linear, "linear", linear).dequantize()
     model.load_state_dict(weights, strict=False)
-    insert_rotations(model, source.family, rotated.rotations)
+    insert_rotations(model, source.family, rotations)
+    if scheme.quantizes_attention:
+        AttentionInterface.register("by_hand", partial(attention_by_hand, rotations, scheme.kv_bits))
+        model.set_attn_implementation("by_hand")
     return model
+
+
+def attention_by_hand(rotations, bits, module, query, key, value, attention_mask, **keywords):
+    """Of [batch, heads, tokens, head_dim], with as few heads of keys and values as there are."""
+    if "R3" in rotations.transforms:
+        query, key = (rotations.query_key(module.layer_idx)(x) for x in (query, key))
+    query, key, value = (quantize_activations(x, bits, symmetric=False).dequantize() for x in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2), None
 
 
 @torch.no_grad()
@@ -80,6 +106,27 @@ def test_the_loaded_model_is_the_simulation(tiny, tmp_path, scheme, tolerance, n
     )
     got = logits(result.load(device="cpu", dtype="float32"))
     assert relative_error(got, logits(simulated(tiny, Scheme.parse(scheme), names, 6))) < tolerance
+
+
+# As above: a code more or less, of many.
+@pytest.mark.parametrize("method", ["rtn", "gptq", "smoothquant"])
+def test_with_all_four_rotations(tiny, tmp_path, calibration_file, method):
+    def quantize(scheme):
+        text = [] if method == "rtn" else ["--calibration", str(calibration_file), "--samples", "4", "--seqlen", "32"]
+        out = tmp_path / f"{method}-{scheme}"
+        arguments = ["--scheme", scheme, "--method", method, "--rotate", "R1,R2,R3,R4", "--seed", "6", "-q", *text]
+        done = CliRunner().invoke(app, ["quantize", str(tiny), "-o", str(out), *arguments])
+        assert done.exit_code == 0, done.output
+        return out
+
+    every, out = [*ALL, "R3"], quantize("W4A4KV4")
+    got = logits(sliderquant.load(out, "cpu", dtype="float32"))
+    scheme, stored = Scheme.parse("W4A4KV4"), None if method == "rtn" else out
+    assert relative_error(got, logits(simulated(tiny, scheme, every, 6, stored))) < 3e-2
+    # That is less than what one of the rotations does.
+    assert relative_error(got, logits(simulated(tiny, scheme, ALL, 6, stored))) > 5e-2
+    original = logits(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval())
+    assert relative_error(logits(sliderquant.load(quantize("W8A8KV8"), "cpu", dtype="float32")), original) < 0.05
 
 
 def test_it_is_close_to_the_original(tiny, tmp_path):

@@ -1,6 +1,6 @@
-"""What runs after loading is what was trained, layer by layer: the layers that learning leaves behind, whose quantizers
-are simulated in fp32, against those of the loaded checkpoint, on the same inputs. On CPU kernels, and on the Triton
-kernels in the interpreter."""
+"""What runs after loading is what was trained, layer by layer: the layers that learning, or a one-shot method, leaves
+behind, whose quantizers are simulated in fp32, against those of the loaded checkpoint, on the same inputs. On CPU
+kernels, and on the Triton kernels in the interpreter."""
 
 import copy
 
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import sliderquant
 from sliderquant import pipeline
+from sliderquant.baselines import walk
 from sliderquant.modules import attention, linear, rotated
 from sliderquant.modules.merged import MergedLinear
 from sliderquant.schemes import Scheme
@@ -50,6 +51,27 @@ def quantize(original, tmp_path, calibration_file, monkeypatch):
     return run
 
 
+@pytest.fixture
+def compensate(original, tmp_path, calibration_file, monkeypatch):
+    def run(method, scheme, rotate):
+        left = []
+
+        def kept(layer, dense):
+            error = advance(layer, dense)
+            left.append(layer.module)
+            return error
+
+        advance = walk._advance
+        monkeypatch.setattr(walk, "_advance", kept)
+        result = sliderquant.quantize(
+            original, tmp_path / "out", scheme, method, rotate=rotate, device="cpu",
+            calibration=str(calibration_file), samples=4, seqlen=32,
+        )  # fmt: skip
+        return result, left
+
+    return run
+
+
 @torch.no_grad()
 def calls_of(model):
     """What each layer was called with, and its output."""
@@ -84,6 +106,18 @@ def test_learned(quantize, scheme, rotate):
     rounds = Scheme.parse(scheme).quantizes_activations or Scheme.parse(scheme).quantizes_attention
     found = errors(calls_of(result.load(device="cpu", dtype="float32")), trained)
     assert max(found) < (5e-3 if rounds or rotate else 1e-6)
+
+
+@pytest.mark.parametrize("rotate", [(), ("R3",), ALL], ids=["plain", "R3", "rotated"])
+@pytest.mark.parametrize(
+    ("method", "scheme"),
+    [("gptq", "W4A4KV4"), ("smoothquant", "W4A4KV4"), ("awq", "W4A16KV4"), ("gptq", "W3A16KV8-g32-sym")],
+)
+def test_one_shot(compensate, method, scheme, rotate):
+    result, left = compensate(method, scheme, rotate)
+    model = result.load(device="cpu", dtype="float32")
+    assert (model.model.layers[0].self_attn.rounding.rotation is not None) == ("R3" in rotate)
+    assert max(errors(calls_of(model), left)) < 5e-3
 
 
 @pytest.mark.parametrize("rotate", [(), ALL], ids=["plain", "rotated"])
