@@ -19,13 +19,13 @@ numbers, because on a CPU PyTorch's operations with booleans are slow. What comp
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.fx.experimental._config
 from torch import Tensor
 
-from sliderquant.quantizer import find_grid, in_groups
+from sliderquant.quantizer import find_grid, free_ends, in_groups
 from sliderquant.schemes import Scheme
 
 __all__ = ["Grid", "can_compile", "fake_quantize", "fake_quantize_activations", "grid_functions"]
@@ -122,7 +122,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, clip_low, clip_high, grid, compiled):
-        forward, ctx.gradients = grid_functions(grid, clip_low is not None, compiled)
+        forward, ctx.gradients = grid_functions(grid, "range" if clip_low is None else "clipped", compiled)
         inputs = [tensor for tensor in (rows, clip_low, clip_high) if tensor is not None]
         value, *of_rows = forward(*_plain(inputs))
         ctx.save_for_backward(*inputs, *of_rows)
@@ -140,20 +140,42 @@ def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @lru_cache(maxsize=64)
-def grid_functions(grid: Grid, clipped: bool, compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def grid_functions(
+    grid: Grid, ends: Literal["range", "clipped", "free"], compiled: bool
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What fake quantization is made of, on this grid.
 
-    The first maps rows `[rows, in]`, and the clipping `[rows]` twice if there is one, to the rounded rows and, per row,
-    scale, zero-point, minimum and maximum. The second maps the gradient of the rounded rows, what the first was given
-    and what it returned per row to the gradients of what it was given. Contiguous tensors without gradients.
+    The first maps rows `[rows, in]` to the rounded rows and, per row, scale and zero-point, and minimum and maximum where
+    the ends depend on them. The second maps the gradient of the rounded rows, what the first was given and what it
+    returned per row to the gradients of the first arguments of the first. Contiguous tensors without gradients.
+
+    Args:
+        ends: of the range of a row. `range`: its minimum and maximum. `clipped`: these times the sigmoid of two further
+            arguments `[rows]`. `free`: whatever the rows, the exponentials of two further arguments times two more,
+            which stand in the places of minimum and maximum; they get no gradients.
     """
     # A function of its own each, because what is compiled is looked up, and limited in number, by the code.
-    if clipped:
+    if ends == "free":
 
-        def forward(rows: Tensor, clip_low: Tensor, clip_high: Tensor) -> Any:
+        def forward(rows: Tensor, clip_low: Tensor, clip_high: Tensor, low: Tensor, high: Tensor) -> Any:
+            bottom, top = free_ends(low, high, clip_low, clip_high)
+            return _rounded(rows, rows.float(), bottom, top, grid)
+
+        def gradients(
+            grad: Tensor, rows: Tensor, clip_low: Tensor, clip_high: Tensor, low: Tensor, high: Tensor, *of_rows: Tensor
+        ) -> Any:
+            bottom, top = free_ends(low, high, clip_low, clip_high)
+            grad_rows, _, grad_bottom, grad_top = _straight_through(grid, grad, rows, bottom, top, *of_rows)
+            return grad_rows.to(rows.dtype), grad_bottom * bottom, grad_top * top
+
+    elif ends == "clipped":
+
+        def forward(rows: Tensor, clip_low: Tensor, clip_high: Tensor) -> Any:  # type: ignore[misc]
             return _forward(rows, clip_low, clip_high, grid)
 
-        def gradients(grad: Tensor, rows: Tensor, clip_low: Tensor, clip_high: Tensor, *of_rows: Tensor) -> Any:
+        def gradients(  # type: ignore[misc]
+            grad: Tensor, rows: Tensor, clip_low: Tensor, clip_high: Tensor, *of_rows: Tensor
+        ) -> Any:
             return _gradients(grid, grad, rows, clip_low, clip_high, *of_rows)
 
     else:
@@ -186,6 +208,11 @@ def _forward(
     x = rows.float()
     low, high = x.amin(dim=-1), x.amax(dim=-1)
     bottom, top = _ends(low, high, clip_low, clip_high)
+    return *_rounded(rows, x, bottom, top, grid), low, high
+
+
+def _rounded(rows: Tensor, x: Tensor, bottom: Tensor, top: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """The rounded rows, and per row scale and zero-point; x: the rows in fp32."""
     if grid.stored is not None:
         scale, zero_point = find_grid(bottom, top, *grid.stored)
     else:
@@ -196,7 +223,7 @@ def _forward(
         zero_point = torch.zeros_like(scale) if grid.symmetric else zero_point
     centred = _centred(x / scale[:, None], zero_point, grid)
     # torch.addcmul and the like would save a pass, but not the bits: keep x^ = (q - z) * s.
-    return centred.mul_(scale[:, None]).to(rows.dtype), scale, zero_point, low, high
+    return centred.mul_(scale[:, None]).to(rows.dtype), scale, zero_point
 
 
 def _gradients(
@@ -211,19 +238,8 @@ def _gradients(
     high: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of the rows and of the clipping."""
-    wide, steps = grad.float(), rows.float() / scale[:, None]
-    centred = _centred(steps, zero_point, grid)
-    outside = torch.round(steps).sub_(centred).abs_().clamp_(max=1)  # 1 where the code was clamped
-    grad_rows = torch.addcmul(wide, wide, outside, value=-1)
-    grad_scale = torch.linalg.vecdot(wide, centred) - torch.linalg.vecdot(grad_rows, steps)
     bottom, top = _ends(low, high, clip_low, clip_high)
-    if grid.symmetric:
-        per_end, high_wins = grad_scale / (grid.levels / 2), (top >= -bottom).float()
-        grad_bottom, grad_top = per_end * (high_wins - 1), per_end * high_wins
-    else:
-        grad_steps = grad_rows.sum(dim=-1) - wide.sum(dim=-1)  # of z, divided by s
-        grad_top = (grad_scale + grad_steps * bottom / scale) / grid.levels
-        grad_bottom = -grad_top - grad_steps
+    grad_rows, steps, grad_bottom, grad_top = _straight_through(grid, grad, rows, bottom, top, scale, zero_point)
     grad_low = grad_high = None
     if clip_low is not None and clip_high is not None:
         shrink_low, shrink_high = torch.sigmoid(clip_low), torch.sigmoid(clip_high)
@@ -234,6 +250,24 @@ def _gradients(
         there = (steps - (end / scale)[:, None]).abs_().sign_().neg_().add_(1)
         grad_rows = grad_rows.addcmul_(there, (grad_end / there.sum(dim=-1))[:, None])
     return grad_rows.to(rows.dtype), grad_low, grad_high
+
+
+def _straight_through(
+    grid: Grid, grad: Tensor, rows: Tensor, bottom: Tensor, top: Tensor, scale: Tensor, zero_point: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the rows, fp32, without what they are to the ends of their range; rows / scale; gradients of the
+    ends."""
+    wide, steps = grad.float(), rows.float() / scale[:, None]
+    centred = _centred(steps, zero_point, grid)
+    outside = torch.round(steps).sub_(centred).abs_().clamp_(max=1)  # 1 where the code was clamped
+    grad_rows = torch.addcmul(wide, wide, outside, value=-1)
+    grad_scale = torch.linalg.vecdot(wide, centred) - torch.linalg.vecdot(grad_rows, steps)
+    if grid.symmetric:
+        per_end, high_wins = grad_scale / (grid.levels / 2), (top >= -bottom).float()
+        return grad_rows, steps, per_end * (high_wins - 1), per_end * high_wins
+    grad_steps = grad_rows.sum(dim=-1) - wide.sum(dim=-1)  # of z, divided by s
+    grad_top = (grad_scale + grad_steps * bottom / scale) / grid.levels
+    return grad_rows, steps, -grad_top - grad_steps, grad_top
 
 
 def _ends(low: Tensor, high: Tensor, clip_low: Tensor | None, clip_high: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -54,8 +54,9 @@ class WindowSettings(_Frozen):
 class LearningRates(_Frozen):
     """AdamW's learning rates per sample of a batch; the rate used is this times the batch size."""
 
+    weights: float = Field(2e-3, ge=0, description="of the offsets of weights, in quantization steps")
     low_rank: float = Field(5e-4, ge=0, description="of A and B")
-    clipping: float = Field(1e-2, ge=0, description="of the clipping logits")
+    clipping: float = Field(1e-2, ge=0, description="of the clipping: of its logits, or of the logarithms of free ends")
     scales: float = Field(1e-3, ge=0, description="of the channel scales")
 
 
@@ -84,10 +85,14 @@ class Settings(_Frozen):
         "sweep", description="sweep: each stage slides over the whole model; window: all stages inside each window"
     )
     rank: int = Field(4, ge=0, description="rank of the low-rank term; 0: none")
+    weights: bool = Field(False, description="learn an offset of every weight, counted in quantization steps")
     clipping: bool = Field(True, description="learn the clipping of every group's range")
     clipping_start: float | Literal["search"] = Field(
         4.0,
         description="clipping logits at the start, sigmoid(4) = 0.982; search: each group's best share of its range",
+    )
+    grid: Literal["range", "free"] = Field(
+        "range", description="ends of a group's range: its current minimum and maximum, clipped; or free of the weights"
     )
     windows: WindowSettings = WindowSettings()
     scales: ScaleSettings = ScaleSettings()
@@ -102,6 +107,12 @@ class Settings(_Frozen):
         4, ge=0, description="restarts of a window after a non-finite loss, the rates halved each time"
     )
     stream_memory_gb: float = Field(8.0, gt=0, description="activations beyond this are kept in files, not in memory")
+
+    @model_validator(mode="after")
+    def _free_ends_are_learned(self) -> "Settings":
+        if self.grid == "free" and not self.clipping:
+            raise ValueError("grid=free learns the ends of the ranges by their clipping: it needs clipping=true")
+        return self
 
     @property
     def stages(self) -> tuple[float, ...]:

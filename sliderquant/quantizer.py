@@ -29,8 +29,10 @@ __all__ = [
     "clipped_grid",
     "dequantize",
     "find_grid",
+    "free_ends",
     "in_groups",
     "quantize",
+    "ranges",
     "round_to_nearest",
 ]
 
@@ -93,12 +95,22 @@ def clipped_grid(
     weight: Tensor, clip_low: Tensor | None, clip_high: Tensor | None, scheme: Scheme, dtype: torch.dtype
 ) -> Grid:
     """The grid that `fake_quantize.fake_quantize` uses for these arguments."""
-    grouped = in_groups(weight, scheme)
-    low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)  # on a CPU aminmax is far slower than both
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = ranges(weight, scheme)
     if clip_low is not None and clip_high is not None:
         low, high = low * torch.sigmoid(clip_low), high * torch.sigmoid(clip_high)
     return find_grid(low, high, scheme, dtype)
+
+
+def ranges(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each group and 0, `[out, groups]`."""
+    grouped = in_groups(weight, scheme)
+    # On a CPU aminmax is far slower than both.
+    return grouped.amin(dim=-1).clamp(max=0), grouped.amax(dim=-1).clamp(min=0)
+
+
+def free_ends(low: Tensor, high: Tensor, log_low: Tensor, log_high: Tensor) -> tuple[Tensor, Tensor]:
+    """The range `[exp(log_low) * low, exp(log_high) * high]` of each group: free of the weights that are in it."""
+    return low * log_low.exp(), high * log_high.exp()
 
 
 def in_groups(weight: Tensor, scheme: Scheme) -> Tensor:

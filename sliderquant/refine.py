@@ -25,7 +25,16 @@ from torch.nn import functional as F
 
 from sliderquant.fake_quantize import fake_quantize_activations
 from sliderquant.methods import Settings
-from sliderquant.quantizer import QuantizedWeight, clipped_grid, dequantize, quantize
+from sliderquant.quantizer import (
+    Grid,
+    QuantizedWeight,
+    clipped_grid,
+    dequantize,
+    find_grid,
+    free_ends,
+    quantize,
+    ranges,
+)
 from sliderquant.refined_weights import LearnedWeight, effective_weights, refined_weight
 from sliderquant.scales import ChannelScale, ScaledNorm, Spread, rounded_to
 from sliderquant.schemes import Scheme
@@ -41,6 +50,16 @@ __all__ = [
     "refined_linears",
     "restore_learned",
 ]
+
+
+_STARTED = ("step", "low", "high")
+_KINDS = {
+    "offset": "weights",
+    "low_rank_a": "low_rank",
+    "low_rank_b": "low_rank",
+    "clip_low": "clipping",
+    "clip_high": "clipping",
+}
 
 
 def generator_for(seed: int, *what: object) -> torch.Generator:
@@ -105,9 +124,13 @@ class RefinedLinear(nn.Module):
 
     Attributes:
         weight: the original weight, fp32 `[out, in]`; not learned.
+        offset: V, fp32 `[out, in]`, or None.
+        step: of V: that of the row's grids at the start, on average, fp32 `[out]`; or None.
+        low, high: fp32 `[out, groups]`: the ends of each group's range at the start, if they are free; or None.
         bias: fp32 `[out]` or None; not learned.
         low_rank_a, low_rank_b: fp32 `[rank, in]` and `[out, rank]`, or None.
-        clip_low, clip_high: fp32 `[out, groups]` before the sigmoid, or None.
+        clip_low, clip_high: fp32 `[out, groups]`, before the sigmoid, or the exponential once the ends are free; or
+            None.
         column, row: channel scales, which belong to the layer: its input comes divided by the one, its output and bias
             are to be divided by the other; or None.
         quantized: whether `forward` uses the quantizers; False: the original layer.
@@ -141,7 +164,7 @@ class RefinedLinear(nn.Module):
         self.scheme, self.stored_dtype = scheme, stored_dtype
         self.register_buffer("weight", weight.detach().float())
         self.register_buffer("bias", None if bias is None else bias.detach().float())
-        self.low_rank_a = self.low_rank_b = self.clip_low = self.clip_high = None
+        self.low_rank_a = self.low_rank_b = self.clip_low = self.clip_high = self.offset = None
         if settings.rank > 0:
             bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5)
             uniform = torch.empty(settings.rank, in_features).uniform_(-bound, bound, generator=generator)
@@ -152,6 +175,11 @@ class RefinedLinear(nn.Module):
             start = 4.0 if settings.clipping_start == "search" else settings.clipping_start
             self.clip_low = nn.Parameter(torch.full(shape, start, device=weight.device))
             self.clip_high = nn.Parameter(torch.full(shape, start, device=weight.device))
+        if settings.weights:
+            self.offset = nn.Parameter(torch.zeros_like(self.weight))
+        self.free_grid = settings.grid == "free"
+        for name in _STARTED:
+            self.register_buffer(name, None)
         self.quantized = True
         self.fraction = 1.0
         self.compiled = False
@@ -171,6 +199,29 @@ class RefinedLinear(nn.Module):
     low_rank_b: nn.Parameter | None
     clip_low: nn.Parameter | None
     clip_high: nn.Parameter | None
+    offset: nn.Parameter | None
+    step: Tensor | None
+    low: Tensor | None
+    high: Tensor | None
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """The grids of the weight, scaled and clipped as it is now, are those where learning starts: from here on the
+        ends of the ranges are free, if they are to be, and V counts."""
+        refined = refined_weight(self.learned_weight())
+        if self.offset is not None:
+            self.step = self._grid(refined).scale.mean(1)
+        if self.free_grid and self.clip_low is not None and self.clip_high is not None:
+            self.low, self.high = ranges(refined, self.scheme)
+            for clip in (self.clip_low, self.clip_high):
+                clip.copy_(F.logsigmoid(clip))
+
+    def _grid(self, refined: Tensor) -> Grid:
+        """That of W~."""
+        if self.low is None or self.high is None or self.clip_low is None or self.clip_high is None:
+            return clipped_grid(refined, self.clip_low, self.clip_high, self.scheme, self.stored_dtype)
+        ends = free_ends(self.low, self.high, self.clip_low, self.clip_high)
+        return find_grid(*ends, self.scheme, self.stored_dtype)
 
     def learned_weight(self) -> LearnedWeight:
         """The weight and what is learned for it."""
@@ -182,6 +233,10 @@ class RefinedLinear(nn.Module):
             self.clip_high,
             None if self.column is None else self.column(),
             None if self.row is None else self.row(),
+            self.offset,
+            self.step,
+            self.low,
+            self.high,
         )
 
     def effective_weight(self) -> Tensor:
@@ -220,7 +275,7 @@ class RefinedLinear(nn.Module):
         """The weight as it is stored, and the weight that was trained, fp32 `[out, in]`: equal bit for bit."""
         learned = self.learned_weight()
         refined = refined_weight(learned)
-        grid = clipped_grid(refined, self.clip_low, self.clip_high, self.scheme, self.stored_dtype)
+        grid = self._grid(refined)
         (trained,) = effective_weights([learned], self.scheme, self.stored_dtype)
         quantized = quantize(refined, grid, self.scheme, self.stored_dtype)
         assert torch.equal(dequantize(quantized, self.scheme), trained), (
@@ -237,21 +292,27 @@ def refined_linears(module: nn.Module) -> dict[str, RefinedLinear]:
 
 
 def learned_parameters(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """What is learned inside `module`: by kind, `low_rank`, `clipping` or `scales`, and by name."""
-    found: dict[str, dict[str, nn.Parameter]] = {"low_rank": {}, "clipping": {}, "scales": {}}
+    """What is learned inside `module`: by kind, named as its learning rate, and by name."""
+    found: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "low_rank": {}, "clipping": {}, "scales": {}}
     for name, child in module.named_modules():
         for own, parameter in child.named_parameters(recurse=False):
             if isinstance(child, RefinedLinear):
-                found["clipping" if own.startswith("clip") else "low_rank"][f"{name}.{own}"] = parameter
+                found[_KINDS[own]][f"{name}.{own}"] = parameter
             elif isinstance(child, ChannelScale):
                 found["scales"][f"{name}.{own}"] = parameter
     return found
 
 
 def learned_state(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of what was learned inside `module`, by name; `restore_learned` takes it back."""
+    """A copy of what was learned inside `module`, and of what it is counted from, by name; `restore_learned` takes it
+    back."""
     kinds = learned_parameters(module).values()
-    return {name: parameter.detach().clone() for kind in kinds for name, parameter in kind.items()}
+    state = {name: parameter.detach().clone() for kind in kinds for name, parameter in kind.items()}
+    for name, child in module.named_modules():
+        if isinstance(child, RefinedLinear):
+            started = ((own, getattr(child, own)) for own in _STARTED)
+            state |= {f"{name}.{own}": tensor.clone() for own, tensor in started if tensor is not None}
+    return state
 
 
 @torch.no_grad()
@@ -260,6 +321,11 @@ def restore_learned(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     for kind in learned_parameters(module).values():
         for name, parameter in kind.items():
             parameter.copy_(state[name])
+    for name, child in module.named_modules():
+        if isinstance(child, RefinedLinear):
+            for own in _STARTED:
+                tensor = state.get(f"{name}.{own}")
+                setattr(child, own, None if tensor is None else tensor.clone())
 
 
 @torch.no_grad()

@@ -1,15 +1,15 @@
 """What the linears of a layer multiply with while they are being refined, for several of them at once.
 
-    W~ = (W * column) / row + (1/r) B A         column [in], row [out]: channel scales, or 1
-    W^ = fake_quantize(W~)                      the first `passed` columns; the rest stays as it is
+    W~ = (W * column) / row + step * V + (1/r) B A    column [in], row [out]: channel scales, or 1; V [out, in]
+    W^ = fake_quantize(W~)                            the first `passed` columns; the rest stays as it is
 
 Weights with equally many inputs are taken as one that lie one after the other, and that is cut into pieces: with small
 layers it is the number of calls that takes the time, with large ones every pass over memory that no cache holds.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class LearnedWeight:
         low_rank_a, low_rank_b: fp32 `[rank, in]` and `[out, rank]`, or None.
         clip_low, clip_high: fp32 `[out, groups]` before the sigmoid, or None.
         column, row: fp32 `[in]` and `[out]`, or None for 1.
+        offset: V, fp32 `[out, in]`, or None.
+        step: of V, fp32 `[out]`, not learned.
+        low, high: fp32 `[out, groups]`, not learned: the range of each group is `quantizer.free_ends` of them and the
+            clipping; or None: it is the clipped one of the current weight.
     """
 
     weight: Tensor
@@ -38,15 +42,22 @@ class LearnedWeight:
     clip_high: Tensor | None
     column: Tensor | None = None
     row: Tensor | None = None
+    offset: Tensor | None = None
+    step: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """In the order of the attributes."""
-        return (
-            self.weight, self.low_rank_a, self.low_rank_b, self.clip_low, self.clip_high, self.column, self.row,
-        )  # fmt: skip
+        return tuple(getattr(self, name) for name in _FIELDS)
+
+    @property
+    def ends(self) -> Literal["range", "clipped", "free"]:
+        """What the ends of a group's range are, see `fake_quantize.grid_functions`."""
+        return "free" if self.low is not None else "range" if self.clip_low is None else "clipped"
 
 
-_FIELDS = 7
+_FIELDS = tuple(field.name for field in fields(LearnedWeight))
 _ELEMENTS_AT_ONCE = 1 << 20
 
 
@@ -56,7 +67,7 @@ def effective_weights(
     """W^ of each weight, `[out, in]` in fp32 or the dtype of autocast, differentiable in what is learned.
 
     Args:
-        weights: of the same number of inputs, all with or all without clipping.
+        weights: of the same number of inputs, and with the same things learned.
         dtype: in which scales are stored.
         fraction: the share of the columns that passes through the quantizer. Per channel, the range is that of the
             columns that pass; a group keeps its own.
@@ -64,7 +75,7 @@ def effective_weights(
     """
     grid = Grid(0, scheme.levels, scheme.symmetric, (scheme, dtype))
     passed = round(fraction * weights[0].weight.shape[1])
-    functions = grid_functions(grid, weights[0].clip_low is not None, compiled)
+    functions = grid_functions(grid, weights[0].ends, compiled)
     # Within autocast they would be cast first of all.
     device = weights[0].weight.device.type
     result = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
@@ -85,6 +96,8 @@ def _refine(learned: LearnedWeight, rows: slice, out: Tensor) -> Tensor:
         scaled = torch.mul(scaled, learned.column, out=out)
     if learned.row is not None:
         scaled = torch.div(scaled, learned.row[rows, None], out=out)
+    if learned.offset is not None and learned.step is not None:
+        scaled = torch.addcmul(scaled, learned.offset[rows], learned.step[rows, None], out=out)
     if learned.low_rank_a is not None and learned.low_rank_b is not None:
         a, b = learned.low_rank_a, learned.low_rank_b[rows]
         return torch.addmm(scaled, b, a, alpha=1 / len(a), out=out)
@@ -133,8 +146,9 @@ def _pieces(weights: Sequence[LearnedWeight]) -> list[_Piece]:
 
 
 class _EffectiveWeights(torch.autograd.Function):
-    """With G the gradient of W~: dA = B^T G / r, dB = G A^T / r, d column = sum over rows of G * W / row, d row = minus
-    the sum over columns of G * W * column / row^2. Neither W~ nor G is ever there as a whole."""
+    """With G the gradient of W~: dA = B^T G / r, dB = G A^T / r, dV = step * G, d column = sum over rows of
+    G * W / row, d row = minus the sum over columns of G * W * column / row^2. Neither W~ nor G is ever there as a
+    whole."""
 
     @staticmethod
     def forward(ctx, settings, *tensors):
@@ -152,7 +166,7 @@ class _EffectiveWeights(torch.autograd.Function):
             values.append(value)
             # Of one piece W~ is kept, of several it is computed again: it would come from memory either way.
             stored.append([*of_rows, *([refined] if len(pieces) == 1 else [])])
-        ctx.settings, ctx.count = settings, len(tensors)
+        ctx.settings, ctx.count, ctx.of_rows = settings, len(tensors), len(of_rows)
         ctx.save_for_backward(*tensors, *(tensor for kept in stored for tensor in kept))
         return tuple((values[0] if len(values) == 1 else torch.cat(values)).split(sizes))
 
@@ -167,7 +181,7 @@ class _EffectiveWeights(torch.autograd.Function):
             if len(pieces) == 1:
                 refined, statistics = of_rows[-1], of_rows[:-1]
             else:
-                refined, statistics = piece.refine(weights), of_rows[4 * number : 4 * number + 4]
+                refined, statistics = piece.refine(weights), of_rows[ctx.of_rows * number :][: ctx.of_rows]
             of_part = grad
             if settings.passed < grad.shape[1]:
                 grad = grad.float()
@@ -194,8 +208,8 @@ class _Gradients:
         self.weight = weight
         summed = (weight.low_rank_a, weight.column)
         self.of_a, self.of_column = (None if tensor is None else torch.zeros_like(tensor) for tensor in summed)
-        filled = (weight.low_rank_b, weight.clip_low, weight.clip_high, weight.row)
-        self.of_b, self.of_low, self.of_high, self.of_row = (
+        filled = (weight.low_rank_b, weight.clip_low, weight.clip_high, weight.row, weight.offset)
+        self.of_b, self.of_low, self.of_high, self.of_row, self.of_offset = (
             None if tensor is None else torch.empty_like(tensor) for tensor in filled
         )
 
@@ -211,6 +225,9 @@ class _Gradients:
         for found, of_clip in zip((self.of_low, self.of_high), of_clips, strict=False):
             assert found is not None
             found[rows] = of_clip
+        if self.of_offset is not None:
+            assert weight.step is not None
+            torch.mul(grad, weight.step[rows, None], out=self.of_offset[rows])
         if self.of_column is None and self.of_row is None:
             return
         product = grad * weight.weight[rows]
@@ -223,11 +240,20 @@ class _Gradients:
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """In the order of a LearnedWeight's."""
-        return None, self.of_a, self.of_b, self.of_low, self.of_high, self.of_column, self.of_row
+        found = {
+            "low_rank_a": self.of_a,
+            "low_rank_b": self.of_b,
+            "clip_low": self.of_low,
+            "clip_high": self.of_high,
+            "column": self.of_column,
+            "row": self.of_row,
+            "offset": self.of_offset,
+        }
+        return tuple(found.get(name) for name in _FIELDS)
 
 
 def _unflattened(tensors: Sequence[Any]) -> list[LearnedWeight]:
-    return [LearnedWeight(*tensors[i : i + _FIELDS]) for i in range(0, len(tensors), _FIELDS)]
+    return [LearnedWeight(*tensors[i : i + len(_FIELDS)]) for i in range(0, len(tensors), len(_FIELDS))]
 
 
 def _rows(refined: Tensor, settings: _Settings) -> Tensor:
@@ -240,6 +266,6 @@ def _rows(refined: Tensor, settings: _Settings) -> Tensor:
 def _clips(weights: Sequence[LearnedWeight], piece: _Piece) -> list[Tensor]:
     return [
         piece.gather([getattr(weight, name) for weight in weights]).flatten()
-        for name in ("clip_low", "clip_high")
-        if weights[0].clip_low is not None
+        for name in ("clip_low", "clip_high", "low", "high")
+        if getattr(weights[0], name) is not None
     ]

@@ -129,6 +129,8 @@ def starting(plan: Plan, layer: nn.Module) -> Iterator[None]:
         if settings.scales.used_with(plan.scheme) and settings.scales.start == "statistics":
             stack.enter_context(start_from_statistics(layer, _sites(plan), linears))
         yield
+    for linear in linears.values():
+        linear.start()
 
 
 def _sites(plan: Plan) -> dict[str, Site]:

@@ -37,6 +37,23 @@ def test_compiled_weights(scheme, dtype):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scheme", [Scheme(2), Scheme(4, symmetric=True)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_free_ends(scheme, dtype):
+    rows, ends = normal(24, 64), [normal(24, seed=i) * 0.1 for i in (1, 2)]
+    inputs = [rows, *ends, -normal(24, seed=4).abs(), normal(24, seed=5).abs()]
+    grid = module.Grid(0, scheme.levels, scheme.symmetric, (scheme, dtype))
+    results = []
+    for compiled in (False, True):
+        forward, gradients = module.grid_functions(grid, "free", compiled)
+        value, *of_rows = forward(*inputs)
+        results.append((value, gradients(normal(24, 64, seed=3), *inputs, *of_rows)))
+    (plain, expected), (value, others) = results
+    assert torch.equal(value, plain)
+    for got, want in zip(others, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_activations(symmetric, dtype):

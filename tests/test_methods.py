@@ -21,7 +21,9 @@ def test_defaults_are_the_published_ones():
     assert (settings.epochs, settings.batch_size, settings.gamma, settings.rank) == (60, 3, 0.5, 4)
     assert settings.clipping_start == 4.0
     assert settings.windows.model_dump() == {"shallow": 4, "deep": 4, "size": 2, "stride": 1}
-    assert settings.learning_rates.model_dump() == {"low_rank": 5e-4, "clipping": 1e-2, "scales": 1e-3}
+    assert (settings.weights, settings.grid) == (False, "range")
+    rates = settings.learning_rates
+    assert (rates.low_rank, rates.clipping, rates.scales) == (5e-4, 1e-2, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -46,12 +48,15 @@ def test_every_setting_is_reachable_by_name():
         "gamma": 0.25,
         "stage_order": "window",
         "rank": 2,
-        "clipping": False,
+        "weights": True,
+        "clipping": True,
         "clipping_start": 3.5,
+        "grid": "free",
         "windows.shallow": 1,
         "windows.deep": 2,
         "windows.size": 4,
         "windows.stride": 3,
+        "learning_rates.weights": 1e-4,
         "learning_rates.low_rank": 1e-4,
         "learning_rates.clipping": 2e-3,
         "learning_rates.scales": 3e-3,
@@ -95,6 +100,7 @@ def test_a_file_is_read_and_assignments_win(tmp_path):
         ("gamma=.nan", "setting 'gamma'"),
         ("windows.stride=3", "must not exceed windows.size"),
         ("windows=3", "setting 'windows'"),
+        ("grid=loose", "setting 'grid'"),
         ("epochs", "expected key=value"),
         ("=3", "expected key=value"),
         ("epochs.of=3", "unknown setting|setting 'epochs'"),
@@ -104,6 +110,11 @@ def test_a_file_is_read_and_assignments_win(tmp_path):
 def test_bad_settings_are_named(assignment, message):
     with pytest.raises(InputError, match=message):
         with_overrides(METHODS["sliderquant"], SCHEME, parse_overrides(None, [assignment]))
+
+
+def test_free_ends_need_what_they_are_learned_by():
+    with pytest.raises(InputError, match="grid=free .* needs clipping=true"):
+        with_overrides(METHODS["sliderquant"], SCHEME, {"grid": "free", "clipping": False})
 
 
 def test_bad_files_are_named(tmp_path):
@@ -166,9 +177,8 @@ def test_settings_and_rotations_depend_on_the_scheme():
     published = METHODS["sliderquant-published"]
     assert published.settings_for(weights).model_dump() == Settings().model_dump()
     assert (published.settings_for(activations).epochs, published.settings_for(activations).rank) == (20, 4)
-    assert published.settings_for(activations).learning_rates.model_dump() == {
-        "low_rank": 1e-4, "clipping": 1e-2, "scales": 1e-3,
-    }  # fmt: skip
+    rates = published.settings_for(activations).learning_rates
+    assert (rates.low_rank, rates.clipping, rates.scales) == (1e-4, 1e-2, 1e-3)
     assert METHODS["sliderquant"].rotations_for(activations) == ()
     assert METHODS["sliderquant+"].rotations_for(activations) == ("R1", "R2", "R3", "R4")
     assert METHODS["sliderquant+"].rotations_for(weights) == ("R1", "R2", "R4")

@@ -118,6 +118,54 @@ def test_learned_and_restore():
     assert all(torch.equal(parameter, kept[f".{name}"]) for name, parameter in linear.named_parameters())
 
 
+@pytest.mark.parametrize("scheme", ["W2A16", "W3A16-g32-sym", "W4A16-g64"])
+def test_offsets_and_free_grids_count_from_the_start(scheme):
+    linear = make(scheme, weights=True, grid="free", rank=0, clipping_start=1.0)
+    before = linear.effective_weight()
+    assert linear.step is None
+    linear.start()
+    # What is learned starts with the values that were there, but for the rounding of exp(log(sigmoid)).
+    assert (linear.effective_weight() - before).norm() < 0.01 * before.norm()
+    scale = linear.merge()[0].scale.float()
+    torch.testing.assert_close(linear.step, scale.mean(1))
+    with torch.no_grad():
+        linear.offset.fill_(1)
+    codes, moved = (make_codes(linear, shift) for shift in (0, 1))
+    assert torch.equal(moved, codes)
+    assert torch.equal(linear.merge()[0].scale.float(), scale)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.normal_(0, 0.5)
+    stored, trained = linear.merge()
+    assert torch.equal(trained, linear.effective_weight())
+    assert torch.equal(dequantize(stored, linear.scheme), trained)
+
+
+def make_codes(linear, shift):
+    """With every weight one step of its row higher, by V or in the weight itself."""
+    with torch.no_grad():
+        linear.offset.fill_(1 - shift)
+        weight = linear.weight.clone()
+        linear.weight += shift * linear.step[:, None]
+        codes = linear.merge()[0].codes
+        linear.weight.copy_(weight)
+    return codes
+
+
+def test_learned_and_restore_of_what_counts_from_the_start():
+    linear, other = (make(weights=True, grid="free") for _ in range(2))
+    linear.start()
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.add_(0.1)
+    kept = learned_state(linear)
+    assert {".offset", ".step", ".low", ".high"} < set(kept)
+    restore_learned(other, kept)
+    assert torch.equal(other.effective_weight(), linear.effective_weight())
+    other.step.fill_(3)
+    assert not torch.equal(kept[".step"], other.step)
+
+
 def test_generators_depend_on_the_seed_and_the_name_alone():
     def draw(*what):
         return torch.rand(3, generator=generator_for(*what)).tolist()

@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sliderquant.fake_quantize import fake_quantize
+from sliderquant.quantizer import in_groups
 from sliderquant.refined_weights import LearnedWeight, effective_weights, refined_weight
 from sliderquant.schemes import Scheme
 
 SCHEMES = (Scheme(2), Scheme(3, 32), Scheme(4, 32, symmetric=True), Scheme(4, symmetric=True))
 
 
-def make(out_features, in_features, scheme, rank=3, clipped=True, scaled=True, seed=0):
+def make(out_features, in_features, scheme, rank=3, clipped=True, scaled=True, seed=0, offset=False, free=False):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -27,7 +28,38 @@ def make(out_features, in_features, scheme, rank=3, clipped=True, scaled=True, s
         normal(out_features, groups).requires_grad_() if clipped else None,
         (normal(in_features) * 0.3).exp().requires_grad_() if scaled else None,
         (normal(out_features) * 0.3).exp().requires_grad_() if scaled else None,
+        normal(out_features, in_features).requires_grad_() if offset else None,
+        normal(out_features).abs() if offset else None,
+        -1 - normal(out_features, groups).abs() if free else None,
+        1 + normal(out_features, groups).abs() if free else None,
     )
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounds; the gradient passes."""
+
+    @staticmethod
+    def forward(_, x):
+        return x.round()
+
+    @staticmethod
+    def backward(_, grad):
+        return grad
+
+
+def free_grid(refined, learned, scheme):
+    """Rounding to a grid whose ends are parameters, from operations that autograd knows."""
+    rows = in_groups(refined, scheme)
+    bottom, top = learned.low * learned.clip_low.exp(), learned.high * learned.clip_high.exp()
+    if scheme.symmetric:
+        scale, zero = torch.maximum(-bottom, top) / (scheme.levels / 2), torch.tensor(float(scheme.offset))
+        scale = scale + (scale.detach().bfloat16().float() - scale.detach())
+    else:
+        scale = (top - bottom) / scheme.levels
+        scale = scale + (scale.detach().bfloat16().float() - scale.detach())
+        zero = StraightThrough.apply(-bottom / scale).clamp(0, scheme.levels)[..., None]
+    codes = (StraightThrough.apply(rows / scale[..., None]) + zero).clamp(0, scheme.levels)
+    return ((codes - zero) * scale[..., None]).view_as(refined)
 
 
 def composed(learned, scheme, fraction):
@@ -37,9 +69,14 @@ def composed(learned, scheme, fraction):
         refined = refined * learned.column / learned.row[:, None]
     if learned.low_rank_a is not None:
         refined = refined + learned.low_rank_b @ learned.low_rank_a / len(learned.low_rank_a)
+    if learned.offset is not None:
+        refined = refined + learned.step[:, None] * learned.offset
     passed = round(fraction * refined.shape[1])
     part = refined[:, :passed] if scheme.group_size is None else refined
-    value = fake_quantize(part, learned.clip_low, learned.clip_high, scheme, torch.bfloat16)
+    if learned.low is None:
+        value = fake_quantize(part, learned.clip_low, learned.clip_high, scheme, torch.bfloat16)
+    else:
+        value = free_grid(part, learned, scheme)
     return torch.cat((value[:, :passed], refined[:, passed:]), dim=1)
 
 
@@ -51,10 +88,15 @@ def composed(learned, scheme, fraction):
     rank=st.integers(0, 3),
     clipped=st.booleans(),
     scaled=st.booleans(),
+    offset=st.booleans(),
+    free=st.booleans(),
     fraction=st.sampled_from([0.25, 0.5, 2 / 3, 1.0]),
 )
-def test_values_and_gradients(sizes, groups, scheme, rank, clipped, scaled, fraction):
-    weights = [make(size, 32 * groups, scheme, rank, clipped, scaled, seed) for seed, size in enumerate(sizes)]
+def test_values_and_gradients(sizes, groups, scheme, rank, clipped, scaled, offset, free, fraction):
+    clipped = clipped or free
+    weights = [
+        make(size, 32 * groups, scheme, rank, clipped, scaled, seed, offset, free) for seed, size in enumerate(sizes)
+    ]
     got = effective_weights(weights, scheme, torch.bfloat16, fraction)
     want = [composed(weight, scheme, fraction) for weight in weights]
     inputs = [
