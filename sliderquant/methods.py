@@ -86,6 +86,10 @@ class Settings(_Frozen):
     )
     rank: int = Field(4, ge=0, description="rank of the low-rank term; 0: none")
     weights: bool = Field(False, description="learn an offset of every weight, counted in quantization steps")
+    weights_start: Literal["nearest", "compensated"] = Field(
+        "nearest",
+        description="where the offsets start: 0; or where rounding makes up for the errors of earlier columns (GPTQ)",
+    )
     clipping: bool = Field(True, description="learn the clipping of every group's range")
     clipping_start: float | Literal["search"] = Field(
         4.0,
@@ -109,9 +113,11 @@ class Settings(_Frozen):
     stream_memory_gb: float = Field(8.0, gt=0, description="activations beyond this are kept in files, not in memory")
 
     @model_validator(mode="after")
-    def _free_ends_are_learned(self) -> "Settings":
+    def _what_starts_is_learned(self) -> "Settings":
         if self.grid == "free" and not self.clipping:
             raise ValueError("grid=free learns the ends of the ranges by their clipping: it needs clipping=true")
+        if self.weights_start != "nearest" and not self.weights:
+            raise ValueError("weights_start is of the offsets of weights: it needs weights=true")
         return self
 
     @property

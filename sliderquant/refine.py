@@ -210,13 +210,13 @@ class RefinedLinear(nn.Module):
         ends of the ranges are free, if they are to be, and V counts."""
         refined = refined_weight(self.learned_weight())
         if self.offset is not None:
-            self.step = self._grid(refined).scale.mean(1)
+            self.step = self.grid(refined).scale.mean(1)
         if self.free_grid and self.clip_low is not None and self.clip_high is not None:
             self.low, self.high = ranges(refined, self.scheme)
             for clip in (self.clip_low, self.clip_high):
                 clip.copy_(F.logsigmoid(clip))
 
-    def _grid(self, refined: Tensor) -> Grid:
+    def grid(self, refined: Tensor) -> Grid:
         """That of W~."""
         if self.low is None or self.high is None or self.clip_low is None or self.clip_high is None:
             return clipped_grid(refined, self.clip_low, self.clip_high, self.scheme, self.stored_dtype)
@@ -275,7 +275,7 @@ class RefinedLinear(nn.Module):
         """The weight as it is stored, and the weight that was trained, fp32 `[out, in]`: equal bit for bit."""
         learned = self.learned_weight()
         refined = refined_weight(learned)
-        grid = self._grid(refined)
+        grid = self.grid(refined)
         (trained,) = effective_weights([learned], self.scheme, self.stored_dtype)
         quantized = quantize(refined, grid, self.scheme, self.stored_dtype)
         assert torch.equal(dequantize(quantized, self.scheme), trained), (

@@ -49,6 +49,7 @@ def test_every_setting_is_reachable_by_name():
         "stage_order": "window",
         "rank": 2,
         "weights": True,
+        "weights_start": "compensated",
         "clipping": True,
         "clipping_start": 3.5,
         "grid": "free",

@@ -67,11 +67,12 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = False,
     block: int = _BLOCK,
+    grid: Grid | None = None,
 ) -> Compensated:
     """Quantize one weight.
 
-    The range of a group is that of the group's weights when its first column is reached, what was rounded before being
-    made up for; with `act_order`, that of the original weights.
+    Unless there is a grid already, the range of a group is that of the group's weights when its first column is
+    reached, what was rounded before being made up for; with `act_order`, that of the original weights.
 
     Args:
         weight: fp32 `[out, in]`.
@@ -82,6 +83,7 @@ def gptq(
         damping: added to the diagonal, a share of its mean; raised tenfold while the sum is not positive definite.
         act_order: columns in descending order of the diagonal. Groups keep their places.
         block: columns; a multiple of the group size.
+        grid: that of every group.
     """
     in_features = weight.shape[1]
     if scheme.group_size is not None and block % scheme.group_size:
@@ -95,8 +97,8 @@ def gptq(
 
     # Rows are columns of the weight: contiguous.
     columns = weight.T.clone() if order is None else weight.T[order]
-    grid = clipped_grid(weight, None, None, scheme, dtype)
-    scale, zero_point = grid.scale.T.clone(), grid.zero_point.T.clone()
+    found = clipped_grid(weight, None, None, scheme, dtype) if grid is None else grid
+    scale, zero_point = found.scale.T.clone(), found.zero_point.T.clone()
     group_size = scheme.group_size or in_features
     groups = torch.arange(in_features, device="cpu") // group_size
     group_of_column = (groups if order is None else groups[order.cpu()]).tolist()
@@ -105,7 +107,7 @@ def gptq(
         errors = torch.empty_like(columns[start:stop])
         for i in range(start, stop):
             group = group_of_column[i]
-            if order is None and i % group_size == 0 and i > 0:
+            if grid is None and order is None and i % group_size == 0 and i > 0:
                 own = clipped_grid(columns[i : i + group_size].T, None, None, scheme.per_channel(), dtype)
                 scale[group], zero_point[group] = own.scale[:, 0], own.zero_point[:, 0]
             codes = torch.round(columns[i] / scale[group]).add_(zero_point[group]).clamp_(0, scheme.levels)
