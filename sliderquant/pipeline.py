@@ -29,7 +29,7 @@ from sliderquant.progress import LayerReport, Progress, WindowReport
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.refine import merged_layer
 from sliderquant.reports.quantization import quantization_page
-from sliderquant.rotation import RotatedSource, Rotations
+from sliderquant.rotation import rotated
 from sliderquant.schemes import Scheme
 from sliderquant.train import matmul_dtype
 from sliderquant.walk import refine_model
@@ -238,16 +238,7 @@ def is_quantized(folder: Path) -> bool:
 def _rotated(
     source: ModelSource, rotate: Sequence[str] | None, seed: int, scheme: Scheme, method: Method
 ) -> ModelSource:
-    if rotate is None:
-        rotate = method.rotations_for(scheme)
-    if not rotate:
-        return source
-    if "R3" in rotate and not scheme.quantizes_attention:
-        raise InputError(
-            f"rotate R3: of use only where queries and keys are quantized, which {scheme} does not: leave it out, or "
-            "add KV4 or KV8 to the scheme (W4A4KV4)"
-        )
-    return RotatedSource.of(source, Rotations.of_model(source, rotate, seed))
+    return rotated(source, method.rotations_for(scheme) if rotate is None else rotate, seed, scheme)
 
 
 def _plan(

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models.source import ModelSource
+from sliderquant.schemes import Scheme
 from sliderquant_kernels import HadamardTransform, factor_hadamard, hadamard
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "fold_linear",
     "random_signs",
     "rotate",
+    "rotated",
 ]
 
 ROTATIONS: Mapping[str, str] = {
@@ -344,3 +346,19 @@ class RotatedSource(ModelSource):
             folds[prefix + family.output] = _Fold(inputs=attended, outputs=hidden)
             folds[prefix + family.down] = _Fold(inputs=self.rotations.down(layer), outputs=hidden)
         return folds
+
+
+def rotated(source: ModelSource, names: Sequence[str], seed: int, scheme: Scheme) -> ModelSource:
+    """The model with the rotations `names` for a scheme folded in; as it is where there are none.
+
+    Raises:
+        InputError: R3, and the scheme does not quantize queries and keys; as `Rotations.of_model`.
+    """
+    if not names:
+        return source
+    if "R3" in names and not scheme.quantizes_attention:
+        raise InputError(
+            f"rotate R3: of use only where queries and keys are quantized, which {scheme} does not: leave it out, or "
+            "add KV4 or KV8 to the scheme (W4A4KV4)"
+        )
+    return RotatedSource.of(source, Rotations.of_model(source, names, seed))

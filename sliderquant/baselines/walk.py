@@ -14,8 +14,8 @@ from sliderquant.baselines.smoothquant import smoothquant_layer
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.methods import OneShotSettings
 from sliderquant.models.decoder import Decoder
-from sliderquant.modules.attention import insert_rounding
-from sliderquant.modules.rotated import OnlineRotation, RotatedLinear
+from sliderquant.modules.attention import round_layer
+from sliderquant.modules.rotated import insert_rotation
 from sliderquant.planning import Plan
 from sliderquant.progress import LayerReport, Progress
 from sliderquant.quantizer import QuantizedWeight, dequantize
@@ -90,16 +90,10 @@ def quantize_layers(
 def _layer(plan: Plan, decoder: Decoder, index: int, device: torch.device, rounded: bool) -> nn.Module:
     """A layer with what the model computes while it runs: rotations and, if `rounded`, the rounding in attention."""
     layer = decoder.layer(index)
-    family, rotations = plan.source.family, plan.rotations
-    down = None if rotations is None else rotations.down(index)
-    if down is not None:
-        linear = layer.get_submodule(family.down)
-        layer.set_submodule(family.down, RotatedLinear(linear, OnlineRotation(down)).to(device))
-    if rounded and plan.scheme.quantizes_attention:
-        rotation = None if rotations is None else rotations.query_key(index)
-        online = None if rotation is None else OnlineRotation(rotation).to(device)
-        insert_rounding(layer.get_submodule(family.attention), plan.scheme.kv_bits, online)
-    return layer
+    insert_rotation(layer, index, plan.source.family, plan.rotations)
+    if rounded:
+        round_layer(layer, index, plan.source.family, plan.scheme.kv_bits, plan.rotations)
+    return layer.to(device)
 
 
 def _advance(layer: CalibratedLayer, original: nn.Module) -> float | None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sliderquant.cli.errors import DeviceOption, QuietOption, VerboseOption, reported
+from sliderquant.cli.errors import reported
+from sliderquant.cli.options import DeviceOption, QuietOption, VerboseOption
 
 if TYPE_CHECKING:
     from sliderquant.checkpoint import Description

@@ -6,17 +6,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from sliderquant.errors import InputError, SliderQuantError
 
-__all__ = ["DeviceOption", "QuietOption", "VerboseOption", "reported"]
-
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print results only, no progress.")]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="More detail, and a traceback on failure.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is CUDA where there is a GPU.")]
+__all__ = ["reported"]
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from sliderquant.cli.errors import DeviceOption, QuietOption, VerboseOption, reported
+from sliderquant.cli.errors import reported
+from sliderquant.cli.options import DeviceOption, QuietOption, VerboseOption
 
 __all__ = ["command"]
 

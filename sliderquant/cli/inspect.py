@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sliderquant.cli.errors import QuietOption, VerboseOption, reported
+from sliderquant.cli.errors import reported
+from sliderquant.cli.options import QuietOption, VerboseOption
 
 __all__ = ["command"]
 

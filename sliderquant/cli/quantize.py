@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sliderquant.cli.errors import DeviceOption, QuietOption, VerboseOption, reported
+from sliderquant.cli.errors import reported
+from sliderquant.cli.options import DeviceOption, QuietOption, VerboseOption, rotation_names
 
 __all__ = ["command"]
 
@@ -58,9 +59,7 @@ def command(
     from sliderquant.methods import parse_overrides
 
     settings = parse_overrides(config, set_ or [])
-    rotations = None
-    if rotate is not None:
-        rotations = [name.strip().upper() for name in rotate.split(",") if name.strip().lower() not in ("", "none")]
+    rotations = None if rotate is None else rotation_names(rotate)
     if dry_run:
         print_plan(
             pipeline.plan(model, scheme, method, settings, samples, seqlen, per_channel_fallback, rotations, seed)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sliderquant.cli.errors import DeviceOption, QuietOption, VerboseOption, reported
+from sliderquant.cli.errors import reported
+from sliderquant.cli.options import DeviceOption, QuietOption, VerboseOption, rotation_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +34,8 @@ def command(
     memory_gb: Annotated[
         float, typer.Option(help="Memory for hidden states; more means fewer reads of the model.")
     ] = 8,
+    rotate: Annotated[str, typer.Option(help="Rotations to fold in first, of R1,R2,R3,R4, or none.")] = "none",
+    seed: Annotated[int, typer.Option(help="Of the signs of rotations.")] = 2,
     device: DeviceOption = "auto",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder to write into.", show_default="sensitivity-NAME")
@@ -60,6 +63,8 @@ def command(
             device=device,
             per_channel_fallback=per_channel_fallback,
             memory_gb=memory_gb,
+            rotate=rotation_names(rotate),
+            seed=seed,
             progress=progress,
         )
     written = write_sensitivity(result, folder)

@@ -6,11 +6,11 @@ by keeping it in 16 bits, with the errors of all the others around it.
 
 One walk over the model makes all of these variants. Variants that agree on every layer so far share their hidden
 states, so that quantizing layer i alone takes the layers from i on, and no more; each layer is read and rounded once
-for as many blocks of text as memory holds.
+for as many blocks of text as memory holds. With rotations, all of it is about the rotated model.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import open_model
 from sliderquant.planning import make_plan
 from sliderquant.progress import Progress
+from sliderquant.rotation import rotated
 from sliderquant.schemes import Scheme
 
 __all__ = ["Effect", "Part", "Sensitivity", "sensitivity"]
@@ -72,6 +73,7 @@ class Sensitivity:
     """The result of `sensitivity`.
 
     Attributes:
+        rotations: that were folded into the model first, as config.json describes them; None: none.
         linears: how many linears of each kind have which scheme.
         blocks, tokens: of text.
         passes: through a layer of the whole text, of all variants.
@@ -84,6 +86,7 @@ class Sensitivity:
 
     model: str
     scheme: str
+    rotations: dict[str, Any] | None
     linears: dict[str, int]
     text: str
     seqlen: int
@@ -119,6 +122,8 @@ def sensitivity(
     device: str | torch.device = "auto",
     per_channel_fallback: bool = False,
     memory_gb: float = 8.0,
+    rotate: Sequence[str] = (),
+    seed: int = 2,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Round every part of a model to nearest alone, and all but it, and measure what that does.
@@ -134,6 +139,9 @@ def sensitivity(
         max_blocks: of the text, the first so many blocks are used.
         per_channel_fallback: linears whose input size the group does not divide get one scale per channel.
         memory_gb: of hidden states that are held at a time. What one block of text takes beyond it goes into files.
+        rotate: rotations to fold into the model first, of `"R1"` to `"R4"`, see `sliderquant.rotation`. The original is
+            then the rotated model.
+        seed: of the signs of rotations.
         progress: is told how far the study is.
 
     Raises:
@@ -146,11 +154,12 @@ def sensitivity(
     if not memory_gb > 0:
         raise InputError(f"memory_gb {memory_gb}: expected more than 0")
     check_source(text)
-    source = open_model(model)
+    parsed = Scheme.parse(scheme)
+    source = rotated(open_model(model), rotate, seed, parsed)
     length = default_seqlen(source.config) if seqlen is None else seqlen
     plan = make_plan(
         source,
-        Scheme.parse(scheme),
+        parsed,
         method_named("rtn"),
         None,
         samples=max_blocks,
@@ -185,6 +194,7 @@ def sensitivity(
     return Sensitivity(
         model=source.name,
         scheme=str(plan.scheme),
+        rotations=None if plan.rotations is None else plan.rotations.to_dict(),
         linears=dict(Counter(f"{name.split('.', 3)[-1]}: {scheme}" for name, scheme in plan.schemes.items())),
         text=text,
         seqlen=length,

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.models.decoder import Decoder
-from sliderquant.modules.attention import AttentionRounding, insert_rounding
+from sliderquant.modules.attention import AttentionRounding, round_layer
+from sliderquant.modules.rotated import insert_rotation
 from sliderquant.planning import Plan
 from sliderquant.quantizer import dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
@@ -33,7 +34,7 @@ class _Switched(nn.Module):
     def __init__(self, linear: nn.Linear, scheme: Scheme, stored_dtype: torch.dtype) -> None:
         super().__init__()
         self.scheme, self.enabled = scheme, False
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.in_features = linear.weight, linear.bias, linear.in_features
         self.rounded = dequantize(round_to_nearest(linear.weight, scheme, stored_dtype), scheme)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +154,8 @@ class Study:
                 streams.pop(prefix).close()
 
     def _switched(self, index: int, layer: nn.Module) -> dict[str, _Switched | AttentionRounding]:
-        """Put linears that can be switched into the places of a layer's own; by name, what can be."""
+        """Put linears that can be switched into the places of a layer's own, and what a rotated model computes while it
+        runs; by name, what can be switched."""
         family = self.plan.source.family
         switches: dict[str, _Switched | AttentionRounding] = {}
         for name in family.linears:
@@ -161,9 +163,12 @@ class Study:
             linear = _Switched(layer.get_submodule(name), scheme, self.stored_dtype)  # type: ignore[arg-type]
             layer.set_submodule(name, linear)
             switches[name] = linear
+        # R4 cannot be switched: its inverse is in the weight. R3 is with the rounding; neither changes anything alone.
+        insert_rotation(layer, index, family, self.plan.rotations)
+        round_layer(layer, index, family, self.plan.scheme.kv_bits, self.plan.rotations)
+        layer.to(self.device)
         if self.plan.scheme.quantizes_attention:
             attention = layer.get_submodule(family.attention)
-            insert_rounding(attention, self.plan.scheme.kv_bits, None)
             switches[family.attention] = attention.rounding  # type: ignore[assignment]
         return switches
 

@@ -1,9 +1,15 @@
 """Inference layers on top of `sliderquant_kernels`."""
 
-from sliderquant.modules.attention import AttentionRounding, cache_keyword, insert_rounding, round_attention
+from sliderquant.modules.attention import (
+    AttentionRounding,
+    cache_keyword,
+    insert_rounding,
+    round_attention,
+    round_layer,
+)
 from sliderquant.modules.linear import PackedLinear, QuantizedLinear
 from sliderquant.modules.merged import LinearSlice, MergedLinear, merge_linears, split_linears
-from sliderquant.modules.rotated import OnlineRotation, RotatedLinear, insert_rotations
+from sliderquant.modules.rotated import OnlineRotation, RotatedLinear, insert_rotation, insert_rotations
 
 __all__ = [
     "AttentionRounding",
@@ -14,9 +20,11 @@ __all__ = [
     "QuantizedLinear",
     "RotatedLinear",
     "cache_keyword",
+    "insert_rotation",
     "insert_rotations",
     "insert_rounding",
     "merge_linears",
     "round_attention",
+    "round_layer",
     "split_linears",
 ]

@@ -27,7 +27,7 @@ from sliderquant.modules.rotated import OnlineRotation
 from sliderquant.rotation import Rotations
 from sliderquant_kernels import quantize_activations
 
-__all__ = ["AttentionRounding", "cache_keyword", "insert_rounding", "round_attention"]
+__all__ = ["AttentionRounding", "cache_keyword", "insert_rounding", "round_attention", "round_layer"]
 
 _NAME = "sliderquant"
 
@@ -142,19 +142,25 @@ def insert_rounding(attention: nn.Module, bits: int, rotation: OnlineRotation | 
 
 
 def round_attention(model: nn.Module, family: Family, bits: int, rotations: Rotations | None) -> None:
-    """`insert_rounding` in every layer of a model that quantizes queries, keys and values, or has the rotation R3.
+    """`round_layer` with every layer of a model."""
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for index, layer in enumerate(layers):
+        round_layer(layer, index, family, bits, rotations)
+
+
+def round_layer(layer: nn.Module, index: int, family: Family, bits: int, rotations: Rotations | None) -> None:
+    """`insert_rounding` in decoder layer `index` of a model that quantizes queries, keys and values, or has the
+    rotation R3.
 
     Args:
         bits: 4 or 8; 16: none.
     """
-    layers = model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    for index, layer in enumerate(layers):
-        rotation = None if rotations is None else rotations.query_key(index)
-        if bits == 16 and rotation is None:
-            return
-        online = None if rotation is None else OnlineRotation(rotation)
-        insert_rounding(layer.get_submodule(family.attention), bits, online)
+    rotation = None if rotations is None else rotations.query_key(index)
+    if bits == 16 and rotation is None:
+        return
+    online = None if rotation is None else OnlineRotation(rotation)
+    insert_rounding(layer.get_submodule(family.attention), bits, online)
 
 
 def _round_writes(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from sliderquant.modules.linear import PackedLinear
 from sliderquant.rotation import Rotation, Rotations
 from sliderquant_kernels import QuantizedActivations, hadamard, hadamard_quantize
 
-__all__ = ["OnlineRotation", "RotatedLinear", "insert_rotations"]
+__all__ = ["OnlineRotation", "RotatedLinear", "insert_rotation", "insert_rotations"]
 
 
 class OnlineRotation(nn.Module):
@@ -103,19 +103,23 @@ def _name_inner(module: nn.Module, state_dict: dict[str, Any], prefix: str, *res
 
 
 def insert_rotations(model: nn.Module, family: Family, rotations: Rotations) -> None:
-    """Put the online rotation R4 before every down_proj of a model, in place; the linears are as they are now, dense or
-    packed.
+    """`insert_rotation` in every layer of a model; the linears are as they are now, dense or packed."""
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for index, layer in enumerate(layers):
+        insert_rotation(layer, index, family, rotations)
+
+
+def insert_rotation(layer: nn.Module, index: int, family: Family, rotations: Rotations | None) -> None:
+    """Put the online rotation R4, where there is one, before the down_proj of decoder layer `index`, in place.
 
     Raises:
         InputError: there is a rotation already.
     """
-    layers = model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    for index, layer in enumerate(layers):
-        rotation = rotations.down(index)
-        if rotation is None:
-            return
-        linear = layer.get_submodule(family.down)
-        if isinstance(linear, RotatedLinear):
-            raise InputError(f"layer {index}: its {family.down} is rotated already")
-        layer.set_submodule(family.down, RotatedLinear(linear, OnlineRotation(rotation)))
+    rotation = None if rotations is None else rotations.down(index)
+    if rotation is None:
+        return
+    linear = layer.get_submodule(family.down)
+    if isinstance(linear, RotatedLinear):
+        raise InputError(f"layer {index}: its {family.down} is rotated already")
+    layer.set_submodule(family.down, RotatedLinear(linear, OnlineRotation(rotation)))

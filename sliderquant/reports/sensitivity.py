@@ -98,10 +98,10 @@ def sensitivity_figure(result: Sensitivity) -> Figure:
         axes.axhline(0, color="black", linewidth=0.8)
         axes.grid(True, axis="y", linewidth=0.3)
         axes.set_axisbelow(True)
-    name = Path(result.model).name
+    name, rotations = Path(result.model).name, _rotations(result)
     figure.suptitle(
-        f"{name} at {result.scheme}, rounded to nearest: perplexity {result.original:.2f}, everything quantized "
-        f"{result.everything.perplexity:.2f}"
+        f"{name} at {result.scheme}, rounded to nearest{' after ' if rotations else ''}{', '.join(rotations)}\n"
+        f"perplexity {result.original:.2f}, everything quantized {result.everything.perplexity:.2f}"
     )
     return figure
 
@@ -128,6 +128,7 @@ def sensitivity_page(result: Sensitivity) -> str:
         summary=[
             ("Model", result.model),
             ("Scheme", f"{result.scheme}, rounded to nearest"),
+            ("Rotations", ", ".join(_rotations(result)) or "none"),
             ("Perplexity", f"{result.original:.4f} → {everything.perplexity:.4f} with everything quantized"),
             ("Output error, KL", f"{everything.output_error:.4g}, {everything.kl_divergence:.4g} nats"),
             ("Text", result.protocol),
@@ -138,6 +139,10 @@ def sensitivity_page(result: Sensitivity) -> str:
         kinds=[_line(part) for part in result.kinds],
         run=[*result.versions.items(), *result.machine.items()],
     )
+
+
+def _rotations(result: Sensitivity) -> list[str]:
+    return [name for name in result.rotations or () if name != "seed"]
 
 
 def _line(part: Part) -> tuple[str, ...]:

@@ -37,6 +37,21 @@ def test_a_study_from_the_command_line(tiny_llama, calibration_file, options, tm
     assert "passes through a layer" in done.stderr
 
 
+def test_a_rotated_model(tiny_llama, calibration_file, options, tmp_path):
+    # The last --scheme counts.
+    done = invoke(
+        tiny_llama, *options, "--scheme", "W4A4KV4", "--rotate", "r1, R2,R3,R4", "--seed", 7, "-o", tmp_path, "-q"
+    )
+    assert done.exit_code == 0, done.output
+    expected = sensitivity(
+        tiny_llama, "W4A4KV4", f"{calibration_file}[:3000]", 48, 3, rotate=["R1", "R2", "R3", "R4"], seed=7
+    )
+    found = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert found == json.loads(json.dumps(expected.as_dict()))
+    assert found["rotations"].keys() == {"seed", "R1", "R2", "R3", "R4"}
+    assert found["rotations"]["seed"] == 7
+
+
 def test_quiet_shows_no_progress(tiny_llama, options, tmp_path):
     done = invoke(tiny_llama, *options, "-o", tmp_path / "out", "-q")
     assert (done.exit_code, done.stderr) == (0, "")
@@ -64,6 +79,8 @@ def test_the_folder_is_named_after_the_model_and_nothing_is_replaced(tiny_llama,
         (("--scheme", "W4A16-g128"), "groups of 128 do not divide"),
         (("--text", "missing.txt"), "text 'missing.txt': no such file"),
         (("--max-blocks", 0), "max_blocks 0"),
+        (("--rotate", "R1,R9"), "rotations R9: expected some of R1, R2, R3, R4"),
+        (("--rotate", "r3"), "rotate R3: of use only where queries and keys are quantized, which W2A16-g32 does not"),
     ],
 )
 def test_wrong_use_leaves_nothing_behind(tiny_llama, options, tmp_path, extra, message):

@@ -14,9 +14,13 @@ import sliderquant
 from sliderquant.errors import InputError
 from sliderquant.evaluation import sensitivity as module
 from sliderquant.evaluation.sensitivity import sensitivity
+from sliderquant.models.source import open_model
+from sliderquant.modules import insert_rotations, round_attention
 from sliderquant.progress import Progress
+from sliderquant.rotation import RotatedSource, Rotations
 
 SEQLEN, BLOCKS = 48, 5
+ALL = ["R1", "R2", "R3", "R4"]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +51,9 @@ def rounded(weight, bits, group, symmetric):
 class ByHand:
     """A transformers model, quantized in some places, and what comes out of it."""
 
-    def __init__(self, folder, text, bits, group, symmetric, activation_bits, round_tokens):
+    def __init__(self, folder, text, bits, group, symmetric, activation_bits, round_tokens, kv_bits=16, rotations=None):
         self.folder, self.how, self.round_tokens = folder, (bits, group, symmetric), round_tokens
-        self.activation_bits = activation_bits
+        self.activation_bits, self.kv_bits, self.rotations = activation_bits, kv_bits, rotations
         path, _, part = text.partition("[:")
         characters = Path(path).read_text(encoding="utf-8")[: int(part.rstrip("]"))]
         tokens = AutoTokenizer.from_pretrained(folder)(characters, return_tensors="pt").input_ids[0]
@@ -59,10 +63,15 @@ class ByHand:
     @torch.no_grad()
     def run(self, chosen):
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        if self.rotations is not None:
+            self.rotate(model)
         for index, layer in enumerate(model.model.layers):
-            for name, linear in layer.named_modules():
+            if self.kv_bits < 16:
+                layer.self_attn.rounding.enabled = chosen(index, "self_attn")
+            for name, linear in list(layer.named_modules()):
                 if not name.endswith("_proj") or not chosen(index, name.rpartition(".")[2]):
                     continue
+                linear = getattr(linear, "linear", linear)  # behind a rotation
                 linear.weight.copy_(rounded(linear.weight, *self.how))
                 if self.activation_bits < 16:
                     linear.register_forward_pre_hook(
@@ -70,6 +79,14 @@ class ByHand:
                     )
         out = model(self.blocks, output_hidden_states=True)
         return out.logits.double(), out.hidden_states[-1].double()
+
+    def rotate(self, model):
+        source = open_model(self.folder)
+        source = RotatedSource.of(source, self.rotations)
+        weights = {name: source.weight(name, torch.device("cpu")) for name in model.state_dict()}
+        model.load_state_dict(weights)
+        insert_rotations(model, source.family, self.rotations)
+        round_attention(model, source.family, self.kv_bits, self.rotations)
 
     def effect(self, chosen):
         """Perplexity, output error and KL divergence."""
@@ -117,17 +134,60 @@ def test_every_figure_is_that_of_a_model_quantized_by_hand(four_layers, text, ro
     assert kinds["down_proj"].weights == 4 * 64 * 96
 
 
+@pytest.mark.parametrize(("rotate", "seed"), [(["R1", "R2"], 3), (["R4"], 2), (ALL, 5)])
+def test_every_figure_is_that_of_a_rotated_model_quantized_by_hand(four_layers, text, round_tokens, rotate, seed):
+    rotations = Rotations.of_model(open_model(four_layers), rotate, seed)
+    kv_bits = 4 if "R3" in rotate else 16
+    scheme = f"W4A4{'KV4' if kv_bits == 4 else ''}-g32"
+    hand = ByHand(four_layers, text, 4, 32, False, 4, round_tokens, kv_bits, rotations)
+    result = study(four_layers, scheme, text, rotate=rotate, seed=seed)
+    kinds = {part.name: part for part in result.kinds}
+    expected_original = hand.effect(lambda layer, name: False)[0]
+    compared = [
+        (result.everything, lambda layer, name: True),
+        (result.layers[1].alone, lambda layer, name: layer == 1),
+        (result.layers[2].all_but, lambda layer, name: layer != 2),
+        (kinds["down_proj"].alone, lambda layer, name: name == "down_proj"),
+        (kinds["v_proj"].all_but, lambda layer, name: name != "v_proj"),
+    ]
+    if kv_bits == 4:
+        compared += [
+            (kinds["self_attn"].alone, lambda layer, name: name == "self_attn"),
+            (kinds["self_attn"].all_but, lambda layer, name: name != "self_attn"),
+        ]
+    for effect, chosen in compared:
+        value, error, divergence = hand.effect(chosen)
+        assert effect.perplexity == pytest.approx(value, rel=1e-3)
+        assert effect.output_error == pytest.approx(error.item(), rel=1e-2)
+        assert effect.kl_divergence == pytest.approx(divergence.item(), rel=1e-2)
+    assert result.original == pytest.approx(expected_original, rel=1e-5)
+    # The rotated embedding is rounded to bf16 again.
+    unrotated = study(four_layers, scheme, text)
+    assert result.original == pytest.approx(unrotated.original, rel=5e-3)
+    assert result.everything.perplexity != pytest.approx(unrotated.everything.perplexity, rel=1e-3)
+    assert (result.rotations, unrotated.rotations) == (rotations.to_dict(), None)
+
+
 @pytest.mark.parametrize(
-    ("scheme", "fallback"), [("W2A16-g32", False), ("W4A16-g64", True), ("W4A8-act-sym", False), ("W4A4KV4", False)]
+    ("scheme", "fallback", "rotate"),
+    [
+        ("W2A16-g32", False, []),
+        ("W4A16-g64", True, []),
+        ("W4A8-act-sym", False, []),
+        ("W4A4KV4", False, []),
+        ("W3A16-g32", False, ["R1", "R2", "R4"]),
+        ("W4A4KV4", False, ALL),
+    ],
 )
-def test_with_everything_quantized_it_is_the_checkpoint_by_rtn(tiny_llama, text, tmp_path, scheme, fallback):
-    result = study(tiny_llama, scheme, text, max_blocks=10**6, per_channel_fallback=fallback)
+def test_with_everything_quantized_it_is_the_checkpoint_by_rtn(tiny_llama, text, tmp_path, scheme, fallback, rotate):
+    result = study(tiny_llama, scheme, text, max_blocks=10**6, per_channel_fallback=fallback, rotate=rotate)
     done = sliderquant.quantize(
-        tiny_llama, tmp_path / "out", scheme=scheme, method="rtn", per_channel_fallback=fallback, device="cpu"
+        tiny_llama, tmp_path / "out", scheme, "rtn", per_channel_fallback=fallback, rotate=rotate, device="cpu"
     )
     measured = sliderquant.evaluate(done.path, text, seqlen=SEQLEN, device="cpu")
     assert result.everything.perplexity == pytest.approx(measured.value, rel=1e-5 if "A16" in scheme else 1e-3)
-    assert result.original == pytest.approx(sliderquant.evaluate(tiny_llama, text, SEQLEN, "cpu").value, rel=1e-6)
+    original = sliderquant.evaluate(tiny_llama, text, SEQLEN, "cpu").value
+    assert result.original == pytest.approx(original, rel=5e-3 if rotate else 1e-6)
     assert (result.blocks, result.tokens) == (measured.blocks, measured.tokens)
     assert len(result.linears) == 7
     assert ("mlp.down_proj: W4A16" in result.linears) == fallback
@@ -222,6 +282,8 @@ def test_memory_changes_nothing_but_the_way(four_layers, text, monkeypatch):
         ({"seqlen": 129}, "seqlen 129: expected 2 to 128"),
         ({"max_blocks": 0}, "max_blocks 0: expected at least 1"),
         ({"memory_gb": 0}, "memory_gb 0: expected more than 0"),
+        ({"rotate": ["R3"]}, "rotate R3: of use only where queries and keys are quantized, which W4A16-g32 does not"),
+        ({"rotate": ["R1", "X"]}, "rotations X: expected some of R1, R2, R3, R4"),
         ({"device": "tpu"}, "device 'tpu'"),
         ({"model": "./missing"}, "missing: no such folder"),
     ],

@@ -9,7 +9,7 @@ from sliderquant.reports import sensitivity as module
 from sliderquant.reports.sensitivity import sensitivity_figure, sensitivity_page, thirds, write_sensitivity
 
 
-def made(layers=7):
+def made(layers=7, rotations=None):
     def part(name, seed):
         return Part(
             name, 1000 + seed, Effect(20.0 + seed, float(seed), 0.1, 0.2), Effect(90.0 - seed, -2.0 * seed, 1, 2)
@@ -18,6 +18,7 @@ def made(layers=7):
     return Sensitivity(
         model="folder/model <one>",
         scheme="W2A16",
+        rotations=rotations,
         linears={"q_proj: W2A16": layers},
         text="topics",
         seqlen=8,
@@ -69,6 +70,17 @@ def test_the_page_holds_every_figure_and_needs_nothing_else():
     assert len(drawn) == 1
     assert ElementTree.fromstring(drawn[0]).get("role") == "img"
     assert page == sensitivity_page(made())
+
+
+def test_rotations_are_named():
+    plain, rotated = made(), made(rotations={"seed": 2, "R1": {"n": 64}, "R3": {"n": 16}})
+    assert '<tr><th scope="row">Rotations</th><td>none</td></tr>' in sensitivity_page(plain)
+    assert '<tr><th scope="row">Rotations</th><td>R1, R3</td></tr>' in sensitivity_page(rotated)
+    titles = [sensitivity_figure(result).get_suptitle() for result in (plain, rotated)]
+    assert [title.splitlines()[0].partition("W2A16")[2] for title in titles] == [
+        ", rounded to nearest",
+        ", rounded to nearest after R1, R3",
+    ]
 
 
 def test_files_appear_complete_or_not_at_all(tmp_path, monkeypatch):
