@@ -48,15 +48,15 @@ def check_average_bits(scheme: Scheme, average_bits: float) -> None:
     """Raises InputError where a model of the scheme cannot have so many bits for a weight on average."""
     if scheme.quantizes_activations or scheme.quantizes_attention:
         raise InputError(
-            f"average_bits {average_bits:g} with scheme {scheme}: bits are chosen for weight-only schemes: use one such "
-            f"as {Scheme(scheme.bits, scheme.group_size, scheme.symmetric)}, or leave average_bits out"
+            f"average_bits {average_bits:g} with scheme {scheme}: bits are chosen for weight-only schemes: use one "
+            f"such as {Scheme(scheme.bits, scheme.group_size, scheme.symmetric)}, or leave average_bits out"
         )
     fewest, most = min(choices(scheme)), max(choices(scheme))
     if not fewest <= average_bits <= most:
         advice = "" if fewest == BITS[0] else f"; for fewer use a scheme of fewer bits, such as W{BITS[0]}A16"
         raise InputError(
-            f"average_bits {average_bits:g} with scheme {scheme}: expected {fewest}, the fewest bits that a linear gets "
-            f"with this scheme, to {most}, the most that there are{advice}"
+            f"average_bits {average_bits:g} with scheme {scheme}: expected {fewest}, the fewest bits that a linear "
+            f"gets with this scheme, to {most}, the most that there are{advice}"
         )
 
 

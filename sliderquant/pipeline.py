@@ -22,6 +22,7 @@ from sliderquant.errors import CheckpointError, InputError
 from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
 from sliderquant.loading import load
 from sliderquant.methods import Method, Settings, method_named, with_overrides
+from sliderquant.mixed_precision import choose_bits
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning import Plan, make_plan
@@ -72,14 +73,27 @@ def plan(
     per_channel_fallback: bool = False,
     rotate: Sequence[str] | None = None,
     seed: int = 2,
+    average_bits: float | None = None,
+    calibration: str = "wikitext2",
+    device: str | torch.device = "auto",
+    progress: Progress | None = None,
 ) -> Plan:
-    """What `quantize` with the same arguments would do. Reads headers only.
+    """What `quantize` with the same arguments would do. Reads headers only; with `average_bits` it chooses the bits of
+    every linear, which takes two walks over the model.
 
     Raises:
         InputError: as `quantize`.
     """
+    target = resolve_device(device)
     source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme), method_named(method))
-    return _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback)
+    settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits)
+    if not settled.chooses_bits:
+        return settled
+    check_source(calibration)
+    blocks = _calibration_blocks(calibration, source.tokenizer(), settled, seed)
+    decoder = Decoder(source, target)
+    decoder.check_names()
+    return _with_chosen_bits(settled, decoder, blocks, target, progress or Progress())
 
 
 def quantize(
@@ -97,6 +111,7 @@ def quantize(
     overwrite: bool = False,
     per_channel_fallback: bool = False,
     rotate: Sequence[str] | None = None,
+    average_bits: float | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> QuantizeResult:
@@ -120,6 +135,9 @@ def quantize(
         rotate: rotations to fold into the model first, of `"R1"` to `"R4"`, see `sliderquant.rotation`. R3 and R4 are
             computed while the model runs: only sliderquant reads such a checkpoint, or one with quantized attention.
             None: those of the method, of most none.
+        average_bits: linears get different bits, those of the scheme or more, with at most so many for a weight on
+            average, scales and zero-points not counted: those that lose least, see `sliderquant.mixed_precision`. For
+            weight-only schemes. None: all get the bits of the scheme.
         progress: is told how far the run is.
         command: the command line, for the model card.
 
@@ -131,15 +149,13 @@ def quantize(
     started = time.perf_counter()
     target = resolve_device(device)
     source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme), method_named(method))
-    settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback)
-    needs_text = settled.settings is not None
+    settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits)
+    needs_text = settled.settings is not None or settled.chooses_bits
     for text in ([calibration] if needs_text else []) + ([perplexity_on] if perplexity_on else []):
         check_source(text)
     tokenizer = source.tokenizer()
-    writer = CheckpointWriter(output, overwrite=overwrite, estimated_bytes=settled.disk_bytes)
-    blocks = None
-    if needs_text:
-        blocks = random_blocks(read_text(calibration, "calibration"), tokenizer, samples, settled.seqlen, seed)
+    writer = CheckpointWriter(output, overwrite=overwrite, estimated_bytes=settled.largest_disk_bytes)
+    blocks = _calibration_blocks(calibration, tokenizer, settled, seed) if needs_text else None
     decoder = Decoder(source, target)
     decoder.check_names()
     if target.type == "cuda":
@@ -152,6 +168,10 @@ def quantize(
             progress.message(f"perplexity of the original on {perplexity_on}")
             with _timed(times, "evaluate_before"):
                 measured["before"] = _original_perplexity(source, tokenizer, perplexity_on, seqlen, target, progress)
+        if settled.chooses_bits:
+            assert blocks is not None
+            with _timed(times, "choose_bits"):
+                settled = _with_chosen_bits(settled, decoder, blocks, target, progress)
         progress.run_started(settled.steps, settled.work)
         with _timed(times, "refine"), deterministic(target):
             reports = _run(settled, decoder, blocks, seed, target, writer, changed, progress)
@@ -249,6 +269,7 @@ def _plan(
     samples: int,
     seqlen: int | None,
     per_channel_fallback: bool,
+    average_bits: float | None,
 ) -> Plan:
     chosen, parsed = method_named(method), Scheme.parse(scheme)
     length = default_seqlen(source.config) if seqlen is None else seqlen
@@ -260,7 +281,24 @@ def _plan(
         samples,
         length,
         per_channel_fallback,
+        average_bits,
     )
+
+
+def _calibration_blocks(calibration: str, tokenizer: Any, settled: Plan, seed: int) -> torch.Tensor:
+    text = read_text(calibration, "calibration")
+    return random_blocks(text, tokenizer, settled.samples, settled.seqlen, seed)
+
+
+def _with_chosen_bits(
+    settled: Plan, decoder: Decoder, blocks: torch.Tensor, device: torch.device, progress: Progress
+) -> Plan:
+    progress.message(
+        f"choosing the bits of every linear, at most {settled.average_bits:g} on average: gradients of the loss on "
+        f"{settled.measured_samples} calibration samples"
+    )
+    with deterministic(device):
+        return settled.with_allocation(choose_bits(settled, decoder, blocks, device, progress))
 
 
 def _run(
@@ -296,10 +334,11 @@ def _run(
             {prefix + name: tensor for name, tensor in dense.items()},
         )
 
-    if blocks is None:
+    if settled.settings is None:
         for index in range(source.num_layers):
             write(index, rtn_layer(source, index, settled.schemes, device))
         return []
+    assert blocks is not None
     if not isinstance(settled.settings, Settings):
         return quantize_layers(settled, decoder, blocks, device, write, progress)
     return refine_model(settled, decoder, blocks, seed, device, emit, progress)

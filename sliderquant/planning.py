@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from sliderquant.allocation import Allocation, bits_by_kind, check_average_bits
 from sliderquant.errors import InputError
 from sliderquant.methods import Method, OneShotSettings, Settings, check_scheme
 from sliderquant.models.source import ModelSource
@@ -18,6 +19,14 @@ from sliderquant_kernels.activations import MAX_K
 __all__ = ["Plan", "make_plan"]
 
 _GB = 1e9
+MEASURED_SAMPLES = 16
+"""Of the calibration samples, those on which it is measured which linear needs which bits."""
+
+CHOOSING_TOKENS_AT_ONCE = 1024
+"""Whose logits are in memory while it is measured which linear needs which bits."""
+
+CHOOSING_STREAM_GB = 8.0
+"""Hidden states beyond this are kept in files meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,10 @@ class Plan:
         host_memory_bytes: estimated peak of the run's own tensors in host memory.
         disk_bytes: size of the checkpoint's tensors.
         source_bytes: size of the model's tensors as they are now.
+        average_bits: at most so many bits for a weight on average, of a model whose linears get different bits: at
+            least those of the scheme; None: all get those of the scheme.
+        allocation: the bits that were chosen; None: none, or not yet, and `schemes` and `disk_bytes` are those of a
+            model where all linears have the scheme's bits.
     """
 
     source: ModelSource
@@ -50,6 +63,47 @@ class Plan:
     host_memory_bytes: int
     disk_bytes: int
     source_bytes: int
+    average_bits: float | None = None
+    allocation: Allocation | None = None
+
+    @property
+    def scheme_in_words(self) -> str:
+        """Of all linears, or `W2A16 and more, 2.5 bits on average`."""
+        if self.average_bits is None:
+            return str(self.scheme)
+        return f"{self.scheme} and more, {self.average_bits:g} bits on average"
+
+    @property
+    def chooses_bits(self) -> bool:
+        """Whether bits are to be chosen, which takes calibration text, and have not been yet."""
+        return self.average_bits is not None and self.allocation is None
+
+    @property
+    def measured_samples(self) -> int:
+        """Samples of the calibration text that it is measured on which linear needs which bits."""
+        return min(self.samples, MEASURED_SAMPLES)
+
+    def with_allocation(self, allocation: Allocation) -> "Plan":
+        """The plan with these bits."""
+        schemes = {name: replace(scheme, bits=allocation.bits[name]) for name, scheme in self.schemes.items()}
+        disk_bytes = _disk_bytes(self.source, schemes)
+        return replace(self, schemes=schemes, disk_bytes=disk_bytes, allocation=allocation)
+
+    @property
+    def largest_disk_bytes(self) -> int:
+        """What the checkpoint's tensors take at most, whatever bits are chosen."""
+        if not self.chooses_bits:
+            return self.disk_bytes
+        assert self.average_bits is not None
+        weights = sum(math.prod(self.source.shapes[f"{name}.weight"][0]) for name in self.schemes)
+        # Every group has a zero-point of as many bits: 1/32 of the codes at most.
+        return self.disk_bytes + math.ceil((self.average_bits - self.scheme.bits) * weights / 8 * 33 / 32)
+
+    @property
+    def code_bits_per_weight(self) -> float:
+        """Bits of the code of a quantized weight, on average."""
+        sizes = {name: math.prod(self.source.shapes[f"{name}.weight"][0]) for name in self.schemes}
+        return sum(self.schemes[name].bits * size for name, size in sizes.items()) / sum(sizes.values())
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -76,8 +130,12 @@ class Plan:
         return {
             "model": self.source.name,
             "scheme": str(self.scheme),
+            "scheme_in_words": self.scheme_in_words,
             "method": self.method.name,
             "settings": None if self.settings is None else self.settings.model_dump(),
+            "average_bits": self.average_bits,
+            "allocation": None if self.allocation is None else self.allocation.as_dict(),
+            "bits_by_kind": bits_by_kind(self.schemes),
             "rotations": None if self.rotations is None else self.rotations.to_dict(),
             "layers": self.source.num_layers,
             "windows": [{"layers": list(window.layers), "phase": window.phase} for window in self.windows],
@@ -89,6 +147,7 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "host_memory_bytes": self.host_memory_bytes,
             "disk_bytes": self.disk_bytes,
+            "code_bits_per_weight": self.code_bits_per_weight,
             "quantized_bits_per_weight": self.bits_per_weight,
             "source_bytes": self.source_bytes,
         }
@@ -102,18 +161,22 @@ def make_plan(
     samples: int,
     seqlen: int,
     per_channel_fallback: bool = False,
+    average_bits: float | None = None,
 ) -> Plan:
     """Settle a run.
 
     Args:
         per_channel_fallback: linears whose input size the group size does not divide get one scale per channel, where
             the whole model would be refused otherwise.
+        average_bits: see `Plan`; the bits are then chosen by `sliderquant.mixed_precision.choose_bits`.
 
     Raises:
         InputError: the group size does not divide some linear's input size, or that is too long for quantized
-            activations; the method makes no sense with the scheme; samples or seqlen out of range.
+            activations; the method makes no sense with the scheme; samples, seqlen or average_bits out of range.
     """
     check_scheme(method, scheme)
+    if average_bits is not None:
+        check_average_bits(scheme, average_bits)
     if samples < 1:
         raise InputError(f"samples {samples}: expected at least 1")
     if not 2 <= seqlen <= source.max_positions:
@@ -131,11 +194,9 @@ def make_plan(
         for layer in range(source.num_layers)
     )
     device_bytes, host_bytes = _memory(source, scheme, settings, windows, samples, seqlen, layer_weights)
-    source_bytes = sum(size for _, size in shapes.values())
-    quantized = [(name, shapes[f"{name}.weight"]) for name in schemes]
-    disk = source_bytes - sum(size for _, (_, size) in quantized)
-    scale_bytes = torch.finfo(source.dtype).bits // 8
-    disk += sum(schemes[name].stored_bytes(shape[0], shape[1], scale_bytes) for name, (shape, _) in quantized)
+    if average_bits is not None:
+        choosing = _choosing_memory(source, min(samples, MEASURED_SAMPLES), seqlen, layer_weights)
+        device_bytes, host_bytes = max(device_bytes, choosing[0]), max(host_bytes, choosing[1])
     return Plan(
         source=source,
         scheme=scheme,
@@ -149,9 +210,18 @@ def make_plan(
         work=work,
         memory_bytes=device_bytes,
         host_memory_bytes=host_bytes,
-        disk_bytes=disk,
-        source_bytes=source_bytes,
+        disk_bytes=_disk_bytes(source, schemes),
+        source_bytes=sum(size for _, size in shapes.values()),
+        average_bits=average_bits,
     )
+
+
+def _disk_bytes(source: ModelSource, schemes: dict[str, Scheme]) -> int:
+    shapes = source.shapes
+    kept = sum(size for _, size in shapes.values()) - sum(shapes[f"{name}.weight"][1] for name in schemes)
+    scale_bytes = torch.finfo(source.dtype).bits // 8
+    sizes = {name: shapes[f"{name}.weight"][0] for name in schemes}
+    return kept + sum(schemes[name].stored_bytes(size[0], size[1], scale_bytes) for name, size in sizes.items())
 
 
 def _schemes(
@@ -236,3 +306,18 @@ def _one_shot_memory(
     stream = samples * seqlen * config.hidden_size * 4
     embedding = config.vocab_size * config.hidden_size * 4
     return device, device + embedding + (stream if stream <= settings.stream_memory_gb * _GB else 0)
+
+
+def _choosing_memory(source: ModelSource, samples: int, seqlen: int, layer_weights: int) -> tuple[int, int]:
+    """Bytes on the device and on the host while it is measured which linear needs which bits. All in fp32: a layer and
+    its gradients, the largest weight some eight times while its clipping is searched, and the activations of a sample;
+    or the head, and logits, their gradients and one tensor more of their size. On the host, the hidden states of all
+    samples before every layer."""
+    config = source.config
+    largest = max(math.prod(source.shapes[f"{name}.weight"][0]) for name in source.linear_names(0))
+    activations = seqlen * (16 * config.hidden_size + 5 * config.intermediate_size)
+    head = config.vocab_size * (config.hidden_size + 3 * min(seqlen, CHOOSING_TOKENS_AT_ONCE))
+    device = 4 * max(2 * layer_weights + 8 * largest + activations, head)
+    streams = (source.num_layers + 1) * samples * seqlen * config.hidden_size * 4
+    embedding = config.vocab_size * config.hidden_size * 4
+    return device, device + embedding + (streams if streams <= CHOOSING_STREAM_GB * _GB else 0)

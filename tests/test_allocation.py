@@ -57,7 +57,7 @@ def test_more_sums_of_bits_than_are_told_apart_stay_within_the_budget(problem):
 
 def test_the_budget_is_what_is_written():
     # 2.3 is less than 23/10 as a float: ten weights have 23 bits all the same.
-    sizes = {name: 1 for name in "abcdefghij"}
+    sizes = dict.fromkeys("abcdefghij", 1)
     losses = {name: {2: 1.0, 3: 0.0} for name in sizes}
     assert sorted(allocate(sizes, losses, 2.3).values()) == [2] * 7 + [3] * 3
 

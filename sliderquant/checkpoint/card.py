@@ -42,6 +42,7 @@ def render_card(
     total_bytes: int,
     rotations: Rotations | None = None,
     kv_bits: int = 16,
+    average_bits: float | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -50,6 +51,7 @@ def render_card(
         total_bytes: of all tensors.
         rotations: what the weights were rotated by.
         kv_bits: of queries, keys and values; 16: not quantized.
+        average_bits: of the code of a quantized weight; named where linears differ in bits.
     """
     counts = Counter(str(scheme) for scheme in schemes.values())
     # A path of the machine that quantized the model means nothing to whoever reads the card.
@@ -77,6 +79,7 @@ def render_card(
         base_model=hub_id,
         schemes=list(counts),
         counts=list(counts.items()),
+        average_bits=average_bits if len({scheme.bits for scheme in schemes.values()}) > 1 else None,
         bits=[scheme.bits for scheme in schemes.values()],
         version=__version__,
         method=info.method,

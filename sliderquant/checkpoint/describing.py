@@ -1,10 +1,12 @@
 """What is in a checkpoint, as data: for `sliderquant inspect`."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sliderquant.allocation import bits_by_kind
 from sliderquant.checkpoint.checksums import CHECKSUMS_NAME
 from sliderquant.checkpoint.packing import PARTS
 from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
@@ -27,11 +29,13 @@ class Description:
         kv_bits: bits of queries, keys and values; 16: not quantized.
         rotations: what the weights were rotated by: `R1` to `R4`.
         layers: by kind of linear (`q_proj`, `down_proj`, ...), the number of quantized ones.
+        bits_by_kind: by kind of linear (`mlp.down_proj`), the bits of a weight in every layer in order, a digit each.
         bytes_by_part: bytes on disk of packed weights, scales, zero-points, shapes, and of what is not quantized:
             embeddings, output head, norms, other.
         total_bytes: of all tensors.
         disk_bytes: of all files of the folder.
         quantized_weights, weights: numbers of weights that are quantized, and of all.
+        code_bits_per_weight: of the quantized weights alone, without scales and zero-points.
         quantized_bits_per_weight: with scales and zero-points, of the quantized weights alone.
         bits_per_weight: of the whole model.
         written_by: version of sliderquant, or None for another tool.
@@ -47,11 +51,13 @@ class Description:
     kv_bits: int
     rotations: list[str]
     layers: dict[str, int]
+    bits_by_kind: dict[str, str]
     bytes_by_part: dict[str, int]
     total_bytes: int
     disk_bytes: int
     quantized_weights: int
     weights: int
+    code_bits_per_weight: float
     quantized_bits_per_weight: float
     bits_per_weight: float
     written_by: str | None
@@ -70,6 +76,9 @@ def describe(path: str | Path) -> Description:
     checkpoint = read_checkpoint(path)
     by_part, dense_weights = _sizes(checkpoint)
     quantized_weights = sum(out * inputs for out, inputs in checkpoint.linear_shapes.values())
+    code_bits = sum(
+        scheme.bits * math.prod(checkpoint.linear_shapes[name]) for name, scheme in checkpoint.schemes.items()
+    )
     quantized_bytes = sum(by_part.get(label, 0) for label in _PART_LABELS.values())
     total_bytes = sum(by_part.values())
     report = checkpoint.report or {}
@@ -82,11 +91,13 @@ def describe(path: str | Path) -> Description:
         kv_bits=checkpoint.kv_bits,
         rotations=[] if checkpoint.rotations is None else list(checkpoint.rotations.transforms),
         layers=dict(Counter(name.rpartition(".")[2] for name in checkpoint.schemes)),
+        bits_by_kind=bits_by_kind(checkpoint.schemes),
         bytes_by_part=by_part,
         total_bytes=total_bytes,
         disk_bytes=sum(file.stat().st_size for file in checkpoint.path.rglob("*") if file.is_file()),
         quantized_weights=quantized_weights,
         weights=quantized_weights + dense_weights,
+        code_bits_per_weight=code_bits / quantized_weights,
         quantized_bits_per_weight=8 * quantized_bytes / quantized_weights,
         bits_per_weight=8 * total_bytes / (quantized_weights + dense_weights),
         written_by=checkpoint.version,

@@ -24,6 +24,7 @@ def command(
     from dataclasses import asdict
 
     from sliderquant import checkpoint as checkpoints
+    from sliderquant.cli.plan import print_bits
     from sliderquant.errors import CheckpointError
     from sliderquant.schemes import attention_in_words
 
@@ -53,9 +54,10 @@ def command(
     for part, size in sorted(found.bytes_by_part.items(), key=lambda item: -item[1]):
         print(f"  {part:<16} {size / 1e6:10.3f} MB")
     print(
-        f"bits        {found.quantized_bits_per_weight:.3f} per quantized weight, {found.bits_per_weight:.3f} over the "
-        "whole model"
+        f"bits        {found.code_bits_per_weight:.3f} per quantized weight, {found.quantized_bits_per_weight:.3f} "
+        f"with scales and zero-points, {found.bits_per_weight:.3f} over the whole model"
     )
+    print_bits(found.bits_by_kind)
     for name, measured in found.perplexity.items():
         print(f"perplexity  {name}: {measured['value']:.4f} on {measured['dataset']}, blocks of {measured['seqlen']}")
     if verified is not None:

@@ -1,26 +1,41 @@
 """The plan of a run, as `--dry-run` prints it."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from sliderquant.allocation import bits_by_kind
 from sliderquant.methods import OneShotSettings, Settings
 from sliderquant.planning import Plan
 from sliderquant.schemes import Scheme, attention_in_words
 
-__all__ = ["print_plan"]
+__all__ = ["print_bits", "print_plan"]
+
+
+def print_bits(by_kind: Mapping[str, str]) -> None:
+    """Print the bits of every linear, where they differ: by kind, a digit for each layer."""
+    if len(set("".join(by_kind.values()))) == 1:
+        return
+    for kind, digits in by_kind.items():
+        print(f"  {kind:<{max(map(len, by_kind))}}  {digits}")
 
 
 def print_plan(plan: Plan) -> None:
     """Print what would be done, what would be kept, and what it would take."""
     kinds = Counter(f"{name.split('.', 3)[-1]} {scheme}" for name, scheme in plan.schemes.items())
     print(f"model       {plan.source.name}: {plan.source.num_layers} layers, {plan.source_bytes / 1e9:.3f} GB")
-    print(f"scheme      {plan.scheme}")
+    print(f"scheme      {plan.scheme_in_words}")
     print(f"activations {plan.scheme.activations}")
     print(f"attention   {attention_in_words(plan.scheme.kv_bits)}")
     if plan.rotations is not None:
         print("rotations   " + (", ".join(plan.rotations.transforms)))
     print(f"method      {plan.method.name}: {plan.method.summary}")
     print("quantized   " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
+    chosen = "" if plan.allocation is None else f"; chosen on {plan.allocation.samples} calibration samples"
+    print(
+        f"bits        {plan.code_bits_per_weight:.3f} per quantized weight, {plan.bits_per_weight:.3f} with scales and "
+        f"zero-points{chosen}"
+    )
+    print_bits(bits_by_kind(plan.schemes))
     print("kept        " + ", ".join(plan.kept) + ", norms and biases")
     settings = plan.settings
     if isinstance(settings, OneShotSettings):

@@ -42,6 +42,10 @@ def command(
     per_channel_fallback: Annotated[
         bool, typer.Option("--per-channel-fallback", help="Layers that the group does not divide: per channel.")
     ] = False,
+    average_bits: Annotated[
+        float | None,
+        typer.Option(help="Bits chosen for every linear, the scheme's or more, with so many for a weight on average."),
+    ] = None,
     rotate: Annotated[
         str | None,
         typer.Option(help="Rotations to fold in first, of R1,R2,R3,R4, or none.", show_default="the method's"),
@@ -61,9 +65,23 @@ def command(
     settings = parse_overrides(config, set_ or [])
     rotations = None if rotate is None else rotation_names(rotate)
     if dry_run:
-        print_plan(
-            pipeline.plan(model, scheme, method, settings, samples, seqlen, per_channel_fallback, rotations, seed)
-        )
+        with shown_progress(quiet, verbose) as progress:
+            settled = pipeline.plan(
+                model,
+                scheme,
+                method,
+                settings,
+                samples,
+                seqlen,
+                per_channel_fallback,
+                rotations,
+                seed,
+                average_bits=average_bits,
+                calibration=calibration,
+                device=device,
+                progress=progress,
+            )
+        print_plan(settled)
         return
     if output is None:
         raise InputError("missing option -o OUT: the folder of the checkpoint to write")
@@ -83,13 +101,15 @@ def command(
             overwrite=overwrite,
             per_channel_fallback=per_channel_fallback,
             rotate=rotations,
+            average_bits=average_bits,
             progress=progress,
             command=shlex.join(["sliderquant", *sys.argv[1:]]),
         )
     report = result.report
     before, after = report["source_bytes"], report["disk_bytes"]
     print(
-        f"{result.path}: {report['scheme']} by {report['method']}, {after / 1e6:.1f} MB from {before / 1e6:.1f} MB, "
+        f"{result.path}: {result.plan.scheme_in_words} by {report['method']}, {after / 1e6:.1f} MB from "
+        f"{before / 1e6:.1f} MB, "
         f"{report['seconds']['total']:.0f} s"
     )
     if result.perplexity is not None:

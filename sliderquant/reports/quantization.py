@@ -15,6 +15,7 @@ __all__ = ["loss_figure", "quantization_page", "schedule_figure", "warnings_of"]
 _MOST_LABELS = 24
 _STEPS = {
     "evaluate_before": "perplexity before",
+    "choose_bits": "choosing bits",
     "refine": "refining",
     "write": "writing",
     "evaluate_after": "perplexity after",
@@ -28,10 +29,10 @@ def quantization_page(report: Mapping[str, Any]) -> str:
     Args:
         report: the contents of sliderquant-report.json.
     """
-    windows, training = report["windows"], report["training"]
+    windows, training, by_kind = report["windows"], report["training"], report["bits_by_kind"]
     return render(
         "quantization",
-        title=f"{Path(report['model']).name}: {report['scheme']} by {report['method']}",
+        title=f"{Path(report['model']).name}: {report['scheme_in_words']} by {report['method']}",
         method=report["method"],
         summary=_summary(report),
         warnings=warnings_of(training),
@@ -40,6 +41,7 @@ def quantization_page(report: Mapping[str, Any]) -> str:
         losses=svg(loss_figure(training), "Losses of every window") if training else None,
         stages=[_stage(entry) for entry in training],
         quantized=[(*name.split(": ", 1), count) for name, count in report["quantized"].items()],
+        bits=list(by_kind.items()) if len(set("".join(by_kind.values()))) > 1 else [],
         kept=", ".join([*report["kept"], "norms and biases"]),
         settings=_settings(report),
         run=[
@@ -143,11 +145,15 @@ def _summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     memory = ", ".join(f"{size / 1e9:.2f} GB ({where})" for where, size in report["peak_memory_bytes"].items())
     pairs = [
         ("Model", f"{report['model']}, {report['layers']} layers"),
-        ("Scheme", report["scheme"]),
+        ("Scheme", report["scheme_in_words"]),
         ("Method", report["method"]),
         ("Rotations", ", ".join(name for name in rotations if name != "seed") if rotations else "none"),
         ("Size", f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB, {after / before:.3f} of it"),
-        ("Bits per quantized weight", f"{report['quantized_bits_per_weight']:.3f}, with scales and zero-points"),
+        (
+            "Bits per quantized weight",
+            f"{report['quantized_bits_per_weight']:.3f}, with scales and zero-points; without "
+            f"{report['code_bits_per_weight']:.3f}",
+        ),
         ("Time", f"{report['seconds']['total']:.1f} s"),
         ("Peak memory", memory),
         ("Machine", ", ".join(report["machine"].values())),
