@@ -98,6 +98,9 @@ class Settings(_Frozen):
     grid: Literal["range", "free"] = Field(
         "range", description="ends of a group's range: its current minimum and maximum, clipped; or free of the weights"
     )
+    last_loss: Literal["hidden", "logits"] = Field(
+        "hidden", description="what windows that end at the last layer match: its output, or the logits made of it"
+    )
     windows: WindowSettings = WindowSettings()
     scales: ScaleSettings = ScaleSettings()
     learning_rates: LearningRates = LearningRates()

@@ -29,7 +29,7 @@ from sliderquant.refine import (
 )
 from sliderquant.scales import ScaledNorm
 
-__all__ = ["Stage", "StageResult", "WindowLayers", "matmul_context", "matmul_dtype", "train_stage"]
+__all__ = ["Stage", "StageResult", "WindowLayers", "divergence", "matmul_context", "matmul_dtype", "train_stage"]
 
 
 def matmul_dtype(settings: Settings, device: torch.device) -> torch.dtype:
@@ -104,6 +104,8 @@ class Stage:
 
     Attributes:
         inputs, targets: `[samples, seqlen, hidden]`, the quant stream before the window and the goal after it.
+        output: from hidden states `[batch, seqlen, hidden]` after the model's last layer to logits, where these are to
+            match; None: the hidden states are.
         fraction: share of the input channels that is quantized.
         label: names this stage of this window; with `seed` it decides the order of the samples.
     """
@@ -117,16 +119,33 @@ class Stage:
     seed: int
     label: str
     device: torch.device
+    output: Callable[[Tensor], Tensor] | None = None
 
     @property
     def samples(self) -> int:
         return self.inputs.data.shape[0]
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Mean squared error over the samples `rows`."""
+        """Over the samples `rows`: the mean squared error, or of logits the divergence for a token."""
+        targets = self.targets.batch(rows, self.device)
         with matmul_context(matmul_dtype(self.settings, self.device), self.device):
             out = self.window(self.inputs.batch(rows, self.device))
-        return F.mse_loss(out.float(), self.targets.batch(rows, self.device))
+            if self.output is None:
+                return F.mse_loss(out.float(), targets)
+            with torch.no_grad():
+                wanted = self.output(targets)
+            return divergence(self.output(out), wanted)
+
+
+def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """KL(softmax(wanted) || softmax(logits)), mean over the tokens.
+
+    Args:
+        logits, wanted: `[..., vocabulary]`.
+    """
+    size = logits.shape[-1]
+    found, goal = (F.log_softmax(x.reshape(-1, size).float(), dim=-1) for x in (logits, wanted))
+    return F.kl_div(found, goal, log_target=True, reduction="batchmean")
 
 
 @dataclass

@@ -220,6 +220,13 @@ class _Sweep:
         layers = [self.resident[index] for index in window.layers]
         return WindowLayers(layers, [self.inputs.arguments[index] for index in window.layers])
 
+    def _output(self, window: Window) -> Callable[[Tensor], Tensor] | None:
+        """What turns the outputs of the window into logits, if it is to match these."""
+        if self.settings.last_loss == "hidden" or window.stop < len(self.decoder.layers):
+            return None
+        norm, head = self.decoder.output()
+        return lambda hidden: head(norm(hidden))
+
     def _advance(self, index: int, fraction: float) -> None:
         """Both streams pass through a layer that no window needs any more."""
         layer = self.resident.pop(index)
@@ -236,7 +243,16 @@ class _Sweep:
         fraction = self.settings.stages[stage]
         epochs = self.settings.epochs_of_stage(stage)
         training = Stage(
-            layers, self.quant, self.targets, fraction, epochs, self.settings, self.seed, label, self.device
+            layers,
+            self.quant,
+            self.targets,
+            fraction,
+            epochs,
+            self.settings,
+            self.seed,
+            label,
+            self.device,
+            self._output(window),
         )
         start = time.perf_counter()
         result = train_stage(training, lambda steps, loss: progress.epoch_done(steps, steps * len(window), loss))

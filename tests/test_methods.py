@@ -61,6 +61,7 @@ def test_every_setting_is_reachable_by_name():
         "learning_rates.low_rank": 1e-4,
         "learning_rates.clipping": 2e-3,
         "learning_rates.scales": 3e-3,
+        "last_loss": "logits",
         "scales.use": "always",
         "scales.start": "statistics",
         "scales.space": "log",

@@ -8,7 +8,7 @@ from sliderquant.methods import Settings
 from sliderquant.modules import AttentionRounding
 from sliderquant.refine import RefinedLinear, generator_for, learned_state
 from sliderquant.schemes import Scheme
-from sliderquant.train import Stage, WindowLayers, matmul_dtype, train_stage
+from sliderquant.train import Stage, WindowLayers, divergence, matmul_dtype, train_stage
 
 CPU = torch.device("cpu")
 SAMPLES, SEQLEN, HIDDEN = 7, 8, 32
@@ -149,3 +149,31 @@ def test_matmul_dtype_follows_the_setting():
     assert matmul_dtype(Settings(matmul="bfloat16"), CPU) == torch.bfloat16
     assert matmul_dtype(Settings(matmul="float32"), CPU) == torch.float32
     assert matmul_dtype(Settings(), CPU) == torch.float32
+
+
+def test_divergence_is_the_kl_of_the_two_distributions():
+    logits, wanted = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).double(), torch.zeros(2, 3, 5)
+    p, q = wanted.softmax(-1), logits.softmax(-1)
+    want = (p * (p / q).log()).sum(-1).mean()
+    assert divergence(logits, wanted).item() == pytest.approx(want.item(), rel=1e-5)
+    assert divergence(logits, logits).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_window_may_match_what_is_made_of_its_output():
+    """The head sees a few directions alone: the error in these falls further than by matching all of the output."""
+    settings = Settings(matmul="float32", weights=True, rank=0)
+    head = torch.randn(HIDDEN, 6, generator=torch.Generator().manual_seed(5))
+
+    def trained(output):
+        layers = window(settings)
+        inputs, targets = streams(layers)
+        for layer in layers.layers:
+            layer.linear.start()
+        job = Stage(layers, inputs, targets, 1.0, 30, settings, 2, "[0]", CPU, output)
+        result = train_stage(job, lambda steps, loss: None)
+        with torch.no_grad():
+            return result.losses, divergence(layers(inputs.data) @ head, targets.data @ head).item()
+
+    (losses, of_logits), (_, of_hidden) = trained(lambda hidden: hidden @ head), trained(None)
+    assert losses[-1] < 0.5 * losses[0]
+    assert of_logits < of_hidden
