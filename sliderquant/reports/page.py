@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 
 from sliderquant._version import __version__
 
-__all__ = ["COLORS", "render", "svg"]
+__all__ = ["COLORS", "render", "spaced_ticks", "svg"]
 
 # Of Okabe and Ito, which differ for the color-blind too.
 COLORS = {"shallow": "#0072B2", "middle": "#009E73", "deep": "#D55E00"}
 
 _GROUP_NAME = re.compile(r' id="[A-Za-z0-9.]+_\d+"')
+_MOST_LABELS = 24
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -35,6 +36,12 @@ def svg(figure: Figure, description: str) -> Markup:
     # matplotlib numbers its groups from 1 in every figure, and nothing refers to them: a page has each id once.
     drawn = _GROUP_NAME.sub("", text[text.index("<svg") :])
     return Markup(drawn.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(description)}"', 1))
+
+
+def spaced_ticks(labels: list[str]) -> tuple[list[int], list[str]]:
+    """Places and labels of an axis: every label, or, of too many, every second, third, ..."""
+    step = -(-len(labels) // _MOST_LABELS)
+    return list(range(0, len(labels), step)), labels[::step]
 
 
 def render(template: str, **values: Any) -> str:

@@ -8,11 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from sliderquant.reports.page import COLORS, render, svg
+from sliderquant.reports.layer_errors import error_figure, error_table, layer_warnings, scale_table
+from sliderquant.reports.page import COLORS, render, spaced_ticks, svg
 
 __all__ = ["loss_figure", "quantization_page", "schedule_figure", "warnings_of"]
 
-_MOST_LABELS = 24
 _STEPS = {
     "evaluate_before": "perplexity before",
     "choose_bits": "choosing bits",
@@ -30,16 +30,20 @@ def quantization_page(report: Mapping[str, Any]) -> str:
         report: the contents of sliderquant-report.json.
     """
     windows, training, by_kind = report["windows"], report["training"], report["bits_by_kind"]
+    errors = report["layer_errors"]
     return render(
         "quantization",
         title=f"{Path(report['model']).name}: {report['scheme_in_words']} by {report['method']}",
         method=report["method"],
         summary=_summary(report),
-        warnings=warnings_of(training),
+        warnings=[*warnings_of(training), *layer_warnings(errors)],
         perplexity=_perplexity(report["perplexity"]),
         schedule=svg(schedule_figure(windows, report["layers"]), "Windows over the layers") if training else None,
         losses=svg(loss_figure(training), "Losses of every window") if training else None,
         stages=[_stage(entry) for entry in training],
+        errors=svg(error_figure(errors), "Errors of every layer and linear") if errors else None,
+        error_table=error_table(errors),
+        scale_table=scale_table(errors),
         quantized=[(*name.split(": ", 1), count) for name, count in report["quantized"].items()],
         bits=list(by_kind.items()) if len(set("".join(by_kind.values()))) > 1 else [],
         kept=", ".join([*report["kept"], "norms and biases"]),
@@ -75,8 +79,8 @@ def schedule_figure(windows: list[Mapping[str, Any]], layers: int) -> Figure:
         axes.broken_barh([(first - 0.5, count)], (row - 0.4, 0.8), color=_color(window["phase"]), edgecolor="white")
     axes.set(xlabel="decoder layer", ylabel="window, in order", xlim=(-0.5, layers - 0.5))
     axes.set_ylim(len(windows) - 0.5, -0.5)
-    axes.set_yticks(*_ticks([str(number + 1) for number in range(len(windows))]))
-    axes.set_xticks(*_ticks([str(layer) for layer in range(layers)]))
+    axes.set_yticks(*spaced_ticks([str(number + 1) for number in range(len(windows))]))
+    axes.set_xticks(*spaced_ticks([str(layer) for layer in range(layers)]))
     axes.grid(True, axis="x", linewidth=0.3)
     _phase_legend(figure, (window["phase"] for window in windows))
     return figure
@@ -110,7 +114,7 @@ def loss_figure(training: list[Mapping[str, Any]]) -> Figure:
 
 
 def _label_windows(axes: Axes, names: list[str]) -> None:
-    places, labels = _ticks(names)
+    places, labels = spaced_ticks(names)
     axes.set_xlim(0, len(names))
     axes.set_xticks([place + 0.5 for place in places], labels, rotation=45 if len(labels) > 12 else 0)
     axes.set_xticks(range(len(names)), minor=True)
@@ -127,12 +131,6 @@ def _phase_legend(figure: Figure, phases: Iterable[str]) -> None:
     names = list(dict.fromkeys(phases))
     handles = [Patch(color=_color(name), label=name) for name in names]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(names), frameon=False)
-
-
-def _ticks(labels: list[str]) -> tuple[list[int], list[str]]:
-    """Every label, or, of too many, every second, third, ..."""
-    step = -(-len(labels) // _MOST_LABELS)
-    return list(range(0, len(labels), step)), labels[::step]
 
 
 def _layers(layers: list[int]) -> str:

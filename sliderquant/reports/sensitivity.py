@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from sliderquant.errors import InputError
 from sliderquant.evaluation.sensitivity import Part, Sensitivity
-from sliderquant.reports.page import COLORS, render, svg
+from sliderquant.reports.page import COLORS, render, spaced_ticks, svg
 
 __all__ = ["check_output", "sensitivity_figure", "sensitivity_page", "thirds", "write_sensitivity"]
 
@@ -84,8 +84,7 @@ def sensitivity_figure(result: Sensitivity) -> Figure:
         (bottom_kinds, [-part.all_but.perplexity_change for part in result.kinds]),
     ):
         axes.bar(range(len(values)), values, color="#555555", width=0.8)
-    step = -(-len(result.layers) // 24)
-    bottom.set_xticks(range(0, len(result.layers), step))
+    bottom.set_xticks(*spaced_ticks([part.name for part in result.layers]))
     bottom.set_xlim(-0.6, len(result.layers) - 0.4)
     bottom.set_xlabel("decoder layer")
     bottom_kinds.set_xticks(range(len(result.kinds)), [part.name for part in result.kinds], rotation=45, ha="right")

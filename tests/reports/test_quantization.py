@@ -113,6 +113,18 @@ def test_a_method_without_windows(tiny_llama, calibration_file, tmp_path, method
     text = without_tags((done.path / "sliderquant-report.html").read_text(encoding="utf-8"))
     assert f"No windows were refined: method {method} has none, so there are no loss curves." in text
     assert "Not measured" in text
+    drawn = re.findall(r"<svg.*?</svg>", (done.path / "sliderquant-report.html").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(drawn) == (method == "gptq")
+    assert ("Errors of the layers" in text) == (method == "gptq")
+    for entry in done.report["layer_errors"]:
+        errors = [entry["error"], *(linear["error"] for linear in entry["linears"].values())]
+        assert f"{entry['layer']} {' '.join(f'{error:.3g}' for error in errors)} " in text
+
+
+def test_trouble_of_linears_is_warned_of(finished):
+    entry = {"layer": 3, "error": 0.2, "linears": {"mlp.up_proj": {"error": 0.1, "trouble": "damping raised"}}}
+    text = without_tags(quantization_page({**finished.report, "layer_errors": [{**entry, "scales": {}}]}))
+    assert "Warnings damping raised: layer 3 (up_proj)." in text
 
 
 def test_the_schedule_has_a_row_for_each_window():
