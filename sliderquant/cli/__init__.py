@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("quantize")(quantize.command)
+app.command("quantize", epilog=quantize.METHOD_LIST)(quantize.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +10,16 @@ import typer
 
 from sliderquant.cli.errors import reported
 from sliderquant.cli.options import DeviceOption, QuietOption, VerboseOption, rotation_names
+from sliderquant.methods import METHODS, parse_overrides
 
-__all__ = ["command"]
+__all__ = ["METHOD_LIST", "command"]
 
-_METHODS = "rtn, gptq, awq, smoothquant, omniquant, cbq, sliderquant, sliderquant-published or sliderquant+."
+_WIDTH = max(map(len, METHODS)) + 4
+# \b: the lines stay as they are.
+METHOD_LIST = "\b\nMethods:\n" + "\n".join(
+    textwrap.fill(method.summary, 78, initial_indent=f"  {name:{_WIDTH - 2}}", subsequent_indent=" " * _WIDTH)
+    for name, method in METHODS.items()
+)
 
 
 @reported
@@ -22,7 +29,7 @@ def command(
     scheme: Annotated[
         str, typer.Option(help="W{2,3,4,8}A16 or W{2,4,8}A{4,8}[KV4|KV8][-g32|-g64|-g128][-sym][-act-sym].")
     ] = "W4A16-g128",
-    method: Annotated[str, typer.Option(help=_METHODS)] = "sliderquant",
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}: see below.")] = "sliderquant",
     calibration: Annotated[
         str, typer.Option(help="wikitext2, c4, stdlib, or a text or .jsonl file; FILE[:1000000] takes a part.")
     ] = "wikitext2",
@@ -60,7 +67,6 @@ def command(
     from sliderquant.cli.plan import print_plan
     from sliderquant.cli.progress import shown_progress
     from sliderquant.errors import InputError
-    from sliderquant.methods import parse_overrides
 
     settings = parse_overrides(config, set_ or [])
     rotations = None if rotate is None else rotation_names(rotate)

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from sliderquant import __version__
 from sliderquant.cli import app
+from sliderquant.methods import METHODS
 
 FAST = ["--set", "epochs=2", "--set", "matmul=float32", "--samples", "4", "--seqlen", "32"]
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def invoke(*arguments, **keywords):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **keywords)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,16 @@ def checkpoint(tiny_llama, calibration_file, tmp_path_factory):
 def test_version_and_help():
     assert invoke("--version").stdout.strip() == f"sliderquant {__version__}"
     assert all(name in invoke("--help").stdout for name in ("quantize", "eval", "generate", "inspect", "demo"))
-    assert invoke("quantize", "--help").exit_code == 0
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_lists_every_method(columns):
+    shown = invoke("quantize", "--help", env={"COLUMNS": str(columns)})
+    assert shown.exit_code == 0
+    options, _, listed = shown.stdout.partition("\n  Methods:\n")
+    # Narrow columns break names at hyphens.
+    assert f"{','.join(METHODS)}:seebelow.[default:sliderquant]" in "".join(options.split())
+    assert listed.split() == " ".join(f"{name} {method.summary}" for name, method in METHODS.items()).split()
 
 
 def test_a_run_prints_lines_on_stderr_and_the_result_on_stdout(tiny_llama, calibration_file, tmp_path):
