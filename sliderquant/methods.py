@@ -4,7 +4,7 @@ Every field of `Settings` can be set by name: `--set epochs=10 --set windows.sha
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,6 +145,7 @@ class Method:
         activation_settings: those with schemes that quantize activations; None: the same.
         activations: whether it is for schemes with quantized activations only, for those without only, or for any.
         rotations: what it rotates by if nothing is asked for; R3 only where queries and keys are quantized.
+        efforts: by name, the settings that differ where minutes are traded for accuracy; none: it has one effort.
     """
 
     name: str
@@ -153,6 +154,7 @@ class Method:
     activation_settings: Settings | None = None
     activations: Literal["any", "quantized", "not quantized"] = "any"
     rotations: tuple[str, ...] = ()
+    efforts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def settings_for(self, scheme: Scheme) -> Settings | OneShotSettings | None:
         """The settings with a scheme."""
@@ -190,6 +192,24 @@ _ACTIVATION_RECIPE = _changed(
     scales={"start": "statistics", "space": "log"},
     learning_rates={"low_rank": 5e-4},
 )
+
+# Every weight is learned, and the ends of every range apart from it: `python -m benchmarks ablate best`.
+_STRONGEST = {
+    "epochs": 5,
+    "gamma": 1,
+    "rank": 0,
+    "weights": True,
+    "grid": "free",
+    "last_loss": "logits",
+    "learning_rates": {"weights": 4e-3, "clipping": 1e-4},
+}
+_BEST = _changed(_RECIPE, **_STRONGEST)
+_ACTIVATION_BEST = _changed(_ACTIVATION_RECIPE, **_STRONGEST)
+_EFFORTS: Mapping[str, Mapping[str, Any]] = {
+    "light": {"epochs": 2, "windows": _NO_RAMPS},
+    "default": {},
+    "best": {"epochs": 20},
+}
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -239,6 +259,13 @@ METHODS: Mapping[str, Method] = {
             _RECIPE,
             _ACTIVATION_RECIPE,
             rotations=("R1", "R2", "R3", "R4"),
+        ),
+        Method(
+            "sliderquant-best",
+            "sliderquant with every weight learned and free grids; more accurate in less time",
+            _BEST,
+            _ACTIVATION_BEST,
+            efforts=_EFFORTS,
         ),
     )
 }
@@ -299,12 +326,23 @@ def parse_overrides(config: Path | None, assignments: list[str]) -> dict[str, An
     return overrides
 
 
-def with_overrides(method: Method, scheme: Scheme, overrides: Mapping[str, Any]) -> Settings | OneShotSettings | None:
+def with_overrides(
+    method: Method, scheme: Scheme, overrides: Mapping[str, Any], effort: str | None = None
+) -> Settings | OneShotSettings | None:
     """The method's settings with a scheme and nested `overrides`: `{"epochs": 10, "windows": {"shallow": 2}}`.
 
+    Args:
+        effort: one of the method's; None: its default. What is overridden wins.
+
     Raises:
-        InputError: an unknown key or an unusable value; the message lists the keys there are.
+        InputError: an effort that the method does not have; an unknown key or an unusable value; the message lists
+            those there are.
     """
+    if effort is not None:
+        if effort not in method.efforts:
+            offered = ", ".join(method.efforts) or "none: use --method sliderquant-best, or the setting epochs"
+            raise InputError(f"effort {effort!r}: method {method.name} has {offered}")
+        overrides = _merged(dict(method.efforts[effort]), overrides)
     settings = method.settings_for(scheme)
     if settings is None:
         if overrides:
@@ -320,8 +358,8 @@ def with_overrides(method: Method, scheme: Scheme, overrides: Mapping[str, Any])
 def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
     """Every key that can be set, nested ones with dots."""
     names = []
-    for name, field in model.model_fields.items():
-        nested = field.annotation
+    for name, found in model.model_fields.items():
+        nested = found.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel):
             names += setting_names(nested, f"{prefix}{name}.")
         else:

@@ -193,3 +193,31 @@ def test_relatives_are_windows_without_ramps(name, windows):
         assert settings.stages == (1.0,)
         assert " ".join(map(str, schedule(4, **settings.windows.model_dump()))) == windows
     assert METHODS["omniquant"].settings_for(Scheme.parse("W2A16")).rank == 0
+
+
+def test_efforts_trade_minutes_for_accuracy():
+    method = METHODS["sliderquant-best"]
+    steps = []
+    for effort in ("light", None, "default", "best"):
+        settings = with_overrides(method, SCHEME, {}, effort)
+        windows = schedule(12, **settings.windows.model_dump())
+        steps.append(settings.epochs * sum(map(len, windows)))
+        assert (settings.weights, settings.grid, settings.rank) == (True, "free", 0)
+    assert steps[0] < steps[1] == steps[2] < steps[3]
+    assert with_overrides(method, SCHEME, {"windows": {"deep": 3}}, "light").windows.model_dump() == {
+        "shallow": 0, "deep": 3, "size": 2, "stride": 1,
+    }  # fmt: skip
+    assert with_overrides(method, SCHEME, {"epochs": 7}, "best").epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("method", "effort", "message"),
+    [
+        ("sliderquant-best", "most", "effort 'most': method sliderquant-best has light, default, best"),
+        ("sliderquant", "light", "method sliderquant has none: use --method sliderquant-best"),
+        ("rtn", "light", "method rtn has none"),
+    ],
+)
+def test_efforts_that_there_are_not(method, effort, message):
+    with pytest.raises(InputError, match=message):
+        with_overrides(METHODS[method], SCHEME, {}, effort)
