@@ -30,19 +30,14 @@ from benchmarks.runs import (
 )
 from sliderquant.errors import InputError
 
-__all__ = ["markdown", "plan"]
+__all__ = ["add_place", "markdown", "place_of", "plan"]
 
 METHOD = "sliderquant"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=[*ABLATIONS, "all"], help="what to vary")
-    known = ", ".join(name for name, spec in MODELS.items() if not spec.outliers)
-    parser.add_argument("--model", default=DEMO.name, help=f"{known}, or a folder or hub id")
-    parser.add_argument("--material", type=Path, default=Path("../shared"), help="folder with data/ and models/")
-    parser.add_argument("--calibration", help="text, in place of the model's; wikitext2 for others")
-    parser.add_argument("--evaluation", help="text, in place of the model's; wikitext2 for others")
-    parser.add_argument("--seqlen", type=positive, help=f"tokens of a sample and block; {SEQLEN}, for others 2048")
+    add_place(parser)
     parser.add_argument("--samples", type=positive, default=SAMPLES, help="calibration samples")
     parser.add_argument("--scheme", type=scheme_argument, help="in place of the ablation's own")
     parser.add_argument("--epochs", type=positive, default=EPOCHS)
@@ -51,10 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder for the result files")
 
 
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `place_of` reads."""
+    known = ", ".join(name for name, spec in MODELS.items() if not spec.outliers)
+    parser.add_argument("--model", default=DEMO.name, help=f"{known}, or a folder or hub id")
+    parser.add_argument("--material", type=Path, default=Path("../shared"), help="folder with data/ and models/")
+    parser.add_argument("--calibration", help="text, in place of the model's; wikitext2 for others")
+    parser.add_argument("--evaluation", help="text, in place of the model's; wikitext2 for others")
+    parser.add_argument("--seqlen", type=positive, help=f"tokens of a sample and block; {SEQLEN}, for others 2048")
+
+
 def run(arguments: argparse.Namespace) -> None:
     file = RunFile("ablations", arguments.out)
     with tempfile.TemporaryDirectory() as folder:
-        place = _place(arguments, Path(folder))
+        place = place_of(arguments, Path(folder))
         names = list(ABLATIONS) if arguments.name == "all" else [arguments.name]
         try:
             cases = plan(place.name, names, arguments.scheme, arguments.epochs, arguments.samples, arguments.seeds)
@@ -85,7 +90,8 @@ def plan(
     return cases
 
 
-def _place(arguments: argparse.Namespace, folder: Path) -> Place:
+def place_of(arguments: argparse.Namespace, folder: Path) -> Place:
+    """Where the model and the texts of the arguments are; texts that take long to put together go into `folder`."""
     spec = MODELS.get(arguments.model)
     if spec is not None and spec.outliers:
         raise SystemExit(f"--model {arguments.model}: its outliers are of the accuracy table: use another model")

@@ -38,6 +38,21 @@ class Allocation:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def check(self, scheme: Scheme, sizes: Mapping[str, int]) -> None:
+        """Raises InputError when these are not bits of linears with `sizes` weights, by full name, that a model of the
+        scheme can have."""
+        if self.bits.keys() != sizes.keys():
+            name = min(self.bits.keys() ^ sizes.keys())
+            where = "has no such linear" if name in self.bits else "has it, without bits"
+            raise InputError(f"allocation: {name}: the model {where}; expected one that was made for this model")
+        for name, bits in self.bits.items():
+            if bits not in choices(scheme):
+                expected = ", ".join(map(str, choices(scheme)))
+                raise InputError(f"allocation: {name} has {bits} bits; expected one of {expected} with scheme {scheme}")
+        average = Fraction(sum(self.bits[name] * size for name, size in sizes.items()), sum(sizes.values()))
+        if average > Fraction(repr(float(self.budget))):
+            raise InputError(f"allocation: {float(average):.6g} bits on average; expected at most {self.budget:g}")
+
 
 def choices(scheme: Scheme) -> tuple[int, ...]:
     """The numbers of bits that a linear may get, ascending: those of the scheme are the fewest."""

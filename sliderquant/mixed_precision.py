@@ -12,7 +12,6 @@ The gradients take two walks over the model, one layer in memory at a time: forw
 every layer, and backward, where each layer is computed again.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -44,8 +43,7 @@ def choose_bits(
     assert plan.average_bits is not None
     samples = plan.measured_samples
     losses = linear_losses(plan, decoder, blocks[:samples], device, progress or Progress())
-    sizes = {name: math.prod(plan.source.shapes[f"{name}.weight"][0]) for name in losses}
-    together = linears_together(plan.source)
+    sizes, together = plan.sizes, linears_together(plan.source)
     found = allocate(
         {names[0]: sum(sizes[name] for name in names) for names in together},
         {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sliderquant.allocation import Allocation
 from sliderquant.baselines.rtn import rtn_layer
 from sliderquant.baselines.walk import quantize_layers
 from sliderquant.calibration.blocks import random_blocks
@@ -112,6 +113,7 @@ def quantize(
     per_channel_fallback: bool = False,
     rotate: Sequence[str] | None = None,
     average_bits: float | None = None,
+    allocation: Allocation | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> QuantizeResult:
@@ -138,6 +140,8 @@ def quantize(
         average_bits: linears get different bits, those of the scheme or more, with at most so many for a weight on
             average, scales and zero-points not counted: those that lose least, see `sliderquant.mixed_precision`. For
             weight-only schemes. None: all get the bits of the scheme.
+        allocation: bits of every linear that were chosen before, `plan(..., average_bits=2.5).allocation`, in place of
+            `average_bits`.
         progress: is told how far the run is.
         command: the command line, for the model card.
 
@@ -149,7 +153,16 @@ def quantize(
     started = time.perf_counter()
     target = resolve_device(device)
     source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme), method_named(method))
+    if allocation is not None:
+        if average_bits not in (None, allocation.budget):
+            raise InputError(
+                f"average_bits {average_bits:g} with an allocation of at most {allocation.budget:g} bits: give one of "
+                "the two"
+            )
+        average_bits = allocation.budget
     settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits)
+    if allocation is not None:
+        settled = settled.with_allocation(allocation)
     needs_text = settled.settings is not None or settled.chooses_bits
     for text in ([calibration] if needs_text else []) + ([perplexity_on] if perplexity_on else []):
         check_source(text)

@@ -74,6 +74,11 @@ class Plan:
         return f"{self.scheme} and more, {self.average_bits:g} bits on average"
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers of weights of the linears that are quantized, by full name."""
+        return {name: math.prod(self.source.shapes[f"{name}.weight"][0]) for name in self.schemes}
+
+    @property
     def chooses_bits(self) -> bool:
         """Whether bits are to be chosen, which takes calibration text, and have not been yet."""
         return self.average_bits is not None and self.allocation is None
@@ -84,7 +89,12 @@ class Plan:
         return min(self.samples, MEASURED_SAMPLES)
 
     def with_allocation(self, allocation: Allocation) -> "Plan":
-        """The plan with these bits."""
+        """The plan with these bits.
+
+        Raises:
+            InputError: they are not of the plan's linears, are fewer than the scheme's, or exceed the budget.
+        """
+        allocation.check(self.scheme, self.sizes)
         schemes = {name: replace(scheme, bits=allocation.bits[name]) for name, scheme in self.schemes.items()}
         disk_bytes = _disk_bytes(self.source, schemes)
         return replace(self, schemes=schemes, disk_bytes=disk_bytes, allocation=allocation)
@@ -95,14 +105,14 @@ class Plan:
         if not self.chooses_bits:
             return self.disk_bytes
         assert self.average_bits is not None
-        weights = sum(math.prod(self.source.shapes[f"{name}.weight"][0]) for name in self.schemes)
+        weights = sum(self.sizes.values())
         # Every group has a zero-point of as many bits: 1/32 of the codes at most.
         return self.disk_bytes + math.ceil((self.average_bits - self.scheme.bits) * weights / 8 * 33 / 32)
 
     @property
     def code_bits_per_weight(self) -> float:
         """Bits of the code of a quantized weight, on average."""
-        sizes = {name: math.prod(self.source.shapes[f"{name}.weight"][0]) for name in self.schemes}
+        sizes = self.sizes
         return sum(self.schemes[name].bits * size for name, size in sizes.items()) / sum(sizes.values())
 
     @property

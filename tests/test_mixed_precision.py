@@ -274,3 +274,36 @@ def test_memory_and_disk_before_the_bits_are_known(tiny_llama, random_model, tmp
     few = replace(chosen, samples=3)
     assert few.measured_samples == 3
     assert replace(chosen, samples=1000).measured_samples == planning.MEASURED_SAMPLES
+
+
+def test_bits_chosen_before(mixed, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("sliderquant.pipeline.choose_bits", lambda *_: pytest.fail("bits were chosen again"))
+    result = sliderquant.quantize(
+        tiny_llama, tmp_path / "out", "W2A16-g32", "rtn", allocation=mixed.plan.allocation, **SMALL
+    )
+    assert result.plan.schemes == mixed.plan.schemes
+    assert (result.plan.average_bits, result.report["calibration"]) == (2.75, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"model.layers.0.mlp.up_proj": None}, {}, "allocation: model.layers.0.mlp.up_proj: the model has it, without"),
+        ({"lm_head": 4}, {}, "allocation: lm_head: the model has no such linear"),
+        (
+            {"model.layers.0.mlp.up_proj": 5},
+            {},
+            r"up_proj has 5 bits; expected one of 2, 3, 4, 8 with scheme W2A16",
+        ),
+        ({"model.layers.0.mlp.up_proj": 8}, {}, r"allocation: 2\.\d+ bits on average; expected at most 2"),
+        ({}, {"scheme": "W3A16-g32"}, "average_bits 2 with scheme W3A16-g32"),
+        ({}, {"average_bits": 3}, "average_bits 3 with an allocation of at most 2 bits: give one of the two"),
+    ],
+)
+def test_allocations_that_do_not_fit(change, arguments, message, tiny_llama, tmp_path):
+    plan = plan_for(open_model(tiny_llama))
+    bits = {**dict.fromkeys(plan.schemes, 2), **change}
+    allocation = Allocation(2, 3, {name: number for name, number in bits.items() if number is not None}, {})
+    arguments = {"scheme": "W2A16-g32", "method": "rtn", **SMALL, **arguments}
+    with pytest.raises(InputError, match=message):
+        sliderquant.quantize(tiny_llama, tmp_path / "out", allocation=allocation, **arguments)
