@@ -11,8 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sliderquant.baselines.settings import AwqSettings, GptqSettings, OneShotSettings, SmoothQuantSettings
 from sliderquant.errors import InputError
+from sliderquant.one_shot_settings import AwqSettings, GptqSettings, OneShotSettings, SmoothQuantSettings
 from sliderquant.schemes import Scheme
 
 __all__ = [

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sliderquant.baselines.layer import CalibratedLayer, quotient
-from sliderquant.baselines.settings import AwqSettings
 from sliderquant.modules.rotated import RotatedLinear
+from sliderquant.one_shot_settings import AwqSettings
 from sliderquant.quantizer import QuantizedWeight, dequantize, find_grid, quantize, round_to_nearest
 from sliderquant.schemes import Scheme
 

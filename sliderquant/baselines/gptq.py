@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sliderquant.baselines.layer import CalibratedLayer
-from sliderquant.baselines.settings import GptqSettings
+from sliderquant.one_shot_settings import GptqSettings
 from sliderquant.quantizer import Grid, QuantizedWeight, clipped_grid, quantize
 from sliderquant.schemes import Scheme
 

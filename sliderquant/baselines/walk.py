@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from sliderquant.baselines.awq import awq_layer
 from sliderquant.baselines.gptq import gptq_layer
 from sliderquant.baselines.layer import CalibratedLayer, quotient
-from sliderquant.baselines.settings import AwqSettings, GptqSettings, SmoothQuantSettings
 from sliderquant.baselines.smoothquant import smoothquant_layer
 from sliderquant.calibration.streams import ActivationStream
-from sliderquant.methods import OneShotSettings
 from sliderquant.models.decoder import Decoder
 from sliderquant.modules.attention import round_layer
 from sliderquant.modules.rotated import insert_rotation
+from sliderquant.one_shot_settings import AwqSettings, GptqSettings, OneShotSettings, SmoothQuantSettings
 from sliderquant.planning import Plan
 from sliderquant.progress import LayerReport, Progress
 from sliderquant.quantizer import QuantizedWeight, dequantize
