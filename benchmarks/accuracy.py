@@ -1,9 +1,9 @@
 """Perplexity of all methods at all schemes, with the seconds each run took, and whether the paper's order holds.
 
 Without --model and --quick it needs a folder with `data/` and `models/` (--material): WikiText-2 and TinyStories text
-and the model stories260K. Settings: each method's own, with 10 epochs, 64 samples of 256 tokens and seed 2. Results
-go into accuracy.json, accuracy.md and accuracy.png, those of --quick and --model into accuracy-quick and
-accuracy-models; rows of other runs stay in the file.
+and the model stories260K. Settings: each method's own, with 10 epochs, 64 samples of 256 tokens and seed 2; --peers
+adds methods of other packages. Results go into accuracy.json, accuracy.md and accuracy.png, those of --quick and
+--model into accuracy-quick and accuracy-models; rows of other runs stay in the file.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.accuracy_plot import accuracy_figure
 from benchmarks.accuracy_table import EPOCHS, SAMPLES, SCHEMES, markdown, summary_of
+from benchmarks.peer_runs import PEERS, Peer, peers_in
 from benchmarks.runs import (
     DEMO,
     Case,
@@ -113,7 +114,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=positive, help="calibration samples; with --model 128, with --quick 6, else 64"
     )
     parser.add_argument("--schemes", nargs="+", type=scheme_argument, help="only these")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="only these; none: peers")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="methods of other packages")
+    parser.add_argument(
+        "--peer-python",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="interpreters that have the peers' packages, where this one has not",
+    )
     parser.add_argument("--epochs", type=positive, help=f"of learned methods; {EPOCHS}, with --quick {QUICK_EPOCHS}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[2])
     parser.add_argument("--resume", action="store_true", help="do not repeat what is in the result file")
@@ -125,6 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit("--quick: it is of the demo model: leave out --model and --models")
     if arguments.model and arguments.models:
         raise SystemExit("--models are names of our models, --model is for others: give one of the two")
+    peers = peers_in(arguments.peers, arguments.peer_python)
     epochs = arguments.epochs or (QUICK_EPOCHS if arguments.quick else EPOCHS)
     samples = arguments.samples or (QUICK_SAMPLES if arguments.quick else 128 if arguments.model else SAMPLES)
     file = RunFile("accuracy" + ("-quick" if arguments.quick else "-models" if arguments.model else ""), arguments.out)
@@ -133,7 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
         cases = []
         for name in places:
             spec = ModelSpec(schemes=QUICK_SCHEMES) if arguments.quick else MODELS.get(name, ModelSpec())
-            cases += plan(name, spec, arguments.schemes, arguments.methods, epochs, samples, arguments.seeds)
+            cases += plan(name, spec, arguments.schemes, arguments.methods, epochs, samples, arguments.seeds, peers)
         run_all(cases, places, file, arguments.resume, lambda: _write(file))
     _write(file, picture=True)
     print(file.beside(".md").read_text(encoding="utf-8"))
@@ -148,15 +158,17 @@ def plan(
     epochs: int,
     samples: int,
     seeds: Sequence[int],
+    peers: Sequence[Peer] = (),
 ) -> list[Case]:
-    """The runs of a model in their order: the model as it is, then each scheme with each method that goes with it.
+    """The runs of a model in their order: the model as it is, then each scheme with each method that goes with it, and
+    with each peer, which says itself why it has no figure at a scheme.
 
     Rounding to nearest depends on no seed unless it rotates, and runs once. Rotated rows are for schemes that quantize
     activations; the rotated `sliderquant` is `sliderquant+`, and has one of its own only if the settings differ.
     """
     offered = spec.schemes or SCHEMES
     chosen = offered if schemes is None else [s for s in schemes if s in offered or spec.schemes is None]
-    cases = [Case.original(model)]
+    cases, versions = [Case.original(model)], [(peer, peer.settings()) for peer in peers]
     for scheme in chosen:
         rotations = [(name, ()) for name in METHODS] if spec.outliers else _with_rotations(Scheme.parse(scheme))
         for method, rotated in rotations:
@@ -169,6 +181,8 @@ def plan(
             if rotated and "sliderquant+" in methods and _is_plus(case, changes, epochs):
                 continue
             cases += [case] if case.settings is None and not rotation else _seeded(case, seeds)
+        for peer, settings in versions:
+            cases += _seeded(Case(model, scheme, peer.name, settings, samples=samples, peer=peer), seeds)
     for label, scheme, method, changes, own in spec.extra:
         if scheme in chosen and method in methods:
             case = Case.of(model, scheme, method, changes, epochs, label=label, seed=seeds[0], samples=own)

@@ -51,13 +51,15 @@ def column_of(row: Row) -> str:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The tables and the sentences about the order."""
+    """The tables, the sentences about the order, and the notes on peers."""
+    rows = list(rows)
     summary = summary_of(rows)
     parts = ["# Accuracy", "", "Perplexity, lower is better; in brackets the seconds of quantizing, mean of all seeds."]
     for model in dict.fromkeys(row["model"] for row in summary):
         found = [row for row in summary if row["model"] == model]
         parts += ["", f"## {model}", "", *_matrix(found)]
         sentences = order_sentences(found)
+        sentences += _peer_notes([row for row in rows if row["model"] == model])
         parts += ["", *(f"- {sentence}" for sentence in sentences)] if sentences else []
     parts += ["", "## Every run", "", results.markdown([_listed(row, summary) for row in summary], LISTED)]
     return "\n".join(parts) + "\n"
@@ -81,12 +83,27 @@ def _matrix(summary: list[Row]) -> list[str]:
         if "perplexity" in row:
             cell = f"{figure_text(row['perplexity'])} ({row['seconds']:.3g} s)"
         else:
-            cell = "refused"
+            cell = row.get("reason", "refused")
         cells.setdefault(name, {"method": name})[column_of(row)] = cell
     names = [method for method in METHODS if method in cells]
     ordered = [cells[name] for name in names] + [cell for name, cell in cells.items() if name not in METHODS]
     head = [f"16 bits: {figure_text(original[0]['perplexity'])}", ""] if original else []
     return [*head, results.markdown(ordered, ["method", *columns])]
+
+
+def _peer_notes(rows: list[Row]) -> list[str]:
+    """What the peers ran with, and at which schemes they have no figure and why, each once."""
+    notes = []
+    for row in rows:
+        if "package" not in (row["settings"] or {}):
+            continue
+        package = " ".join(filter(None, (row["settings"]["package"], row["settings"]["version"])))
+        if "perplexity" in row:
+            used = ", ".join(f"{name} {value}" for name, value in row["peer"].items())
+            notes.append(f"{row['method']} {row['scheme']} is {package}, {row['threads']} threads: {used}")
+        else:
+            notes.append(f"{row['method']} {row['scheme']}: {row.get('reason', 'refused')}: {row['error']}")
+    return list(dict.fromkeys(notes))
 
 
 def _unusual(row: Row, summary: list[Row]) -> list[str]:
@@ -113,7 +130,8 @@ def _listed(row: Row, summary: list[Row]) -> Row:
     if row.get("label"):
         shown["method"] += f", {row['label']}"
     if "perplexity" not in row:
-        return {**shown, "perplexity": f"refused: {row['error']}"}
+        error = row["error"].replace("|", "\\|")
+        return {**shown, "perplexity": f"{row.get('reason', 'refused')}: {error}"}
     shown["perplexity"] = figure_text(row["perplexity"])
     shown["spread"] = f"{row['spread']:.2g}" if len(row["seeds"]) > 1 else ""
     for other in summary:

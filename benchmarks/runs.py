@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 import sliderquant
 from benchmarks import results
 from benchmarks.outliers import inject_outliers
+from benchmarks.peer_runs import NOT_INSTALLED, Peer, PeerError, PeerSettings
 from sliderquant.calibration.text import NAMED_SOURCES, read_text
 from sliderquant.errors import InputError, SliderQuantError
 from sliderquant.methods import METHODS, OneShotSettings, Settings, with_overrides
@@ -86,17 +87,19 @@ class Case:
         settings: all of them, the method's and what was changed.
         label: tells apart runs of one method with different settings.
         ablation: the name of the ablation that it belongs to.
+        peer: another package, which does it in a process of its own.
     """
 
     model: str
     scheme: str
     method: str
-    settings: Settings | OneShotSettings | None = None
+    settings: Settings | OneShotSettings | PeerSettings | None = None
     rotation: tuple[str, ...] = ()
     seed: int | None = None
     samples: int | None = None
     label: str = ""
     ablation: str = ""
+    peer: Peer | None = None
 
     @classmethod
     def of(cls, model: str, scheme: str, method: str, changes: dict[str, Any], epochs: int, **more: Any) -> "Case":
@@ -170,6 +173,11 @@ class RunFile:
             kept = [other for other in self.rows() if _columns(other, SLOT) != slot]
             results.write(self.name, [*kept, row], self.folder)
 
+    def found(self, row: Row) -> Row | None:
+        """The row of the same slot that has a perplexity."""
+        slot = _columns(row, SLOT)
+        return next((other for other in self.rows() if "perplexity" in other and _columns(other, SLOT) == slot), None)
+
     def beside(self, suffix: str) -> Path:
         """The path of a file next to it."""
         return self.path.with_suffix(suffix)
@@ -201,6 +209,11 @@ def run_all(
             row = {**same[0], **row, "same_as": _named(same[0])}
         else:
             row = _measured(case, places[case.model], row)
+            kept = file.found(row) if row.get("reason") == NOT_INSTALLED else None
+            if kept is not None:
+                version = kept["settings"]["version"]
+                print(f"{row['error']} (the file keeps {kept['perplexity']:.2f}, of version {version})", flush=True)
+                continue
         file.add(row)
         if "perplexity" in row:
             finished.append(row)
@@ -216,7 +229,19 @@ def _measured(case: Case, place: Place, row: Row) -> Row:
         measured: Row = {}
         checkpoint: str | Path = place.model
         try:
-            if case.method != ORIGINAL:
+            if case.peer is not None:
+                checkpoint = Path(folder) / "checkpoint"
+                measured = case.peer.quantize(
+                    case.settings,
+                    place.model,
+                    checkpoint,
+                    Scheme.parse(case.scheme),
+                    place.calibration.source,
+                    case.samples or 1,
+                    place.seqlen,
+                    case.seed or 0,
+                )
+            elif case.method != ORIGINAL:
                 start = time.perf_counter()
                 result = sliderquant.quantize(
                     place.model,
@@ -234,6 +259,10 @@ def _measured(case: Case, place: Place, row: Row) -> Row:
                 measured["threads"] = torch.get_num_threads()
                 checkpoint = result.path
             value = sliderquant.evaluate(checkpoint, place.evaluation.source, seqlen=place.seqlen)
+        except PeerError as error:
+            if str(error) != error.summary:
+                print(error, flush=True)
+            return {**row, "error": error.summary, "reason": error.reason}
         except SliderQuantError as error:
             return {**row, "error": str(error).replace(place.model, place.name).replace(folder, "")}
         tokens = {"blocks": value.blocks, "tokens": value.tokens}
@@ -257,7 +286,7 @@ def summarize(rows: Iterable[Row]) -> list[Row]:
             seconds = [row["seconds"] for row in found if row["seconds"] is not None]
             kept["seconds"] = round(statistics.fmean(seconds), 1) if seconds else None
         else:
-            kept["error"] = group[0]["error"]
+            kept |= {name: group[0][name] for name in ("error", "reason") if name in group[0]}
         summary.append(kept)
     return summary
 
