@@ -100,6 +100,12 @@ class Plan:
         return replace(self, schemes=schemes, disk_bytes=disk_bytes, allocation=allocation)
 
     @property
+    def file_bytes(self) -> int:
+        """Of temporary files, while it is measured which linear needs which bits."""
+        streams = _choosing_streams(self.source, self.measured_samples, self.seqlen)
+        return streams if self.chooses_bits and streams > CHOOSING_STREAM_GB * _GB else 0
+
+    @property
     def largest_disk_bytes(self) -> int:
         """What the checkpoint's tensors take at most, whatever bits are chosen."""
         if not self.chooses_bits:
@@ -328,6 +334,11 @@ def _choosing_memory(source: ModelSource, samples: int, seqlen: int, layer_weigh
     activations = seqlen * (16 * config.hidden_size + 5 * config.intermediate_size)
     head = config.vocab_size * (config.hidden_size + 3 * min(seqlen, CHOOSING_TOKENS_AT_ONCE))
     device = 4 * max(2 * layer_weights + 8 * largest + activations, head)
-    streams = (source.num_layers + 1) * samples * seqlen * config.hidden_size * 4
+    streams = _choosing_streams(source, samples, seqlen)
     embedding = config.vocab_size * config.hidden_size * 4
     return device, device + embedding + (streams if streams <= CHOOSING_STREAM_GB * _GB else 0)
+
+
+def _choosing_streams(source: ModelSource, samples: int, seqlen: int) -> int:
+    """Bytes of the hidden states before every layer, and after the last."""
+    return (source.num_layers + 1) * samples * seqlen * source.config.hidden_size * 4

@@ -257,7 +257,7 @@ def test_errors_come_before_any_work(arguments, message, tiny_llama, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_memory_and_disk_before_the_bits_are_known(tiny_llama, random_model, tmp_path):
+def test_memory_and_disk_before_the_bits_are_known(tiny_llama, monkeypatch):
     source = open_model(tiny_llama)
     plain, chosen = plan_for(source, average_bits=None), plan_for(source, average_bits=3.5)
     assert (plain.largest_disk_bytes, plain.chooses_bits) == (plain.disk_bytes, False)
@@ -271,9 +271,13 @@ def test_memory_and_disk_before_the_bits_are_known(tiny_llama, random_model, tmp
     assert chosen.memory_bytes == 4 * 2048 * (64 + 3 * 24) > plain.memory_bytes
     streams = 3 * 3 * 24 * 64 * 4  # before two layers, and after them
     assert chosen.host_memory_bytes - chosen.memory_bytes == 2048 * 64 * 4 + streams
-    few = replace(chosen, samples=3)
-    assert few.measured_samples == 3
+    assert chosen.measured_samples == 3
     assert replace(chosen, samples=1000).measured_samples == planning.MEASURED_SAMPLES
+    assert chosen.file_bytes == 0
+    monkeypatch.setattr(planning, "CHOOSING_STREAM_GB", 1e-6)
+    assert (chosen.file_bytes, settled.file_bytes) == (streams, 0)
+    in_files = plan_for(source, average_bits=3.5)
+    assert in_files.host_memory_bytes == chosen.host_memory_bytes - streams
 
 
 def test_bits_chosen_before(mixed, tiny_llama, tmp_path, monkeypatch):
