@@ -308,8 +308,8 @@ def _with_chosen_bits(
 ) -> Plan:
     progress.message(
         f"choosing the bits of every linear, at most {settled.average_bits:g} on average: gradients of the loss on "
-        f"{settled.measured_samples} calibration samples; the whole run takes about {settled.memory_bytes / 1e9:.2f} GB "
-        f"where layers are refined, {settled.host_memory_bytes / 1e9:.2f} GB of host memory"
+        f"{settled.measured_samples} calibration samples; the whole run takes about "
+        f"{settled.memory_bytes / 1e9:.2f} GB where layers are refined, {settled.host_memory_bytes / 1e9:.2f} GB of host memory"
         + (f", and meanwhile {settled.file_bytes / 1e9:.2f} GB of temporary files" if settled.file_bytes else "")
     )
     with deterministic(device):
