@@ -146,8 +146,8 @@ def grid_functions(
     """What fake quantization is made of, on this grid.
 
     The first maps rows `[rows, in]` to the rounded rows and, per row, scale and zero-point, and minimum and maximum
-    where the ends depend on them. The second maps the gradient of the rounded rows, what the first was given and what it
-    returned per row to the gradients of the first arguments of the first. Contiguous tensors without gradients.
+    where the ends depend on them. The second maps the gradient of the rounded rows, what the first was given and what
+    it returned per row to the gradients of the first arguments of the first. Contiguous tensors without gradients.
 
     Args:
         ends: of the range of a row. `range`: its minimum and maximum. `clipped`: these times the sigmoid of two further

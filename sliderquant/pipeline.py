@@ -77,6 +77,7 @@ def plan(
     average_bits: float | None = None,
     calibration: str = "wikitext2",
     device: str | torch.device = "auto",
+    effort: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """What `quantize` with the same arguments would do. Reads headers only; with `average_bits` it chooses the bits of
@@ -87,7 +88,7 @@ def plan(
     """
     target = resolve_device(device)
     source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme), method_named(method))
-    settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits)
+    settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits, effort)
     if not settled.chooses_bits:
         return settled
     check_source(calibration)
@@ -114,6 +115,7 @@ def quantize(
     rotate: Sequence[str] | None = None,
     average_bits: float | None = None,
     allocation: Allocation | None = None,
+    effort: str | None = None,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> QuantizeResult:
@@ -142,6 +144,7 @@ def quantize(
             weight-only schemes. None: all get the bits of the scheme.
         allocation: bits of every linear that were chosen before, `plan(..., average_bits=2.5).allocation`, in place of
             `average_bits`.
+        effort: of methods that trade minutes for accuracy: `"light"`, `"default"` or `"best"`; `settings` win.
         progress: is told how far the run is.
         command: the command line, for the model card.
 
@@ -160,7 +163,7 @@ def quantize(
                 "the two"
             )
         average_bits = allocation.budget
-    settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits)
+    settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits, effort)
     if allocation is not None:
         settled = settled.with_allocation(allocation)
     needs_text = settled.settings is not None or settled.chooses_bits
@@ -283,6 +286,7 @@ def _plan(
     seqlen: int | None,
     per_channel_fallback: bool,
     average_bits: float | None,
+    effort: str | None,
 ) -> Plan:
     chosen, parsed = method_named(method), Scheme.parse(scheme)
     length = default_seqlen(source.config) if seqlen is None else seqlen
@@ -290,7 +294,7 @@ def _plan(
         source,
         parsed,
         chosen,
-        with_overrides(chosen, parsed, settings or {}),
+        with_overrides(chosen, parsed, settings or {}, effort),
         samples,
         length,
         per_channel_fallback,

@@ -41,6 +41,8 @@ class Plan:
         work: the same, each counted once for every layer of its window: what the time goes by.
         memory_bytes: estimated peak of the run's own tensors, on the device where layers are refined.
         host_memory_bytes: estimated peak of the run's own tensors in host memory.
+        optimizer_bytes: of these, the state of the optimizer: two moments of everything that is learned in the largest
+            window.
         disk_bytes: size of the checkpoint's tensors.
         source_bytes: size of the model's tensors as they are now.
         average_bits: at most so many bits for a weight on average, of a model whose linears get different bits: at
@@ -65,6 +67,7 @@ class Plan:
     source_bytes: int
     average_bits: float | None = None
     allocation: Allocation | None = None
+    optimizer_bytes: int = 0
 
     @property
     def scheme_in_words(self) -> str:
@@ -161,6 +164,7 @@ class Plan:
             "seqlen": self.seqlen,
             "steps": self.steps,
             "memory_bytes": self.memory_bytes,
+            "optimizer_bytes": self.optimizer_bytes,
             "host_memory_bytes": self.host_memory_bytes,
             "disk_bytes": self.disk_bytes,
             "code_bits_per_weight": self.code_bits_per_weight,
@@ -229,6 +233,7 @@ def make_plan(
         disk_bytes=_disk_bytes(source, schemes),
         source_bytes=sum(size for _, size in shapes.values()),
         average_bits=average_bits,
+        optimizer_bytes=_optimizer_bytes(source, scheme, settings, windows),
     )
 
 
@@ -271,6 +276,24 @@ def _schemes(
     return found
 
 
+def _optimizer_bytes(
+    source: ModelSource, scheme: Scheme, settings: Settings | OneShotSettings | None, windows: tuple[Window, ...]
+) -> int:
+    """AdamW's: two moments in fp32 of everything that is learned in the largest window. Channel scales, a vector or two
+    a layer, are left out."""
+    if not isinstance(settings, Settings):
+        return 0
+    learned = 0
+    for linear in source.family.linears:
+        name = f"{source.family.layers}.0.{linear}"
+        out_features, in_features = source.shapes[f"{name}.weight"][0]
+        groups = scheme.groups(in_features) if scheme.fits(in_features) else 1
+        learned += settings.rank * (out_features + in_features)
+        learned += 2 * out_features * groups if settings.clipping else 0
+        learned += out_features * in_features if settings.weights else 0
+    return 2 * 4 * max(map(len, windows)) * learned
+
+
 def _memory(
     source: ModelSource,
     scheme: Scheme,
@@ -281,8 +304,9 @@ def _memory(
     layer_weights: int,
 ) -> tuple[int, int]:
     """Bytes on the device and on the host. A layer that is refined holds, in fp32, its weights, their fake-quantized
-    values and the gradients of these, and for a while two tensors more of the same size; and the activations of a
-    batch that autograd keeps, some 16 hidden and 5 intermediate vectors a token. What is rounded on the way, once for
+    values and the gradients of these, and for a while two tensors more of the same size; where every weight is learned,
+    its offset and this one's gradient; the optimizer's state; and the activations of a batch that autograd keeps, some
+    16 hidden and 5 intermediate vectors a token. What is rounded on the way, once for
     all that read it, is kept besides."""
     config = source.config
     if settings is None:
@@ -298,7 +322,8 @@ def _memory(
     if scheme.quantizes_attention:
         kept += 2 * sum(shapes[name][0] for name in (family.query, family.key, family.value))
     activations = settings.batch_size * seqlen * kept
-    device = largest * 4 * (5 * layer_weights + activations)
+    device = largest * 4 * ((7 if settings.weights else 5) * layer_weights + activations)
+    device += _optimizer_bytes(source, scheme, settings, windows)
     stream = samples * seqlen * config.hidden_size * 4
     in_memory = 3 * stream if stream <= settings.stream_memory_gb * _GB / 3 else 0
     embedding = config.vocab_size * config.hidden_size * 4

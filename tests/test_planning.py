@@ -85,6 +85,20 @@ def test_quantized_activations_take_memory_while_learning_and_none_on_disk(tiny_
     assert low_bit.disk_bytes == plain.disk_bytes
 
 
+def test_the_optimizer_holds_two_moments_of_what_is_learned_in_a_window(tiny_llama):
+    weights, outputs = 64 * (64 + 32 + 32 + 64 + 3 * 96), 64 + 32 + 32 + 64 + 96 + 96 + 64
+    inputs = 4 * 64 + 2 * 64 + 96
+    plain = plan_for(tiny_llama, "W4A16")
+    longest = max(map(len, plain.windows))
+    assert plain.optimizer_bytes == 8 * longest * (4 * (outputs + inputs) + 2 * outputs)
+    best = plan_for(tiny_llama, "W4A16", "sliderquant-best")
+    assert best.optimizer_bytes == 8 * longest * (weights + 2 * outputs)
+    assert best.memory_bytes - plain.memory_bytes == (
+        best.optimizer_bytes - plain.optimizer_bytes + 4 * longest * 2 * weights
+    )
+    assert plan_for(tiny_llama, "W4A16", "rtn").optimizer_bytes == 0
+
+
 def test_one_shot_methods_take_memory_for_their_inputs_products(tiny_llama, random_model, tmp_path):
     plan = plan_for(tiny_llama, method="gptq")
     assert (plan.windows, plan.steps) == ((), 0)

@@ -54,13 +54,17 @@ def print_plan(plan: Plan) -> None:
         f"memory      about {plan.memory_bytes / 1e9:.2f} GB where layers are refined, "
         f"{plan.host_memory_bytes / 1e9:.2f} GB of host memory"
     )
+    if plan.optimizer_bytes:
+        print(f"optimizer   {plan.optimizer_bytes / 1e9:.3f} GB of these: its state, of the largest window")
     print(f"disk        {plan.disk_bytes / 1e9:.3f} GB")
 
 
 def _learned(settings: Settings, scheme: Scheme) -> Iterator[str]:
+    if settings.weights:
+        yield f"an offset of every weight, from {settings.weights_start}"
     if settings.rank:
         yield f"low-rank terms of rank {settings.rank}"
     if settings.clipping:
-        yield f"clipping from {settings.clipping_start}"
+        yield f"{'free ends of ranges' if settings.grid == 'free' else 'clipping'} from {settings.clipping_start}"
     if settings.scales.used_with(scheme):
         yield f"channel scales from {settings.scales.start}"

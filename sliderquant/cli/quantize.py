@@ -39,6 +39,10 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of crops, order and start values.")] = 2,
     device: DeviceOption = "auto",
+    effort: Annotated[
+        str | None,
+        typer.Option(help="light, default or best, of methods that have efforts.", show_default=False),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A setting, for example epochs=10 or windows.shallow=4.")
@@ -85,6 +89,7 @@ def command(
                 average_bits=average_bits,
                 calibration=calibration,
                 device=device,
+                effort=effort,
                 progress=progress,
             )
         print_plan(settled)
@@ -108,6 +113,7 @@ def command(
             per_channel_fallback=per_channel_fallback,
             rotate=rotations,
             average_bits=average_bits,
+            effort=effort,
             progress=progress,
             command=shlex.join(["sliderquant", *sys.argv[1:]]),
         )

@@ -78,6 +78,19 @@ def test_dry_run_prints_the_plan(tiny_llama, tmp_path):
         assert re.search(line, done.stdout), (line, done.stdout)
 
 
+def test_efforts_show_in_the_plan(tiny_llama):
+    arguments = ["quantize", tiny_llama, "--scheme", "W4A16-g32", "--dry-run", "--method", "sliderquant-best"]
+    steps = []
+    for effort in ("light", "default", "best"):
+        shown = invoke(*arguments, "--effort", effort).stdout
+        assert re.search(
+            r"^learned +an offset of every weight, from nearest, free ends of ranges from search$", shown, re.M
+        )
+        assert re.search(r"^optimizer +0\.\d+ GB of these", shown, re.M)
+        steps.append(int(re.search(r"^steps +(\d+)$", shown, re.M)[1]))
+    assert steps == sorted(set(steps))
+
+
 def test_a_scheme_with_low_bit_activations_from_plan_to_text(tiny_llama, calibration_file, tmp_path):
     arguments = ["quantize", tiny_llama, "--scheme", "W4A8-act-sym", "--method", "rtn"]
     planned = invoke(*arguments, "--dry-run")
@@ -155,6 +168,7 @@ def test_inspect_and_verify(checkpoint, tmp_path):
         (["quantize", "{model}", "-o", "{out}", "--scheme", "W9A16"], "weights of 9 bits are not supported"),
         (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--method", "best"], "unknown method 'best'"),
         (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--set", "x=1"], "unknown setting 'x'"),
+        (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--effort", "best"], "sliderquant-best"),
         (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--device", "cuda:77"], "device 'cuda:77'"),
         (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--calibration", "no.txt"], "no such file"),
         (["quantize", "{model}", "-o", "{model}", "--scheme", "W4A16-g32"], "exists already"),
