@@ -5,7 +5,7 @@ Timing, checking, resuming and reporting know no op: they see cases, prepared ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from .checking import Expected
 
-__all__ = ["Arithmetic", "Case", "Goal", "Op", "Plan", "Prepared", "Provider", "Task", "Unsupported", "Work"]
+__all__ = [
+    "Arithmetic", "Case", "Goal", "Op", "Plan", "Prepared", "Provider", "Task", "Unsupported", "Work", "timings",
+]  # fmt: skip
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -118,6 +120,14 @@ class Task(NamedTuple):
     kind: str
     case: Case
     provider: str
+
+
+def timings(cases: Iterable[Case], providers: Mapping[str, Provider], device: str) -> Iterator[Task]:
+    """Each case timed with each provider that takes it on the device."""
+    for case in cases:
+        for name, provider in providers.items():
+            if device in provider.devices and provider.accepts(case) is None:
+                yield Task("time", case, name)
 
 
 class Plan(NamedTuple):

@@ -13,6 +13,7 @@ from ..case import DTYPES, Arithmetic, Case, Prepared
 from ..checking import UNIT_ROUNDOFF, Expected, sample_rows
 from ..low_bit import inputs
 from ..low_bit.rotations import rotated_codes, rotated_rows
+from ..low_bit.rows import expected_codes, expected_copy
 from ..low_bit.schemes import ActivationScheme
 from ..weight_only.operands import generator
 
@@ -62,20 +63,13 @@ def activations(case: Case, given: Rows) -> Tensor:
 
 
 def expected(given: Rows, x: Tensor, prepared: Prepared) -> Expected:
-    """The rotated rows; quantized, of a token side by side: codes less the zero-point, by what their sum is off, the
-    scale, unless symmetric the zero-point. Of a copy, what was copied."""
+    """The rotated rows; quantized, their codes, see `expected_codes`. Of a copy, what was copied."""
     m, arithmetic = x.shape[-2], prepared.arithmetic(x.shape[-2])
     rows = sample_rows(m, torch.Generator(x.device).manual_seed(m))
     if not isinstance(arithmetic, HadamardArithmetic):
-        copied = x.flatten(0, -2)[rows].double()
-        return Expected(rows, copied, torch.zeros_like(copied), 0.0)
+        return expected_copy(x, rows)
     if given.scheme is None:
         want, deviation = rotated_rows(x, ActivationScheme(8), given.transform, rows, arithmetic.between)
         return Expected(rows, want, deviation.expand_as(want), UNIT_ROUNDOFF[x.dtype])
     found = rotated_codes(x, given.scheme, given.transform, rows, arithmetic.between)
-    columns = [found.steps, torch.zeros_like(found.scale), found.scale]
-    off = [found.steps_off, torch.zeros_like(found.scale), found.scale_off]
-    if not given.scheme.symmetric:
-        columns.append(found.zero)
-        off.append(found.zero_off)
-    return Expected(rows, torch.cat(columns, -1), torch.cat(off, -1), 0.0)
+    return expected_codes(found, rows, given.scheme.symmetric)

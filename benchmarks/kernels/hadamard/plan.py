@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from itertools import product
 
 from .. import shapes
 from ..case import Case, Plan, Task
 from ..low_bit.linear.plan import fused_before
+from ..low_bit.rows import CHOSEN, UNFUSED, RowSizes, plan_rows
 from ..low_bit.schemes import SILU_MUL
-from ..weight_only.plan import TOKENS
 from ..weight_only.plan import subsets as subsets
 from .operands import ROTATE
-from .providers import CHOSEN, PROVIDERS, UNFUSED
+from .providers import PROVIDERS
 
 __all__ = ["NAME", "plan", "subsets"]
 
@@ -34,24 +34,15 @@ CHECK_TOKENS = 100
 
 def plan(subset: str, device: str) -> Plan:
     """The rows of a subset, most important first. Raises ValueError for a subset that the device does not have."""
-    if subset not in subsets(device):
-        raise ValueError(f"subset: expected one of {', '.join(subsets(device))} on {device}, got {subset!r}")
-    if subset == "tiny":
-        return Plan([], list(_timings(_cases(dict.fromkeys(MAIN_SCHEMES, (TINY_SIZE,)), (4,)), device)))
-    if subset == "quick":
-        tokens = (2048, 8192, 16) if device == "cuda" else (16, 512)
-        return Plan(list(_checks()), list(_timings(_cases(QUICK_SIZES, tokens), device)))
-    main, other = dict.fromkeys(MAIN_SCHEMES, _sizes()), dict.fromkeys(OTHER_SCHEMES, (4096, 14336))
+    main = dict.fromkeys(MAIN_SCHEMES, _sizes())
     main[ROTATE] = (HEAD_SIZE, *main[ROTATE])
-    if subset == "decode":
-        cases = _cases(main, [m for m in TOKENS if m <= 64])
-    elif subset == "prefill":
-        cases = _cases(main, [m for m in TOKENS if m > 64])
-    elif subset == "schemes":
-        cases = _cases(other, TOKENS)
-    else:
-        cases = _cases(main, TOKENS) + _cases(other, TOKENS)
-    return Plan(list(_checks()), list(_timings(cases, device)))
+    sizes = RowSizes(
+        tiny=dict.fromkeys(MAIN_SCHEMES, (TINY_SIZE,)),
+        quick=QUICK_SIZES,
+        main=main,
+        other=dict.fromkeys(OTHER_SCHEMES, (4096, 14336)),
+    )
+    return plan_rows(subset, device, _case, sizes, _checks(), PROVIDERS)
 
 
 def _sizes() -> tuple[int, ...]:
@@ -60,20 +51,8 @@ def _sizes() -> tuple[int, ...]:
     return tuple(sorted(found | {4096, 8192}))
 
 
-def _cases(sizes: Mapping[str, tuple[int, ...]], tokens: Iterable[int], dtype: str = "bf16") -> list[Case]:
-    """The tokens that a goal speaks of first."""
-    return [
-        Case(NAME, f"rows of {n}", (n,), m, scheme, dtype)
-        for m, (scheme, some) in product(tokens, sizes.items())
-        for n in some
-    ]
-
-
-def _timings(cases: Iterable[Case], device: str) -> Iterator[Task]:
-    for case in cases:
-        for name, provider in PROVIDERS.items():
-            if device in provider.devices and provider.accepts(case) is None:
-                yield Task("time", case, name)
+def _case(n: int, m: int, scheme: str) -> Case:
+    return Case(NAME, f"rows of {n}", (n,), m, scheme, "bf16")
 
 
 def _checks() -> Iterator[Task]:

@@ -7,44 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from sliderquant_kernels import hadamard, hadamard_quantize, quantize_activations
 
-from ..case import Arithmetic, Case, Prepared, Provider, Unsupported
+from ..case import Case, Prepared, Provider, Unsupported
 from ..low_bit import inputs
 from ..low_bit.quantize.providers import compared
 from ..low_bit.rotations import launches
+from ..low_bit.rows import is_cold, own_providers
 from .operands import ROTATE, HadamardArithmetic, Rows, scheme_of
 
-__all__ = ["BASELINE", "CHOSEN", "COPY", "PROVIDERS", "UNFUSED", "Copy"]
+__all__ = ["PROVIDERS"]
 
-COPY, CHOSEN = "copy", "sliderquant"
-UNFUSED = f"{CHOSEN}-unfused"
-BASELINE = {"cuda": COPY, "cpu": COPY}
-# Smaller ones would be rotated over thousands of copies, and are in the cache where a model runs.
-COLD_BYTES = 1 << 20
 # HadaCore rounds after every factor of 16.
 HADACORE_FACTOR = 16
-
-
-@dataclass(frozen=True)
-class Copy(Arithmetic):
-    """Nothing is rounded."""
-
-
-def prepare_copy(given: Rows) -> Prepared:
-    """Moves all that rotating reads."""
-    return Prepared(
-        (given.x,),
-        lambda x, tensors: tensors[0].clone(),
-        lambda m: Copy(),
-        compared=lambda y: y.flatten(0, -2),
-        cold=_is_cold(given),
-    )
 
 
 def prepare(given: Rows) -> Prepared:
@@ -94,7 +73,7 @@ def _prepared(given: Rows, call: Callable[[Tensor, tuple[Tensor, ...]], Any], be
     arithmetic = HadamardArithmetic(between=between)
     quantizes = given.scheme is not None
     return Prepared(
-        (given.x,), call, lambda m: arithmetic, compared=compared if quantizes else lambda y: y, cold=_is_cold(given)
+        (given.x,), call, lambda m: arithmetic, compared=compared if quantizes else lambda y: y, cold=is_cold(given)
     )  # fmt: skip
 
 
@@ -126,20 +105,8 @@ def accepts_powers(case: Case) -> str | None:
     return None if n & (n - 1) == 0 and n <= 32768 else f"its matrix of order {n} is another one, or missing"
 
 
-def _is_cold(given: Rows) -> bool:
-    return given.x.numel() * given.x.element_size() >= COLD_BYTES
-
-
 _EVERY = [
-    Provider(COPY, prepare_copy, devices=("cuda", "cpu"), computes="a copy of what is read"),
-    Provider(CHOSEN, prepare, devices=("cuda", "cpu"), compilation=compilation),
-    Provider(
-        UNFUSED,
-        prepare_unfused,
-        devices=("cuda", "cpu"),
-        compilation=compilation_unfused,
-        accepts=accepts_unfused,
-    ),
+    *own_providers(prepare, compilation, prepare_unfused, compilation_unfused, accepts_unfused),
     Provider(
         "fast-hadamard-transform",
         prepare_fast_hadamard,

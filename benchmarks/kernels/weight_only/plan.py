@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 from .. import shapes
-from ..case import Case, Plan, Task
+from ..case import Case, Plan, Task, timings
 from ..shapes import Layer
 from .operands import WeightScheme
 from .providers import PROVIDERS
@@ -51,10 +51,10 @@ def plan(subset: str, device: str) -> Plan:
         raise ValueError(f"subset: expected one of {', '.join(subsets(device))} on {device}, got {subset!r}")
     if subset == "tiny":
         schemes = (MAIN_SCHEME, "W2A16-g128", "W8A16-sym")
-        return Plan([], list(_timings(_cases(TINY_LAYERS, (1, 4), schemes), device)))
+        return Plan([], list(timings(_cases(TINY_LAYERS, (1, 4), schemes), PROVIDERS, device)))
     if subset == "quick" and device == "cpu":
         cases = _cases(CPU_LAYERS, (1, 4, 16, 64), (MAIN_SCHEME, "W4A16", "W2A16-g128", "W8A16-sym"))
-        return Plan(list(_checks(device)), list(_timings(cases, device)))
+        return Plan(list(_checks(device)), list(timings(cases, PROVIDERS, device)))
     if subset == "quick":
         return Plan(list(_checks(device)), list(_quick_timings()))
     every = shapes.unique(shapes.every_layer())
@@ -66,7 +66,7 @@ def plan(subset: str, device: str) -> Plan:
         cases = _other_schemes()
     else:
         cases = _cases(every, TOKENS, (MAIN_SCHEME,)) + _other_schemes()
-    return Plan(list(_checks(device)), list(_timings(cases, device)))
+    return Plan(list(_checks(device)), list(timings(cases, PROVIDERS, device)))
 
 
 def _other_schemes() -> list[Case]:
@@ -82,24 +82,17 @@ def _cases(found: Sequence[Layer], tokens: Iterable[int], schemes: Iterable[str]
     ]
 
 
-def _timings(cases: Iterable[Case], device: str) -> Iterable[Task]:
-    for case in cases:
-        for name, provider in PROVIDERS.items():
-            if device in provider.devices and provider.accepts(case) is None:
-                yield Task("time", case, name)
-
-
 def _quick_timings() -> Iterable[Task]:
     """The goals' shapes and tokens; slow variants and peers only where they are not hopeless."""
     yield from _quick_cases((1, 16, 2, 4, 8))
-    for task in _timings(_cases(QUICK_LAYERS, (1,), ("W2A16-g128", "W8A16-g128")), "cuda"):
+    for task in timings(_cases(QUICK_LAYERS, (1,), ("W2A16-g128", "W8A16-g128")), PROVIDERS, "cuda"):
         if task.provider in (CHOSEN, "cublas", "humming"):
             yield task
     yield from _quick_cases((2048, 4096, 64, 32))
 
 
 def _quick_cases(tokens: tuple[int, ...]) -> Iterable[Task]:
-    for task in _timings(_cases(QUICK_LAYERS, tokens, (MAIN_SCHEME,)), "cuda"):
+    for task in timings(_cases(QUICK_LAYERS, tokens, (MAIN_SCHEME,)), PROVIDERS, "cuda"):
         hopeless = (name_of("dense"), "mslk-rowwise") if task.case.m <= 64 else PEERS_FOR_FEW
         if task.provider not in hopeless:
             yield task

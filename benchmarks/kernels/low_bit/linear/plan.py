@@ -8,7 +8,7 @@ from itertools import product
 from sliderquant_kernels import low_bit_tiles
 
 from ... import shapes
-from ...case import Case, Plan, Task
+from ...case import Case, Plan, Task, timings
 from ...shapes import Layer
 from ...weight_only.plan import CHECK_SHAPE, CPU_LAYERS, ODD_SHAPE, QUICK_LAYERS, TINY_LAYERS, TOKENS
 from ...weight_only.plan import subsets as subsets
@@ -57,13 +57,13 @@ def plan(subset: str, device: str) -> Plan:
     if subset == "tiny":
         rotated = f"{MAIN_SCHEME}+{SILU_MUL}+{HADAMARD}+{RESIDUAL}"
         schemes = (MAIN_SCHEME, f"{MAIN_SCHEME}+{RMS_NORM}", f"W4A8+{SILU_MUL}", rotated)
-        return Plan([], list(_timings(_cases(TINY_LAYERS, (1, 4), schemes), device)))
+        return Plan([], list(timings(_cases(TINY_LAYERS, (1, 4), schemes), PROVIDERS, device)))
     if subset == "quick" and device == "cpu":
         layers = [*CPU_LAYERS, Layer("llama-3-8b qkv", 6144, 4096)]
         cases = _fused_cases(layers, (1, 64)) + _cases(CPU_LAYERS[:1], (1, 64), CHAIN_SCHEMES)
         rotated = f"+{SILU_MUL}+{HADAMARD}+{RESIDUAL}"
         cases += _cases(CPU_LAYERS[1:], (1, 64), [f"{scheme}{rotated}" for scheme in CHAIN_SCHEMES])
-        return Plan(list(_checks(device)), list(_timings(cases, device)))
+        return Plan(list(_checks(device)), list(timings(cases, PROVIDERS, device)))
     if subset == "quick":
         return Plan(list(_checks(device)), list(_quick_timings()))
     every = shapes.unique(shapes.every_layer())
@@ -75,7 +75,7 @@ def plan(subset: str, device: str) -> Plan:
         cases = _other_schemes()
     else:
         cases = _main_cases(every, TOKENS) + _other_schemes()
-    return Plan(list(_checks(device)), list(_timings(cases, device)))
+    return Plan(list(_checks(device)), list(timings(cases, PROVIDERS, device)))
 
 
 def _main_cases(layers: Sequence[Layer], tokens: Sequence[int]) -> list[Case]:
@@ -110,17 +110,10 @@ def _fused_cases(layers: Sequence[Layer], tokens: Sequence[int], scheme: str = M
     ]
 
 
-def _timings(cases: Iterable[Case], device: str) -> Iterator[Task]:
-    for case in cases:
-        for name, provider in PROVIDERS.items():
-            if device in provider.devices and provider.accepts(case) is None:
-                yield Task("time", case, name)
-
-
 def _quick_timings() -> Iterator[Task]:
     """The goals' tokens first. Variants by name only for many tokens, where more than one is worth a try."""
     for tokens in ((1, 16, 2048, 4096), (2, 8)):
-        for task in _timings(_main_cases(QUICK_LAYERS, tokens), "cuda"):
+        for task in timings(_main_cases(QUICK_LAYERS, tokens), PROVIDERS, "cuda"):
             alone = not LowBitScheme.parse(task.case.scheme).steps
             if task.provider == humming.PROVIDER.name:
                 wanted = alone and task.case.m in (1, 2048)  # Each is a long compilation.
@@ -131,12 +124,12 @@ def _quick_timings() -> Iterator[Task]:
         if tokens[0] == 1:
             rotated = f"+{SILU_MUL}+{HADAMARD}+{RESIDUAL}"
             cases = _cases(ROTATED_LAYERS, tokens, (f"{MAIN_SCHEME}{rotated}",))
-            yield from _of(_timings(cases, "cuda"), CHOSEN, CUBLAS, UNFUSED)
+            yield from _of(timings(cases, PROVIDERS, "cuda"), CHOSEN, CUBLAS, UNFUSED)
             cases = _cases(QUICK_LAYERS[1:2], (1, 2048), ("W4A8", "W8A8", "W2A8", "W4A4-g128"))
             for scheme in CHAIN_SCHEMES[1:]:
                 cases += _cases(QUICK_LAYERS[1:2], (1, 2048), (f"{scheme}+{RMS_NORM}",))
                 cases += _cases(ROTATED_LAYERS[:1], (1, 2048), (f"{scheme}{rotated}",))
-            yield from _of(_timings(cases, "cuda"), CHOSEN, CUBLAS)
+            yield from _of(timings(cases, PROVIDERS, "cuda"), CHOSEN, CUBLAS)
 
 
 def _of(tasks: Iterable[Task], *providers: str) -> Iterator[Task]:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 from ...case import Case, Prepared, Work
+from ..rows import BASELINE, Copy, operands_key
 from ..schemes import ActivationScheme
 from .goals import goals
 from .operands import activations, expected, operands
 from .plan import NAME, plan, subsets
-from .providers import BASELINE, PROVIDERS, Copy
+from .providers import PROVIDERS
 
 __all__ = [
     "BASELINE", "NAME", "PROVIDERS",
     "activations", "expected", "goals", "operands", "operands_key", "plan", "subsets", "work",
 ]  # fmt: skip
-
-
-def operands_key(case: Case) -> Hashable:
-    """The operands are the activations themselves."""
-    return case.key
 
 
 def work(case: Case, prepared: Prepared) -> Work:

@@ -12,6 +12,7 @@ from ...checking import Expected, sample_rows
 from ...weight_only.operands import generator
 from .. import inputs
 from ..linear.operands import LowBitArithmetic
+from ..rows import expected_codes, expected_copy
 from ..schemes import ActivationScheme
 
 __all__ = ["Activations", "activations", "expected", "operands"]
@@ -40,17 +41,10 @@ def activations(case: Case, given: Activations) -> Tensor:
 
 
 def expected(given: Activations, x: Tensor, prepared: Prepared) -> Expected:
-    """Of a token, side by side: codes less the zero-point; by what the sum of the codes is off; the scale; unless
-    symmetric, the zero-point. Of a copy, what was copied."""
+    """The codes, see `expected_codes`. Of a copy, what was copied."""
     m, arithmetic = x.shape[-2], prepared.arithmetic(x.shape[-2])
     rows = sample_rows(m, torch.Generator(x.device).manual_seed(m))
     if not isinstance(arithmetic, LowBitArithmetic):
-        copied = x.flatten(0, -2)[rows].double()
-        return Expected(rows, copied, torch.zeros_like(copied), 0.0)
+        return expected_copy(x, rows)
     found = inputs.codes(x, given.norm_weight, given.scheme, rows, arithmetic.rounded_once)
-    want = [found.steps, torch.zeros_like(found.scale), found.scale]
-    off = [found.steps_off, torch.zeros_like(found.scale), found.scale_off]
-    if not given.scheme.symmetric:
-        want.append(found.zero)
-        off.append(found.zero_off)
-    return Expected(rows, torch.cat(want, -1), torch.cat(off, -1), 0.0)
+    return expected_codes(found, rows, given.scheme.symmetric)

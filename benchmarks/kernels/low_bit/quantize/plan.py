@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import product
 
 from ... import shapes
 from ...case import Case, Plan, Task
-from ...weight_only.plan import TOKENS
 from ...weight_only.plan import subsets as subsets
 from ..linear.plan import fused_before
+from ..rows import CHOSEN, UNFUSED, RowSizes, plan_rows
 from ..schemes import FUSED
-from .providers import CHOSEN, PROVIDERS, UNFUSED
+from .providers import PROVIDERS
 
 __all__ = ["NAME", "plan", "subsets"]
 
@@ -32,23 +32,13 @@ CHECK_TOKENS = 100
 
 def plan(subset: str, device: str) -> Plan:
     """The rows of a subset, most important first. Raises ValueError for a subset that the device does not have."""
-    if subset not in subsets(device):
-        raise ValueError(f"subset: expected one of {', '.join(subsets(device))} on {device}, got {subset!r}")
-    if subset == "tiny":
-        return Plan([], list(_timings(_cases(dict.fromkeys(MAIN_SCHEMES, (TINY_SIZE,)), (4,)), device)))
-    if subset == "quick":
-        tokens = (2048, 8192, 16) if device == "cuda" else (16, 512)
-        return Plan(list(_checks()), list(_timings(_cases(QUICK_SIZES, tokens), device)))
-    main, other = _sizes(MAIN_SCHEMES), dict.fromkeys(OTHER_SCHEMES, (4096, 14336))
-    if subset == "decode":
-        cases = _cases(main, [m for m in TOKENS if m <= 64])
-    elif subset == "prefill":
-        cases = _cases(main, [m for m in TOKENS if m > 64])
-    elif subset == "schemes":
-        cases = _cases(other, TOKENS)
-    else:
-        cases = _cases(main, TOKENS) + _cases(other, TOKENS)
-    return Plan(list(_checks()), list(_timings(cases, device)))
+    sizes = RowSizes(
+        tiny=dict.fromkeys(MAIN_SCHEMES, (TINY_SIZE,)),
+        quick=QUICK_SIZES,
+        main=_sizes(MAIN_SCHEMES),
+        other=dict.fromkeys(OTHER_SCHEMES, (4096, 14336)),
+    )
+    return plan_rows(subset, device, _case, sizes, _checks(), PROVIDERS)
 
 
 def _sizes(schemes: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -62,20 +52,8 @@ def _sizes(schemes: Iterable[str]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _cases(sizes: Mapping[str, tuple[int, ...]], tokens: Iterable[int], dtype: str = "bf16") -> list[Case]:
-    """The tokens that a goal speaks of first."""
-    return [
-        Case(NAME, f"input of {k}", (k,), m, scheme, dtype)
-        for m, (scheme, some) in product(tokens, sizes.items())
-        for k in some
-    ]
-
-
-def _timings(cases: Iterable[Case], device: str) -> Iterator[Task]:
-    for case in cases:
-        for name, provider in PROVIDERS.items():
-            if device in provider.devices and provider.accepts(case) is None:
-                yield Task("time", case, name)
+def _case(k: int, m: int, scheme: str) -> Case:
+    return Case(NAME, f"input of {k}", (k,), m, scheme, "bf16")
 
 
 def _checks() -> Iterator[Task]:

@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sliderquant_kernels import QuantizedActivations
 
-from ...case import Arithmetic, Case, Prepared, Provider
+from ...case import Case, Prepared, Provider
 from ..linear.operands import LowBitArithmetic
 from ..linear.providers import quantized
+from ..rows import is_cold, own_providers
 from ..schemes import RMS_NORM, ActivationScheme
 from .operands import Activations
 
-__all__ = ["BASELINE", "CHOSEN", "COPY", "PROVIDERS", "UNFUSED", "Copy", "compared"]
-
-COPY, CHOSEN = "copy", "sliderquant"
-UNFUSED = f"{CHOSEN}-unfused"
-BASELINE = {"cuda": COPY, "cpu": COPY}
-# Smaller ones would be rotated over thousands of copies, and are in the cache where a model runs.
-COLD_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Copy(Arithmetic):
-    """Nothing is rounded."""
-
-
-def prepare_copy(given: Activations) -> Prepared:
-    """Moves all that quantizing reads."""
-    return Prepared(
-        (given.x,),
-        lambda x, tensors: tensors[0].clone(),
-        lambda m: Copy(),
-        compared=lambda y: y.flatten(0, -2),
-        cold=_is_cold(given),
-    )
+__all__ = ["PROVIDERS", "compared"]
 
 
 def prepare(given: Activations, *, fused: bool = True) -> Prepared:
@@ -50,7 +29,7 @@ def prepare(given: Activations, *, fused: bool = True) -> Prepared:
         return quantized(t[0], t[-1], scheme, fused)
 
     arithmetic = LowBitArithmetic(rounded_once=False if fused else None)
-    return Prepared(tensors, call, lambda m: arithmetic, compared=compared, cold=_is_cold(given))
+    return Prepared(tensors, call, lambda m: arithmetic, compared=compared, cold=is_cold(given))
 
 
 def prepare_unfused(given: Activations) -> Prepared:
@@ -86,19 +65,5 @@ def accepts_unfused(case: Case) -> str | None:
     return None if ActivationScheme.parse(case.scheme).fused else f"nothing before quantizing in {case.scheme}"
 
 
-def _is_cold(given: Activations) -> bool:
-    return given.x.numel() * given.x.element_size() >= COLD_BYTES
-
-
-_EVERY = [
-    Provider(COPY, prepare_copy, devices=("cuda", "cpu"), computes="a copy of what is read"),
-    Provider(CHOSEN, prepare, devices=("cuda", "cpu"), compilation=compilation),
-    Provider(
-        UNFUSED,
-        prepare_unfused,
-        devices=("cuda", "cpu"),
-        compilation=compilation_unfused,
-        accepts=accepts_unfused,
-    ),
-]
+_EVERY = own_providers(prepare, compilation, prepare_unfused, compilation_unfused, accepts_unfused)
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _EVERY}
