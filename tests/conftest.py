@@ -4,9 +4,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 # Triton decides between interpreter and compiler when it is first imported, by whatever test comes first: this file is
@@ -79,6 +81,29 @@ def save_random_model(
 def random_model() -> Callable[..., Path]:
     """`random_model(folder, **configuration)`, see `save_random_model`."""
     return save_random_model
+
+
+@pytest.fixture(scope="session")
+def any_size_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`any_size_model(draw, channels_per_query, **configuration)`: a random fp32 model of sizes that hypothesis draws.
+    Of the hidden size, which need not be that of all heads, each query head has `channels_per_query`: a strategy."""
+
+    def made(draw: Callable[..., Any], channels_per_query: Any, **configuration: object) -> Path:
+        values = draw(st.integers(1, 3), label="key and value heads")
+        heads = values * draw(st.integers(1, 4), label="queries for each")
+        return save_random_model(
+            tmp_path_factory.mktemp("sizes") / "model",
+            dtype="float32",
+            hidden_size=heads * draw(channels_per_query, label="channels per query head"),
+            intermediate_size=draw(st.sampled_from([24, 28, 40, 44, 72, 86, 96, 172]), label="intermediate size"),
+            head_dim=draw(st.sampled_from([8, 12, 16, 20]), label="head_dim"),
+            num_attention_heads=heads,
+            num_key_value_heads=values,
+            vocab_size=64,
+            **configuration,
+        )
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -91,39 +91,14 @@ def test_every_weight_that_a_rotation_concerns_changes(model_of, names):
 
 @settings(max_examples=12, deadline=None)
 @given(
-    channels_per_query=st.sampled_from([4, 6, 10, 12, 20, 22]),
-    intermediate=st.sampled_from([28, 44, 86, 96, 172]),
-    head_dim=st.sampled_from([8, 12, 16, 20]),
-    queries_per_value=st.integers(1, 4),
-    values=st.integers(1, 3),
+    data=st.data(),
     tied=st.booleans(),
     family=st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
     seed=st.integers(0, 2**32),
 )
-def test_any_sizes(
-    random_model,
-    tmp_path_factory,
-    channels_per_query,
-    intermediate,
-    head_dim,
-    queries_per_value,
-    values,
-    tied,
-    family,
-    seed,
-):
-    folder = random_model(
-        tmp_path_factory.mktemp("sizes") / "model",
-        dtype="float32",
-        model_type=family,
-        hidden_size=channels_per_query * queries_per_value * values,
-        intermediate_size=intermediate,
-        head_dim=head_dim,
-        num_attention_heads=queries_per_value * values,
-        num_key_value_heads=values,
-        tie_word_embeddings=tied,
-        vocab_size=64,
-    )
+def test_any_sizes(any_size_model, data, tied, family, seed):
+    even = st.sampled_from([4, 6, 10, 12, 20, 22])
+    folder = any_size_model(data.draw, even, model_type=family, tie_word_embeddings=tied)
     source = open_model(folder)
     want = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), length=8)
     rotated = RotatedSource.of(source, Rotations.of_model(source, list(ROTATIONS), seed))

@@ -71,40 +71,9 @@ def relative_error(got, want):
 
 
 @settings(max_examples=12, deadline=None)
-@given(
-    family=st.sampled_from(sorted(FAMILIES)),
-    channels_per_query=st.integers(3, 9),
-    intermediate=st.sampled_from([24, 40, 72]),
-    head_dim=st.sampled_from([8, 12, 16]),
-    queries_per_value=st.integers(1, 3),
-    values=st.integers(1, 3),
-    log=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_merging_changes_nothing(
-    random_model,
-    tmp_path_factory,
-    family,
-    channels_per_query,
-    intermediate,
-    head_dim,
-    queries_per_value,
-    values,
-    log,
-    seed,
-):
-    folder = random_model(
-        tmp_path_factory.mktemp("scales") / "model",
-        dtype="float32",
-        model_type=family,
-        hidden_size=channels_per_query * queries_per_value * values,
-        intermediate_size=intermediate,
-        head_dim=head_dim,
-        num_attention_heads=queries_per_value * values,
-        num_key_value_heads=values,
-        vocab_size=64,
-        **FAMILIES[family],
-    )
+@given(data=st.data(), family=st.sampled_from(sorted(FAMILIES)), log=st.booleans(), seed=st.integers(0, 1000))
+def test_merging_changes_nothing(any_size_model, data, family, log, seed):
+    folder = any_size_model(data.draw, st.integers(3, 9), model_type=family, **FAMILIES[family])
     source = open_model(folder)
     _, layers = refined_layers(source, scales={"use": "always", "space": "log" if log else "direct"})
     scales = [randomize(layer, seed) for layer in layers]
