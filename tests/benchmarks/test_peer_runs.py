@@ -161,7 +161,7 @@ def test_versions(peer):
 
 
 def test_peers_are_planned_at_every_scheme(peer):
-    cases = plan("m", ModelSpec(schemes=("W2A16", "W4A4KV4")), None, ["rtn"], 10, 64, (2, 3), [peer()])
+    cases = plan("m", ModelSpec(schemes=("W2A16", "W4A4KV4")), None, ["rtn"], 10, 64, (2, 3), peers=[peer()])
     found = [(case.scheme, case.seed, case.samples) for case in cases if case.method == "nearest"]
     assert found == [("W2A16", 2, 64), ("W2A16", 3, 64), ("W4A4KV4", 2, 64), ("W4A4KV4", 3, 64)]
     assert {case.settings.package for case in cases if case.method == "nearest"} == {"torch"}
