@@ -32,7 +32,7 @@ from benchmarks.runs import (
     scheme_argument,
 )
 from sliderquant.errors import InputError
-from sliderquant.methods import METHODS, Settings, check_scheme
+from sliderquant.methods import METHODS, Settings, check_scheme, with_overrides
 from sliderquant.schemes import Scheme
 
 __all__ = ["MODELS", "ModelSpec", "material_texts", "plan"]
@@ -40,8 +40,11 @@ __all__ = ["MODELS", "ModelSpec", "material_texts", "plan"]
 ROTATIONS = ("R1", "R2", "R3", "R4")
 ROTATED_METHODS = ("rtn", "gptq", "sliderquant")
 SEQLEN = 256
+EFFORTS = tuple(METHODS["sliderquant-best"].efforts)
 PURPOSES = ("calibration", "evaluation")
 WIKITEXT = ("data/wikitext2/wiki.valid.txt", "data/wikitext2/wiki.test.raw[:400000]")
+# Manual pages of Python's own documentation.
+OTHER_DOMAIN = ("topics[:100000]",)
 STORIES = ("data/tinystories/tinystories.txt[:1677721]", "data/tinystories/tinystories.txt[-400000:]")
 
 
@@ -52,6 +55,7 @@ class ModelSpec:
     Attributes:
         folder: in --material; empty: the model that the package brings along.
         texts: to calibrate and to measure on.
+        elsewhere: texts of other domains, to measure on as well.
         outliers: outliers are injected into the model first.
         methods, schemes: those that are run; None: all.
         ramps: the ramps of methods that have any, where the model has too few layers for theirs.
@@ -60,6 +64,7 @@ class ModelSpec:
 
     folder: str = ""
     texts: tuple[str, str] = WIKITEXT
+    elsewhere: tuple[str, ...] = ()
     outliers: bool = False
     methods: tuple[str, ...] | None = None
     schemes: tuple[str, ...] | None = None
@@ -68,10 +73,11 @@ class ModelSpec:
 
 
 MODELS: dict[str, ModelSpec] = {
-    "demo-llama-5m": ModelSpec(),
+    "demo-llama-5m": ModelSpec(elsewhere=OTHER_DOMAIN),
     "stories260K": ModelSpec(
         folder="models/stories260K",
         texts=STORIES,
+        elsewhere=OTHER_DOMAIN,
         # Its linears have 64 or 172 inputs: groups of 64 are whole rows, or do not divide them.
         schemes=tuple(scheme for scheme in SCHEMES if scheme != "W2A16-g64"),
         ramps=2,
@@ -93,7 +99,9 @@ MODELS: dict[str, ModelSpec] = {
         ),
     ),
     "demo-llama-5m-outliers": ModelSpec(
-        outliers=True, methods=("rtn", "smoothquant", "sliderquant", "sliderquant+"), schemes=("W4A4KV4",)
+        outliers=True,
+        methods=("rtn", "smoothquant", "sliderquant", "sliderquant+", "sliderquant-best"),
+        schemes=("W4A4KV4",),
     ),
 }
 QUICK_TEXTS, QUICK_SEQLEN = ("topics", "stdlib[:30000]"), 128
@@ -115,6 +123,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schemes", nargs="+", type=scheme_argument, help="only these")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="only these; none: peers")
+    parser.add_argument(
+        "--efforts", nargs="+", choices=EFFORTS, default=["default"], help="of methods that have efforts"
+    )
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="methods of other packages")
     parser.add_argument(
         "--peer-python",
@@ -143,7 +154,18 @@ def run(arguments: argparse.Namespace) -> None:
         cases = []
         for name in places:
             spec = ModelSpec(schemes=QUICK_SCHEMES) if arguments.quick else MODELS.get(name, ModelSpec())
-            cases += plan(name, spec, arguments.schemes, arguments.methods, epochs, samples, arguments.seeds, peers)
+            cases += plan(
+                name,
+                spec,
+                arguments.schemes,
+                arguments.methods,
+                epochs,
+                samples,
+                arguments.seeds,
+                arguments.efforts,
+                peers,
+                arguments.epochs or (QUICK_EPOCHS if arguments.quick else None),
+            )
         run_all(cases, places, file, arguments.resume, lambda: _write(file))
     _write(file, picture=True)
     print(file.beside(".md").read_text(encoding="utf-8"))
@@ -158,10 +180,12 @@ def plan(
     epochs: int,
     samples: int,
     seeds: Sequence[int],
+    efforts: Sequence[str] = ("default",),
     peers: Sequence[Peer] = (),
+    epochs_of_efforts: int | None = None,
 ) -> list[Case]:
     """The runs of a model in their order: the model as it is, then each scheme with each method that goes with it, and
-    with each peer, which says itself why it has no figure at a scheme.
+    with each peer, which says itself why it has no figure at a scheme. Methods with efforts have epochs of their own.
 
     Rounding to nearest depends on no seed unless it rotates, and runs once. Rotated rows are for schemes that quantize
     activations; the rotated `sliderquant` is `sliderquant+`, and has one of its own only if the settings differ.
@@ -177,6 +201,15 @@ def plan(
                 continue
             changes = _ramps(method, scheme, spec)
             rotation = rotated or METHODS[method].rotations_for(Scheme.parse(scheme))
+            if METHODS[method].efforts:
+                for effort in efforts:
+                    changes = _ramps(method, scheme, spec, effort)
+                    label = f"{effort} effort"
+                    case = Case.of(
+                        model, scheme, method, changes, epochs_of_efforts, effort, label=label, samples=samples
+                    )
+                    cases += _seeded(case, seeds)
+                continue
             case = Case.of(model, scheme, method, changes, epochs, rotation=rotation, seed=seeds[0], samples=samples)
             if rotated and "sliderquant+" in methods and _is_plus(case, changes, epochs):
                 continue
@@ -204,8 +237,8 @@ def _is_plus(case: Case, changes: dict[str, Any], epochs: int) -> bool:
     return same and Case.of(case.model, case.scheme, plus.name, changes, epochs).settings == case.settings
 
 
-def _ramps(method: str, scheme: str, spec: ModelSpec) -> dict[str, Any]:
-    settings = METHODS[method].settings_for(Scheme.parse(scheme))
+def _ramps(method: str, scheme: str, spec: ModelSpec, effort: str | None = None) -> dict[str, Any]:
+    settings = with_overrides(METHODS[method], Scheme.parse(scheme), {}, effort)
     if spec.ramps is None or not isinstance(settings, Settings):
         return {}
     windows = settings.windows
@@ -247,8 +280,9 @@ def _places(arguments: argparse.Namespace, stack: ExitStack) -> dict[str, Place]
         model = str(material / spec.folder) if spec.folder else str(DEMO)
         if spec.outliers:
             model = stack.enter_context(outlier_model(model))
-        texts = material_texts(spec.texts, material)
-        places[name] = Place(name, model, *texts, seqlen=arguments.seqlen or SEQLEN)
+        calibration, evaluation = material_texts(spec.texts, material)
+        others = tuple(kept_text(Text(text, text), "evaluation", folder) for text in spec.elsewhere)
+        places[name] = Place(name, model, calibration, evaluation, arguments.seqlen or SEQLEN, others)
     return places
 
 

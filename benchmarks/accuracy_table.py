@@ -21,6 +21,20 @@ GOALS: dict[tuple[str, str], dict[str, float]] = {
     ("demo-llama-5m", "sliderquant-published"): {"W4A16": 40.80, "W3A16": 42.59, "W2A16": 60.26, "W4A4KV4": 43.70},
     ("demo-llama-5m", "sliderquant"): {"W4A16": 40.6, "W3A16": 42.1, "W2A16": 57.5, "W4A4KV4": 43.0},
     ("stories260K", "sliderquant"): {"W4A16": 6.56, "W2A16": 46.8},
+    ("demo-llama-5m", "sliderquant-best, default effort"): {
+        "W4A16": 40.5,
+        "W3A16": 41.5,
+        "W2A16": 47.0,
+        "W2A16-g64": 45.5,
+        "W4A4KV4": 42.5,
+    },
+    ("demo-llama-5m", "sliderquant-best, best effort"): {
+        "W4A16": 40.4,
+        "W3A16": 41.2,
+        "W2A16": 45.5,
+        "W2A16-g64": 44.5,
+        "W4A4KV4": 42.0,
+    },
 }
 REFERENCES: dict[tuple[str, str], dict[str, float]] = {
     ("demo-llama-5m", "cbq"): {"W2A16": 64.96},
@@ -58,6 +72,13 @@ def markdown(rows: Iterable[Row]) -> str:
     for model in dict.fromkeys(row["model"] for row in summary):
         found = [row for row in summary if row["model"] == model]
         parts += ["", f"## {model}", "", *_matrix(found)]
+        for text in dict.fromkeys(text for row in found for text in row.get("elsewhere", ())):
+            parts += [
+                "",
+                f"On another domain than it was calibrated on, {text}:",
+                "",
+                *_matrix(_measured_on(found, text)),
+            ]
         sentences = order_sentences(found)
         sentences += _peer_notes([row for row in rows if row["model"] == model])
         parts += ["", *(f"- {sentence}" for sentence in sentences)] if sentences else []
@@ -69,6 +90,11 @@ LISTED = [
     "model", "scheme", "method", "rotation", "perplexity", "of 16 bits", "spread", "seeds", "goal", "reference",
     "epochs", "samples", "seconds",
 ]  # fmt: skip
+
+
+def _measured_on(summary: list[Row], text: str) -> list[Row]:
+    """The rows with their perplexities on another text."""
+    return [{**row, "perplexity": row["elsewhere"][text]} for row in summary if text in row.get("elsewhere", ())]
 
 
 def _matrix(summary: list[Row]) -> list[str]:
@@ -137,13 +163,14 @@ def _listed(row: Row, summary: list[Row]) -> Row:
     for other in summary:
         if other["model"] == row["model"] and other["method"] == "original" and "perplexity" in other:
             shown["of 16 bits"] = f"{row['perplexity'] / other['perplexity']:.3f}"
-    key, usual = (row["model"], row["method"]), row["epochs"] in (EPOCHS, None) and row["samples"] in (SAMPLES, None)
+    name = ", ".join(filter(None, (row["method"], row.get("label"))))
+    usual = row["epochs"] in (EPOCHS, None) and row["samples"] in (SAMPLES, None)
     own_rotation = row["rotation"] == ",".join(getattr(METHODS.get(row["method"]), "rotations", ()))
     if (usual or row.get("label")) and own_rotation:
-        goal = GOALS.get(key, {}).get(row["scheme"])
+        goal, reference = (figures.get((row["model"], name), {}).get(row["scheme"]) for figures in (GOALS, REFERENCES))
         if goal is not None:
             shown["goal"] = f"{goal:g} {'reached' if row['perplexity'] <= goal else 'missed'}"
-        shown["reference"] = REFERENCES.get(key, {}).get(row["scheme"], "")
+        shown["reference"] = reference or ""
     return shown
 
 

@@ -69,6 +69,7 @@ class Place:
         name: what results call it.
         model: folder, or id on the Hugging Face hub.
         seqlen: tokens of a sample and of a block; None: 2048, or the model's maximum when that is shorter.
+        elsewhere: further texts that it is measured on, of other domains.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Place:
     calibration: Text
     evaluation: Text
     seqlen: int | None
+    elsewhere: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,16 +104,25 @@ class Case:
     peer: Peer | None = None
 
     @classmethod
-    def of(cls, model: str, scheme: str, method: str, changes: dict[str, Any], epochs: int, **more: Any) -> "Case":
-        """A run with the method's settings but for `changes`; `epochs` where the method has any.
+    def of(
+        cls,
+        model: str,
+        scheme: str,
+        method: str,
+        changes: dict[str, Any],
+        epochs: int | None,
+        effort: str | None = None,
+        **more: Any,
+    ) -> "Case":
+        """A run with the method's settings but for `changes`; `epochs` where the method has any, None: its own.
 
         Raises:
-            InputError: the changes are not settings of the method.
+            InputError: the changes are not settings of the method, or the effort is none of its.
         """
         chosen, parsed = METHODS[method], Scheme.parse(scheme)
-        if isinstance(chosen.settings_for(parsed), Settings):
+        if epochs is not None and isinstance(chosen.settings_for(parsed), Settings):
             changes = {"epochs": epochs, **changes}
-        return cls(model, str(parsed), method, with_overrides(chosen, parsed, changes), **more)
+        return cls(model, str(parsed), method, with_overrides(chosen, parsed, changes, effort), **more)
 
     @classmethod
     def original(cls, model: str) -> "Case":
@@ -200,7 +211,7 @@ def run_all(
     for number, case in enumerate(cases, start=1):
         row = case.described(places[case.model])
         print(f"[{number}/{len(cases)}] {case}", end=" ", flush=True)
-        same = [other for other in finished if _columns(other, WORK) == _columns(row, WORK)]
+        same = [other for other in finished if _work(other) == _work(row)]
         there = next((other for other in same if _columns(other, SLOT) == _columns(row, SLOT)), None)
         if there is not None:
             print(f"{there['perplexity']:.2f}, is in the file", flush=True)
@@ -221,6 +232,14 @@ def run_all(
         else:
             print(row["error"], flush=True)
         added()
+
+
+def _work(row: Row) -> Any:
+    """What a row is the result of. Settings that did not exist when it was run have their defaults, which is how runs
+    were before there were any."""
+    if row["engine"] == "windows":
+        row = {**row, "settings": Settings.model_validate(row["settings"]).model_dump(mode="json")}
+    return _columns(row, WORK)
 
 
 def _measured(case: Case, place: Place, row: Row) -> Row:
@@ -259,6 +278,10 @@ def _measured(case: Case, place: Place, row: Row) -> Row:
                 measured["threads"] = torch.get_num_threads()
                 checkpoint = result.path
             value = sliderquant.evaluate(checkpoint, place.evaluation.source, seqlen=place.seqlen)
+            others = {
+                text.name: sliderquant.evaluate(checkpoint, text.source, seqlen=place.seqlen).value
+                for text in place.elsewhere
+            }
         except PeerError as error:
             if str(error) != error.summary:
                 print(error, flush=True)
@@ -267,7 +290,11 @@ def _measured(case: Case, place: Place, row: Row) -> Row:
             return {**row, "error": str(error).replace(place.model, place.name).replace(folder, "")}
         tokens = {"blocks": value.blocks, "tokens": value.tokens}
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return {"seconds": None, "steps": None, **row, "perplexity": value.value, **measured, **tokens, "date": date}
+        elsewhere = {"elsewhere": others} if others else {}
+        return {
+            "seconds": None, "steps": None, **row, "perplexity": value.value, **elsewhere, **measured, **tokens,
+            "date": date,
+        }  # fmt: skip
 
 
 def summarize(rows: Iterable[Row]) -> list[Row]:
@@ -283,6 +310,11 @@ def summarize(rows: Iterable[Row]) -> list[Row]:
         if found:
             values = [row["perplexity"] for row in found]
             kept |= {"perplexity": statistics.fmean(values), "spread": max(values) - min(values)}
+            texts = dict.fromkeys(text for row in found for text in row.get("elsewhere", ()))
+            kept["elsewhere"] = {
+                text: statistics.fmean(row["elsewhere"][text] for row in found if text in row.get("elsewhere", ()))
+                for text in texts
+            }
             seconds = [row["seconds"] for row in found if row["seconds"] is not None]
             kept["seconds"] = round(statistics.fmean(seconds), 1) if seconds else None
         else:

@@ -65,17 +65,36 @@ def test_models_have_their_own_runs():
     assert (published.settings.windows.shallow, published.settings.windows.deep) == (2, 2)
     blocks = next(case for case in stories if case.method == "omniquant")
     assert (blocks.settings.windows.shallow, blocks.settings.windows.deep) == (0, 0)
-    (extra,) = (case for case in stories if case.label)
+    (extra,) = (case for case in stories if case.label and case.method == "sliderquant")
     assert (extra.scheme, extra.settings.rank, extra.samples) == ("W4A16", 64, 256)
     outliers = planned(OUTLIERS)
-    assert [case.method for case in outliers[1:]] == ["rtn", "smoothquant", "sliderquant", "sliderquant+"]
+    methods = ["rtn", "smoothquant", "sliderquant", "sliderquant+", "sliderquant-best"]
+    assert [case.method for case in outliers[1:]] == methods
     assert {case.scheme for case in outliers[1:]} == {"W4A4KV4"}
     assert [case.scheme for case in planned("another", ["W4A16-g128"], ["rtn"])] == ["16 bits", "W4A16-g128"]
 
 
 def test_epochs_are_those_of_learned_methods_alone():
     for case in planned(DEMO, ["W4A4KV4"], epochs=3):
-        assert getattr(case.settings, "epochs", 3) == 3
+        if case.method != "sliderquant-best":
+            assert getattr(case.settings, "epochs", 3) == 3
+
+
+def test_a_method_with_efforts_runs_with_each_that_is_asked_for():
+    def runs(**more):
+        spec = MODELS[DEMO]
+        return plan(DEMO, spec, ["W2A16"], ["sliderquant-best"], 10, 64, (2, 3), **more)[1:]
+
+    assert [(case.label, case.seed) for case in runs()] == [("default effort", 2), ("default effort", 3)]
+    several = runs(efforts=("light", "best"))
+    assert [(case.label, case.seed) for case in several] == [
+        ("light effort", 2), ("light effort", 3), ("best effort", 2), ("best effort", 3)
+    ]  # fmt: skip
+    epochs = [case.settings.epochs for case in several]
+    assert epochs[0] < runs()[0].settings.epochs < epochs[2]
+    assert {case.settings.epochs for case in runs(epochs_of_efforts=3)} == {3}
+    stories = plan(STORIES, MODELS[STORIES], ["W2A16"], ["sliderquant-best"], 10, 64, (2,), ("light", "default"))
+    assert [case.settings.windows.shallow for case in stories[1:]] == [0, 2]
 
 
 @pytest.fixture
@@ -229,8 +248,10 @@ def table(run_row):
         run_row(DEMO, "W2A16", "sliderquant", 57.5),
         run_row(DEMO, "W2A16", "sliderquant-published", 60.27),
         run_row(DEMO, "W2A16", "cbq", 66.0),
-        run_row(DEMO, "16 bits", "original", 40.0),
+        run_row(DEMO, "16 bits", "original", 40.0, elsewhere={"topics": 30.0}),
         run_row(DEMO, "W4A4KV4", "sliderquant+", 44.0, **rotated),
+        run_row(DEMO, "W2A16", "sliderquant-best", 46.0, label="default effort", elsewhere={"topics": 33.0}),
+        run_row(DEMO, "W2A16", "sliderquant-best", 46.0, label="best effort"),
     ]
 
 
@@ -245,6 +266,11 @@ def test_the_table(table):
     assert "57.5 reached" in goals["sliderquant"]
     assert "60.26 missed" in goals["sliderquant-published"]
     assert "| 64.96 |" in goals["cbq"]
+    assert "47 reached" in goals["sliderquant-best, default effort"]
+    assert "45.5 missed" in goals["sliderquant-best, best effort"]
+    other = lines.index("On another domain than it was calibrated on, topics:")
+    assert lines[other + 2] == "16 bits: 30.00"
+    assert lines[other + 6] == "| sliderquant-best, default effort | 33.00 (12 s) |"
     assert any("order holds: sliderquant 57.50 < cbq 66.00" in line for line in lines)
 
 
@@ -263,7 +289,7 @@ def test_the_picture(table, tmp_path, run_row):
     assert labels == ["rtn", "rtn, rotated", "sliderquant+"]
     widths = [bar.get_width() for bar in second.patches]
     assert widths == pytest.approx([1.25, 0.75, 0.1])
-    assert len(first.patches) == 4
+    assert len(first.patches) == 6
     figure.savefig(tmp_path / "a.png")
     assert accuracy_plot.accuracy_figure([]) is not None
 
