@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..case import Case, Prepared, Work
-from ..low_bit.rows import BASELINE, Copy, operands_key
+from ..low_bit.rows import BASELINE, Copy, activations, operands_key
 from .goals import goals
-from .operands import activations, expected, operands, scheme_of
+from .operands import expected, operands, scheme_of
 from .plan import NAME, plan, subsets
 from .providers import PROVIDERS
 

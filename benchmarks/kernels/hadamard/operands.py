@@ -17,7 +17,7 @@ from ..low_bit.rows import expected_codes, expected_copy
 from ..low_bit.schemes import ActivationScheme
 from ..weight_only.operands import generator
 
-__all__ = ["ROTATE", "HadamardArithmetic", "Rows", "activations", "expected", "operands", "scheme_of"]
+__all__ = ["ROTATE", "HadamardArithmetic", "Rows", "expected", "operands", "scheme_of"]
 
 # The scheme of rotating alone; others are those of quantizing, `A4`, `A8-sym`, `A4+silu_mul`, ...
 ROTATE = "rotate"
@@ -55,11 +55,6 @@ def operands(case: Case, device: torch.device) -> Rows:
     plain = scheme or ActivationScheme(8)
     x = inputs.random_inputs(case.m, n, plain, DTYPES[case.dtype], generator(case, device))
     return Rows(scheme, factor_hadamard(n), x)
-
-
-def activations(case: Case, given: Rows) -> Tensor:
-    """What a call reads; its tensors are copies of it."""
-    return given.x
 
 
 def expected(given: Rows, x: Tensor, prepared: Prepared) -> Expected:

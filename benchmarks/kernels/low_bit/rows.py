@@ -18,8 +18,8 @@ from ..weight_only.plan import TOKENS, subsets
 from .inputs import Codes
 
 __all__ = [
-    "BASELINE", "CHOSEN", "COPY", "UNFUSED", "Copy", "Pair", "RowSizes", "expected_codes", "expected_copy", "goal",
-    "is_cold", "operands_key", "own_providers", "pairs_with_copies", "plan_rows",
+    "BASELINE", "CHOSEN", "COPY", "UNFUSED", "Copy", "Pair", "RowSizes", "activations", "expected_codes", "expected_copy",
+    "goal", "is_cold", "operands_key", "own_providers", "pairs_with_copies", "plan_rows",
 ]  # fmt: skip
 
 COPY, CHOSEN = "copy", "sliderquant"
@@ -37,7 +37,7 @@ Pair = tuple[Row, Row]
 Sizes = Mapping[str, tuple[int, ...]]
 
 
-class Activations(Protocol):
+class HasActivations(Protocol):
     """Operands: x `[M, K]`, or `[2, M, K]` before SiLU-mul."""
 
     @property
@@ -97,7 +97,12 @@ def operands_key(case: Case) -> Hashable:
     return case.key
 
 
-def is_cold(given: Activations) -> bool:
+def activations(case: Case, given: HasActivations) -> Tensor:
+    """What a call reads; its tensors are copies of it."""
+    return given.x
+
+
+def is_cold(given: HasActivations) -> bool:
     """Whether they are large enough to be read from memory."""
     return given.x.numel() * given.x.element_size() >= COLD_BYTES
 
@@ -107,7 +112,7 @@ class Copy(Arithmetic):
     """Nothing is rounded."""
 
 
-def prepare_copy(given: Activations) -> Prepared:
+def prepare_copy(given: HasActivations) -> Prepared:
     """Moves all that the op reads."""
     return Prepared(
         (given.x,),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ...case import Case, Prepared, Work
-from ..rows import BASELINE, Copy, operands_key
+from ..rows import BASELINE, Copy, activations, operands_key
 from ..schemes import ActivationScheme
 from .goals import goals
-from .operands import activations, expected, operands
+from .operands import expected, operands
 from .plan import NAME, plan, subsets
 from .providers import PROVIDERS
 

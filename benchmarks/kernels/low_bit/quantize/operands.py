@@ -15,7 +15,7 @@ from ..linear.operands import LowBitArithmetic
 from ..rows import expected_codes, expected_copy
 from ..schemes import ActivationScheme
 
-__all__ = ["Activations", "activations", "expected", "operands"]
+__all__ = ["Activations", "expected", "operands"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,6 @@ def operands(case: Case, device: torch.device) -> Activations:
     random = generator(case, device)
     x = inputs.random_inputs(case.m, k, scheme, dtype, random)
     return Activations(scheme, x, inputs.random_norm_weight(k, dtype, random))
-
-
-def activations(case: Case, given: Activations) -> Tensor:
-    """What a call reads; its tensors are copies of it."""
-    return given.x
 
 
 def expected(given: Activations, x: Tensor, prepared: Prepared) -> Expected:
