@@ -18,8 +18,8 @@ from ..weight_only.plan import TOKENS, subsets
 from .inputs import Codes
 
 __all__ = [
-    "BASELINE", "CHOSEN", "COPY", "UNFUSED", "Copy", "Pair", "RowSizes", "activations", "expected_codes", "expected_copy",
-    "goal", "is_cold", "operands_key", "own_providers", "pairs_with_copies", "plan_rows",
+    "BASELINE", "CHOSEN", "COPY", "UNFUSED", "Copy", "Pair", "RowSizes", "activations", "expected_codes",
+    "expected_copy", "goal", "is_cold", "operands_key", "own_providers", "pairs_with_copies", "plan_rows",
 ]  # fmt: skip
 
 COPY, CHOSEN = "copy", "sliderquant"
