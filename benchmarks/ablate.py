@@ -1,4 +1,4 @@
-"""What each ingredient of `sliderquant` brings: its settings with one thing changed at a time, over several seeds.
+"""What each ingredient of a method brings: its settings with one thing changed at a time, over several seeds.
 
 NAME is one of the ablations in benchmarks/ablations.py, or `all`. Needs a folder with `data/` (--material), unless
 --calibration and --evaluation name other texts. Every run goes into ablations.json as soon as it is there, the table
@@ -29,10 +29,9 @@ from benchmarks.runs import (
     summarize,
 )
 from sliderquant.errors import InputError
+from sliderquant.methods import METHODS
 
 __all__ = ["add_place", "markdown", "place_of", "plan"]
-
-METHOD = "sliderquant"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_place(parser)
     parser.add_argument("--samples", type=positive, default=SAMPLES, help="calibration samples")
     parser.add_argument("--scheme", type=scheme_argument, help="in place of the ablation's own")
-    parser.add_argument("--epochs", type=positive, default=EPOCHS)
+    parser.add_argument("--epochs", type=positive, help=f"{EPOCHS}, or the method's own where it has efforts")
     parser.add_argument("--seeds", nargs="+", type=int, default=[2])
     parser.add_argument("--resume", action="store_true", help="do not repeat what is in the result file")
     parser.add_argument("--out", type=Path, help="folder for the result files")
@@ -72,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def plan(
-    model: str, names: Sequence[str], scheme: str | None, epochs: int, samples: int, seeds: Sequence[int]
+    model: str, names: Sequence[str], scheme: str | None, epochs: int | None, samples: int, seeds: Sequence[int]
 ) -> list[Case]:
     """The runs in their order: the model as it is, then of each ablation the method as it is and every row."""
     spec = MODELS.get(model)
@@ -80,11 +79,13 @@ def plan(
     cases = [Case.original(model)]
     for name in names:
         ablation = ABLATIONS[name]
+        method = ablation.method
+        own = epochs or (None if METHODS[method].efforts else EPOCHS)
         for label, changes in {BASE: {}, **ablation.rows}.items():
             chosen = scheme or ablation.scheme
             settings = {**base, **changes}
             cases += [
-                Case.of(model, chosen, METHOD, settings, epochs, seed=seed, samples=samples, label=label, ablation=name)
+                Case.of(model, chosen, method, settings, own, seed=seed, samples=samples, label=label, ablation=name)
                 for seed in seeds
             ]
     return cases
@@ -109,14 +110,15 @@ def place_of(arguments: argparse.Namespace, folder: Path) -> Place:
             for text, own in zip(given, spec.texts, strict=True)
         ]
     kept: list[Text] = [kept_text(text, purpose, folder) for text, purpose in zip(texts, PURPOSES, strict=True)]
-    return Place(name, model, *kept, seqlen=seqlen)
+    others = [] if spec is None else [kept_text(Text(text, text), "evaluation", folder) for text in spec.elsewhere]
+    return Place(name, model, *kept, seqlen=seqlen, elsewhere=tuple(others))
 
 
 def _write(file: RunFile) -> None:
     file.beside(".md").write_text(markdown(file.rows()), encoding="utf-8")
 
 
-COLUMNS = ["row", "perplexity", "spread", "against as it is", "seconds", "seeds"]
+COLUMNS = ["row", "perplexity", "spread", "against as it is", "elsewhere", "seconds", "seeds"]
 
 
 def markdown(rows: Iterable[Row]) -> str:
@@ -124,15 +126,15 @@ def markdown(rows: Iterable[Row]) -> str:
     summary = summarize(rows)
     tables: dict[tuple[object, ...], list[Row]] = {}
     for row in summary:
-        if row["method"] == METHOD:
+        if "ablation" in row:
             key = (row["ablation"], row["model"], row["scheme"], row["epochs"], row["samples"])
             tables.setdefault(key, []).append(row)
-    originals = {row["model"]: row for row in summary if row["method"] != METHOD and "perplexity" in row}
+    originals = {row["model"]: row for row in summary if "ablation" not in row and "perplexity" in row}
     parts = [
         "# Ablations",
         "",
-        f"`{METHOD}` with one thing changed. Perplexity, lower is better, and seconds of quantizing: means over the "
-        "seeds; spread: largest less smallest.",
+        "A method with one thing changed. Perplexity, lower is better, and seconds of quantizing: means over the "
+        "seeds; spread: largest less smallest. Elsewhere: on a text of another domain.",
     ]
     names = list(ABLATIONS)
     for (name, model, scheme, epochs, samples), found in sorted(
@@ -143,12 +145,18 @@ def markdown(rows: Iterable[Row]) -> str:
             "",
             f"## {name}{question}",
             "",
-            f"{model}, {scheme}, {epochs} epochs, {samples} samples"
+            f"`{found[0]['method']}`, {model}, {scheme}, {epochs} epochs, {samples} samples"
             + (f" (16 bits: {originals[model]['perplexity']:.2f})" if model in originals else ""),
             "",
-            results.markdown(_listed(found), COLUMNS),
+            results.markdown(
+                _listed(found), [name for name in COLUMNS if name != "elsewhere" or _has_elsewhere(found)]
+            ),
         ]
     return "\n".join(parts) + "\n"
+
+
+def _has_elsewhere(found: list[Row]) -> bool:
+    return any(row.get("elsewhere") for row in found)
 
 
 def _listed(found: list[Row]) -> list[Row]:
@@ -159,6 +167,7 @@ def _listed(found: list[Row]) -> list[Row]:
         shown = {"row": row["label"], "seeds": " ".join(map(str, row["seeds"]))}
         if "perplexity" in row:
             shown |= {"perplexity": f"{row['perplexity']:.2f}", "seconds": f"{row['seconds']:.3g}"}
+            shown["elsewhere"] = ", ".join(f"{value:.2f}" for value in row.get("elsewhere", {}).values())
             shown["spread"] = f"{row['spread']:.2f}" if len(row["seeds"]) > 1 else ""
             if base is not None and row["label"] != BASE:
                 shown["against as it is"] = f"{100 * (row['perplexity'] / base - 1):+.1f}%"

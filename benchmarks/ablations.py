@@ -1,4 +1,4 @@
-"""What `python -m benchmarks ablate` varies: settings of `sliderquant` that differ from the method's own."""
+"""What `python -m benchmarks ablate` varies: settings of a method that differ from its own."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,13 @@ class Ablation:
         question: what the rows answer.
         rows: label -> the settings that differ; that of the method as it is comes by itself.
         scheme: the scheme unless another is asked for.
+        method: whose settings differ.
     """
 
     question: str
     rows: dict[str, dict[str, Any]]
     scheme: str = "W2A16"
+    method: str = "sliderquant"
 
 
 def _windows(shallow: int, deep: int, size: int) -> dict[str, Any]:
@@ -78,5 +80,36 @@ ABLATIONS: dict[str, Ablation] = {
             "from statistics, log": _scales("always", "statistics", "log"),
         },
         scheme="W4A4KV4",
+    ),
+    "best": Ablation(
+        "what each ingredient of the strongest recipe brings last: without it, everything else as it is",
+        {
+            "low-rank terms in place of offsets of weights": {
+                "weights": False,
+                "rank": 32,
+                "learning_rates": {"low_rank": 1e-3},
+            },
+            "low-rank terms on top": {"rank": 4},
+            "ranges of the current weights": {"grid": "range"},
+            "grids that are not learned": {"learning_rates": {"clipping": 0.0}},
+            "ranges from 0.982": {"clipping_start": 4.0},
+            "offsets from compensated rounding": {"weights_start": "compensated"},
+            "hidden states to the end": {"last_loss": "hidden"},
+            "two stages": {"gamma": 0.5},
+            "block by block": _windows(0, 0, 1),
+            "size 2, no ramps": _windows(0, 0, 2),
+        },
+        method="sliderquant-best",
+    ),
+    "best_alone": Ablation(
+        "what each ingredient of the strongest recipe brings alone, on top of the published settings",
+        {
+            "one stage": {"gamma": 1.0},
+            "ranges from a search": {"clipping_start": "search"},
+            "offsets of weights": {"weights": True, "rank": 0, "learning_rates": {"weights": 4e-3}},
+            "free grids": {"grid": "free", "learning_rates": {"clipping": 2e-3}},
+            "logits at the end": {"last_loss": "logits"},
+        },
+        method="sliderquant-published",
     ),
 }

@@ -18,7 +18,22 @@ def flat(settings, prefix=""):
     return found
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
+ONE_THING = [name for name in ABLATIONS if not name.startswith("best")]
+
+
+@pytest.mark.parametrize("name", sorted(set(ABLATIONS) - set(ONE_THING)))
+def test_rows_of_the_strongest_recipe_are_runs_of_their_own(name):
+    ablation = ABLATIONS[name]
+    cases = ablate.plan("a-model", [name], None, None, 64, [2])[1:]
+    assert {case.method for case in cases} == {ablation.method}
+    assert len({case.settings for case in cases}) == len(cases) == len(ablation.rows) + 1
+    # A method with efforts keeps its epochs, the others have those of the table.
+    own = METHODS[ablation.method].settings_for(Scheme.parse(ablation.scheme)).epochs
+    assert {case.settings.epochs for case in cases} == {own if METHODS[ablation.method].efforts else 10}
+    assert {case.settings.epochs for case in ablate.plan("a-model", [name], None, 3, 64, [2])[1:]} == {3}
+
+
+@pytest.mark.parametrize("name", ONE_THING)
 def test_rows_change_what_they_are_about(name):
     about = {"windows": "windows.", "ramps": "windows.", "scales": "scales."}.get(name, name)
     cases = ablate.plan("a-model", [name], None, 10, 64, [2])[1:]
@@ -52,7 +67,7 @@ def test_the_table(run_row):
         for seed, value in enumerate(values)
     ]
     lines = ablate.markdown([run_row("m", "16 bits", "original", 40.0), *rows]).splitlines()
-    assert "m, W2A16, 10 epochs, 64 samples (16 bits: 40.00)" in lines
+    assert "`sliderquant`, m, W2A16, 10 epochs, 64 samples (16 bits: 40.00)" in lines
     assert lines[-2:] == [f"| {BASE} | 60.00 | 2.00 |  | 12 | 0 1 |", "| one stage | 66.00 |  | +10.0% | 12 | 0 |"]
 
 
