@@ -313,8 +313,8 @@ def _with_chosen_bits(
     progress.message(
         f"choosing the bits of every linear, at most {settled.average_bits:g} on average: gradients of the loss on "
         f"{settled.measured_samples} calibration samples; the whole run takes about "
-        f"{settled.memory_bytes / 1e9:.2f} GB where layers are refined, {settled.host_memory_bytes / 1e9:.2f} GB of host memory"
-        + (f", and meanwhile {settled.file_bytes / 1e9:.2f} GB of temporary files" if settled.file_bytes else "")
+        f"{settled.memory_bytes / 1e9:.2f} GB where layers are refined, {settled.host_memory_bytes / 1e9:.2f} GB of host "
+        "memory" + (f", and meanwhile {settled.file_bytes / 1e9:.2f} GB of temporary files" if settled.file_bytes else "")
     )
     with deterministic(device):
         return settled.with_allocation(choose_bits(settled, decoder, blocks, device, progress))
