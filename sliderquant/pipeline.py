@@ -310,11 +310,15 @@ def _calibration_blocks(calibration: str, tokenizer: Any, settled: Plan, seed: i
 def _with_chosen_bits(
     settled: Plan, decoder: Decoder, blocks: torch.Tensor, device: torch.device, progress: Progress
 ) -> Plan:
+    takes = (
+        f"{settled.memory_bytes / 1e9:.2f} GB where layers are refined, {settled.host_memory_bytes / 1e9:.2f} GB of "
+        "host memory"
+    )
+    if settled.file_bytes:
+        takes += f", and meanwhile {settled.file_bytes / 1e9:.2f} GB of temporary files"
     progress.message(
         f"choosing the bits of every linear, at most {settled.average_bits:g} on average: gradients of the loss on "
-        f"{settled.measured_samples} calibration samples; the whole run takes about "
-        f"{settled.memory_bytes / 1e9:.2f} GB where layers are refined, {settled.host_memory_bytes / 1e9:.2f} GB of host "
-        "memory" + (f", and meanwhile {settled.file_bytes / 1e9:.2f} GB of temporary files" if settled.file_bytes else "")
+        f"{settled.measured_samples} calibration samples; the run takes about {takes}"
     )
     with deterministic(device):
         return settled.with_allocation(choose_bits(settled, decoder, blocks, device, progress))
