@@ -11,6 +11,7 @@ from sliderquant.schemes import Scheme
 from sliderquant.train import Stage, WindowLayers, divergence, matmul_dtype, train_stage
 
 CPU = torch.device("cpu")
+LEARNABLES = [{}, {"weights": True, "grid": "free", "rank": 0}]
 SAMPLES, SEQLEN, HIDDEN = 7, 8, 32
 
 
@@ -34,7 +35,10 @@ class Layer(nn.Module):
 
 
 def window(settings, layers=2, poison=lambda call: 1.0):
-    return WindowLayers([Layer(settings, i, poison) for i in range(layers)], [{"gain": 1.0}] * layers)
+    made = [Layer(settings, i, poison) for i in range(layers)]
+    for layer in made:
+        layer.linear.start()
+    return WindowLayers(made, [{"gain": 1.0}] * layers)
 
 
 def streams(layers):
@@ -90,8 +94,9 @@ def test_attention_is_rounded_only_when_the_window_is_quantized():
         assert [torch.equal(layer.rounding.query(x), x) for layer in layers.layers] == [not quantized] * 2
 
 
-def test_same_seed_same_bits_and_another_seed_others():
-    settings = Settings(matmul="float32")
+@pytest.mark.parametrize("learnables", LEARNABLES, ids=["low rank", "every weight"])
+def test_same_seed_same_bits_and_another_seed_others(learnables):
+    settings = Settings(matmul="float32", **learnables)
     runs = []
     for seed in (2, 2, 3):
         layers = window(settings)
@@ -101,8 +106,9 @@ def test_same_seed_same_bits_and_another_seed_others():
     assert not all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
 
 
-def test_a_non_finite_loss_rolls_back_halves_the_rates_and_tries_again():
-    settings = Settings(matmul="float32", retries=4)
+@pytest.mark.parametrize("learnables", LEARNABLES, ids=["low rank", "every weight"])
+def test_a_non_finite_loss_rolls_back_halves_the_rates_and_tries_again(learnables):
+    settings = Settings(matmul="float32", retries=4, **learnables)
     layers = window(settings, layers=1, poison=lambda call: float("nan") if call in (2, 7) else 1.0)
     result, _ = train(layers, settings)
     assert (result.retries, result.rate_scale, result.converged) == (2, 0.25, True)
@@ -167,8 +173,6 @@ def test_a_window_may_match_what_is_made_of_its_output():
     def trained(output):
         layers = window(settings)
         inputs, targets = streams(layers)
-        for layer in layers.layers:
-            layer.linear.start()
         job = Stage(layers, inputs, targets, 1.0, 30, settings, 2, "[0]", CPU, output)
         result = train_stage(job, lambda steps, loss: None)
         with torch.no_grad():

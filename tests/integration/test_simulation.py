@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 import sliderquant
 from sliderquant import pipeline
 from sliderquant.baselines import walk
+from sliderquant.methods import METHODS
 from sliderquant.modules import attention, linear, rotated
 from sliderquant.modules.merged import MergedLinear
+from sliderquant.refine import refined_linears
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import LowBitLayout, QuantizedActivations
 
@@ -106,6 +108,19 @@ def test_learned(quantize, scheme, rotate):
     rounds = Scheme.parse(scheme).quantizes_activations or Scheme.parse(scheme).quantizes_attention
     found = errors(calls_of(result.load(device="cpu", dtype="float32")), trained)
     assert max(found) < (5e-3 if rounds or rotate else 1e-6)
+
+
+@pytest.mark.parametrize("rotate", [(), ALL], ids=["plain", "rotated"])
+@pytest.mark.parametrize("scheme", ["W2A16", "W3A16-g32-sym", "W4A4KV4"])
+def test_every_weight_learned(quantize, scheme, rotate):
+    if "KV" not in scheme:
+        rotate = tuple(name for name in rotate if name != "R3")
+    strongest = METHODS["sliderquant-best"].settings_for(Scheme.parse(scheme)).model_dump()
+    result, trained = quantize(scheme, rotate, **{**strongest, "epochs": 2})
+    moved = [linear.offset.abs().max() for layer in trained for linear in refined_linears(layer).values()]
+    assert min(moved) > 0
+    found = errors(calls_of(result.load(device="cpu", dtype="float32")), trained)
+    assert max(found) < (1e-6 if scheme.endswith("A16") and not rotate else 5e-3)
 
 
 @pytest.mark.parametrize("rotate", [(), ("R3",), ALL], ids=["plain", "R3", "rotated"])
