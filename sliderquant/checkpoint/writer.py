@@ -97,7 +97,7 @@ class CheckpointWriter:
         self._max_shard_bytes = max_shard_bytes
         self._estimated_bytes = estimated_bytes or 0
         self._schemes: dict[str, Scheme] = {}
-        self._weights: dict[str, int] = {}
+        self._code_bits = self._quantized_weights = 0
         self._rotations: Rotations | None = None
         self._kv_bits = 16
         self._folder: Path | None = None
@@ -153,7 +153,8 @@ class CheckpointWriter:
         for part, tensor in parts.items():
             self.add_tensor(f"{name}.{part}", tensor)
         self._schemes[name] = scheme
-        self._weights[name] = quantized.codes.numel()
+        self._code_bits += scheme.bits * quantized.codes.numel()
+        self._quantized_weights += quantized.codes.numel()
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Write a tensor as it is: embeddings, norms, biases, the output head.
@@ -231,8 +232,7 @@ class CheckpointWriter:
         folder, total = self._folder, self._shards.total_bytes
         with disk_full(self.out, max(self._estimated_bytes, total)):
             _write_json(folder / REPORT_NAME, dict(report or {}))
-            codes = sum(scheme.bits * self._weights[name] for name, scheme in self._schemes.items())
-            average_bits = codes / sum(self._weights.values())
+            average_bits = self._code_bits / self._quantized_weights if self._quantized_weights else None
             text = render_card(card or CardInfo(), self._schemes, total, self._rotations, self._kv_bits, average_bits)
             (folder / "README.md").write_text(text, encoding="utf-8")
             if page is not None:
