@@ -3,7 +3,8 @@
 Without --model and --quick it needs a folder with `data/` and `models/` (--material): WikiText-2 and TinyStories text
 and the model stories260K. Settings: each method's own, with 10 epochs, 64 samples of 256 tokens and seed 2; --peers
 adds methods of other packages. Results go into accuracy.json, accuracy.md and accuracy.png, those of --quick and
---model into accuracy-quick and accuracy-models; rows of other runs stay in the file.
+--model into accuracy-quick and accuracy-models; rows of other runs stay in the file. Where there are rows of a method
+with efforts, accuracy-effort.png shows perplexity over seconds.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 
 from benchmarks.accuracy_plot import accuracy_figure
 from benchmarks.accuracy_table import EPOCHS, SAMPLES, SCHEMES, markdown, summary_of
+from benchmarks.effort_plot import effort_figure
 from benchmarks.peer_runs import PEERS, Peer, peers_in
 from benchmarks.runs import (
     DEMO,
@@ -298,3 +300,6 @@ def _write(file: RunFile, picture: bool = False) -> None:
     file.beside(".md").write_text(markdown(rows), encoding="utf-8")
     if picture:
         accuracy_figure(summary_of(rows)).savefig(file.beside(".png"), dpi=100)
+        figure = effort_figure(summary_of(rows))
+        if figure is not None:
+            figure.savefig(file.path.with_name(f"{file.name}-effort.png"), dpi=100)
