@@ -2,7 +2,7 @@
 
 NAME is one of the ablations in benchmarks/ablations.py, or `all`. Needs a folder with `data/` (--material), unless
 --calibration and --evaluation name other texts. Every run goes into ablations.json as soon as it is there, the table
-into ablations.md; what two ablations have in common is run once.
+into ablations.md and at the end into ablations.png; what two ablations have in common is run once.
 """
 
 import argparse
@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.ablations import ABLATIONS, BASE
+from benchmarks.ablation_plot import ablation_figure
+from benchmarks.ablations import ABLATIONS, BASE, tables_of
 from benchmarks.accuracy import MODELS, PURPOSES, SEQLEN, material_texts
 from benchmarks.accuracy_table import EPOCHS, SAMPLES
 from benchmarks.runs import (
@@ -65,9 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
         except InputError as error:
             raise SystemExit(str(error)) from error
         run_all(cases, {place.name: place}, file, arguments.resume, lambda: _write(file))
-    _write(file)
+    _write(file, picture=True)
     print(file.beside(".md").read_text(encoding="utf-8"))
-    print(f"written to {file.path} and .md")
+    print(f"written to {file.path}, .md and .png")
 
 
 def plan(
@@ -114,8 +115,11 @@ def place_of(arguments: argparse.Namespace, folder: Path) -> Place:
     return Place(name, model, *kept, seqlen=seqlen, elsewhere=tuple(others))
 
 
-def _write(file: RunFile) -> None:
-    file.beside(".md").write_text(markdown(file.rows()), encoding="utf-8")
+def _write(file: RunFile, picture: bool = False) -> None:
+    rows = file.rows()
+    file.beside(".md").write_text(markdown(rows), encoding="utf-8")
+    if picture:
+        ablation_figure(summarize(rows)).savefig(file.beside(".png"), dpi=100)
 
 
 COLUMNS = ["row", "perplexity", "spread", "against as it is", "elsewhere", "seconds", "seeds"]
@@ -124,11 +128,6 @@ COLUMNS = ["row", "perplexity", "spread", "against as it is", "elsewhere", "seco
 def markdown(rows: Iterable[Row]) -> str:
     """A table for each ablation, model, scheme and budget."""
     summary = summarize(rows)
-    tables: dict[tuple[object, ...], list[Row]] = {}
-    for row in summary:
-        if "ablation" in row:
-            key = (row["ablation"], row["model"], row["scheme"], row["epochs"], row["samples"])
-            tables.setdefault(key, []).append(row)
     originals = {row["model"]: row for row in summary if "ablation" not in row and "perplexity" in row}
     parts = [
         "# Ablations",
@@ -136,10 +135,7 @@ def markdown(rows: Iterable[Row]) -> str:
         "A method with one thing changed. Perplexity, lower is better, and seconds of quantizing: means over the "
         "seeds; spread: largest less smallest. Elsewhere: on a text of another domain.",
     ]
-    names = list(ABLATIONS)
-    for (name, model, scheme, epochs, samples), found in sorted(
-        tables.items(), key=lambda item: names.index(item[0][0]) if item[0][0] in names else len(names)
-    ):
+    for (name, model, scheme, epochs, samples), found in tables_of(summary).items():
         question = f": {ABLATIONS[name].question}" if name in ABLATIONS else ""
         parts += [
             "",
@@ -161,9 +157,8 @@ def _has_elsewhere(found: list[Row]) -> bool:
 
 def _listed(found: list[Row]) -> list[Row]:
     base = next((row["perplexity"] for row in found if row["label"] == BASE and "perplexity" in row), None)
-    labels = [BASE, *(ABLATIONS[found[0]["ablation"]].rows if found[0]["ablation"] in ABLATIONS else ())]
     listed = []
-    for row in sorted(found, key=lambda row: labels.index(row["label"]) if row["label"] in labels else len(labels)):
+    for row in found:
         shown = {"row": row["label"], "seeds": " ".join(map(str, row["seeds"]))}
         if "perplexity" in row:
             shown |= {"perplexity": f"{row['perplexity']:.2f}", "seconds": f"{row['seconds']:.3g}"}

@@ -1,9 +1,13 @@
 """What `python -m benchmarks ablate` varies: settings of a method that differ from its own."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-__all__ = ["ABLATIONS", "BASE", "Ablation"]
+from benchmarks.runs import Row
+
+__all__ = ["ABLATIONS", "BASE", "Ablation", "tables_of"]
 
 BASE = "as it is"
 
@@ -113,3 +117,25 @@ ABLATIONS: dict[str, Ablation] = {
         method="sliderquant-published",
     ),
 }
+
+
+def tables_of(summary: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by ablation, model, scheme, epochs and samples, in the order of ABLATIONS and of their rows.
+
+    `summary` is what `benchmarks.runs.summarize` makes.
+    """
+    tables: dict[tuple[Any, ...], list[Row]] = {}
+    for row in summary:
+        if "ablation" in row:
+            key = tuple(row[name] for name in ("ablation", "model", "scheme", "epochs", "samples"))
+            tables.setdefault(key, []).append(row)
+    for (name, *_), found in tables.items():
+        labels = [BASE, *(ABLATIONS[name].rows if name in ABLATIONS else ())]
+        found.sort(key=partial(_place, labels, "label"))
+    names = list(ABLATIONS)
+    return {key: tables[key] for key in sorted(tables, key=partial(_place, names, 0))}
+
+
+def _place(known: list[str], column: Any, row: Any) -> int:
+    """That of the row's column in what is known; last, if it is not."""
+    return known.index(row[column]) if row[column] in known else len(known)

@@ -298,7 +298,8 @@ def _measured(case: Case, place: Place, row: Row) -> Row:
 
 
 def summarize(rows: Iterable[Row]) -> list[Row]:
-    """One row for all seeds: mean `perplexity` and `seconds`, `spread` (largest less smallest), and the `seeds`."""
+    """One row for all seeds: mean `perplexity` and `seconds`, `least` and `most` perplexity, their difference `spread`,
+    and the `seeds`."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(_columns(row, [name for name in SLOT if name != "seed"]), []).append(row)
@@ -309,7 +310,8 @@ def summarize(rows: Iterable[Row]) -> list[Row]:
         kept["seeds"] = [row["seed"] for row in found if row["seed"] is not None]
         if found:
             values = [row["perplexity"] for row in found]
-            kept |= {"perplexity": statistics.fmean(values), "spread": max(values) - min(values)}
+            least, most = min(values), max(values)
+            kept |= {"perplexity": statistics.fmean(values), "least": least, "most": most, "spread": most - least}
             texts = dict.fromkeys(text for row in found for text in row.get("elsewhere", ()))
             kept["elsewhere"] = {
                 text: statistics.fmean(row["elsewhere"][text] for row in found if text in row.get("elsewhere", ()))
