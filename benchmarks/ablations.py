@@ -68,11 +68,15 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "rank": Ablation(
         "what the low-rank term brings",
-        {"no low-rank term" if rank == 0 else f"rank {rank}": {"rank": rank} for rank in (0, 1, 4, 16)},
+        {"no low-rank term" if rank == 0 else f"rank {rank}": {"rank": rank} for rank in (0, 4, 32)},
     ),
     "clipping": Ablation(
-        "what learned clipping brings",
-        {"learned": {"clipping": True}, "none": {"clipping": False}},
+        "what learned clipping brings, and ends of the ranges that are free of the weights",
+        {
+            "free ends": {"grid": "free"},
+            "clipped ranges": {"grid": "range", "learning_rates": {"clipping": 1e-2}},
+            "none": {"clipping": False, "grid": "range"},
+        },
     ),
     "scales": Ablation(
         "which channel scales, where activations are quantized",

@@ -185,12 +185,19 @@ def _merged(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any
 
 
 # Ours, at the same number of steps: see `python -m benchmarks accuracy`.
-_RECIPE = _changed(_PUBLISHED, clipping_start="search")
+_RECIPE = _changed(
+    _PUBLISHED,
+    clipping_start="search",
+    rank=32,
+    grid="free",
+    learning_rates={"low_rank": 1e-3, "clipping": 1e-3},
+)
 _ACTIVATION_RECIPE = _changed(
     _PUBLISHED_ACTIVATIONS,
     clipping_start="search",
     scales={"start": "statistics", "space": "log"},
-    learning_rates={"low_rank": 5e-4},
+    rank=32,
+    learning_rates={"low_rank": 1e-3},
 )
 
 # Every weight is learned, and the ends of every range apart from it: `python -m benchmarks ablate best`.

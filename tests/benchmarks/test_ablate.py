@@ -35,7 +35,7 @@ def test_rows_of_the_strongest_recipe_are_runs_of_their_own(name):
 
 @pytest.mark.parametrize("name", ONE_THING)
 def test_rows_change_what_they_are_about(name):
-    about = {"windows": "windows.", "ramps": "windows.", "scales": "scales."}.get(name, name)
+    about = {"ramps": "windows.", "clipping": ("clipping", "grid", "learning_rates.clipping")}.get(name, name)
     cases = ablate.plan("a-model", [name], None, 10, 64, [2])[1:]
     base = flat(cases[0].settings.model_dump())
     assert cases[0].label == BASE
@@ -91,9 +91,9 @@ def test_a_real_run(parsed, tiny_llama, calibration_file, tmp_path, capsys):
     capsys.readouterr()
     # What another ablation has in common with it is taken from the file.
     ablate.run(parsed(ablate, "clipping", *words, "--resume"))
-    assert len(file.rows()) == len(rows) + 6
+    assert len(file.rows()) == len(rows) + 8
     again = [row for row in file.rows() if row.get("ablation") == "clipping" and "same_as" not in row]
-    assert [row["label"] for row in again] == ["none", "none"]
+    assert [row["label"] for row in again] == ["clipped ranges", "clipped ranges", "none", "none"]
 
 
 def test_bad_arguments(parsed, tmp_path):
