@@ -219,6 +219,7 @@ def test_sizes_averages_and_what_people_read(mixed, tiny_llama):
         ("awq", {}),
         ("sliderquant", {"epochs": 2, "matmul": "float32"}),
         ("sliderquant+", {"epochs": 2, "matmul": "float32"}),
+        ("sliderquant-best", {"epochs": 2, "matmul": "float32"}),
     ],
 )
 def test_every_kind_of_method(method, settings, tiny_llama, calibration_file, tmp_path):
