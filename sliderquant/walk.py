@@ -16,8 +16,8 @@ from sliderquant.compensation import input_grams, start_from_compensation
 from sliderquant.fake_quantize import can_compile
 from sliderquant.methods import Settings
 from sliderquant.models.decoder import Decoder
-from sliderquant.modules.attention import insert_rounding
-from sliderquant.modules.rotated import OnlineRotation, RotatedLinear
+from sliderquant.modules.attention import round_layer
+from sliderquant.modules.rotated import insert_rotation
 from sliderquant.planning import Plan
 from sliderquant.progress import Progress, WindowReport
 from sliderquant.refine import (
@@ -105,17 +105,11 @@ def refined_layer(plan: Plan, decoder: Decoder, index: int, seed: int, device: t
     if plan.settings.scales.used_with(plan.scheme):
         log = plan.settings.scales.space == "log"
         insert_scales(layer, _sites(plan), refined_linears(layer), log, plan.source.dtype)
-    down = None if rotations is None else rotations.down(index)
-    if down is not None:
-        rotated = RotatedLinear(layer.get_submodule(family.down), OnlineRotation(down))
-        layer.set_submodule(family.down, rotated.to(device))
+    insert_rotation(layer, index, family, rotations)
+    round_layer(layer, index, family, plan.scheme.kv_bits, rotations)
     if plan.scheme.quantizes_attention:
-        rotation = None if rotations is None else rotations.query_key(index)
-        online = None if rotation is None else OnlineRotation(rotation).to(device)
-        attention = layer.get_submodule(family.attention)
-        insert_rounding(attention, plan.scheme.kv_bits, online)
-        attention.rounding.compiled = compiled  # type: ignore[union-attr]
-    return layer
+        layer.get_submodule(family.attention).rounding.compiled = compiled  # type: ignore[union-attr]
+    return layer.to(device)
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def test_bad_settings_are_named(assignment, message):
 
 
 def test_free_ends_need_what_they_are_learned_by():
-    with pytest.raises(InputError, match="grid=free .* needs clipping=true"):
+    with pytest.raises(InputError, match=r"grid=free .* needs clipping=true"):
         with_overrides(METHODS["sliderquant"], SCHEME, {"grid": "free", "clipping": False})
 
 

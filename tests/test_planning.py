@@ -88,7 +88,7 @@ def test_quantized_activations_take_memory_while_learning_and_none_on_disk(tiny_
 def test_the_optimizer_holds_two_moments_of_what_is_learned_in_a_window(tiny_llama):
     weights, outputs = 64 * (64 + 32 + 32 + 64 + 3 * 96), 64 + 32 + 32 + 64 + 96 + 96 + 64
     inputs = 4 * 64 + 2 * 64 + 96
-    plain = plan_for(tiny_llama, "W4A16")
+    plain = plan_for(tiny_llama, "W4A16", "sliderquant-published")
     longest = max(map(len, plain.windows))
     assert plain.optimizer_bytes == 8 * longest * (4 * (outputs + inputs) + 2 * outputs)
     best = plan_for(tiny_llama, "W4A16", "sliderquant-best")
