@@ -15,9 +15,16 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_RUNS = (("W4A16-g64", "rtn"), ("W4A16-g64", "sliderquant"), ("W2A16-g64", "rtn"), ("W2A16-g64", "sliderquant"))
+# Scheme, method, effort, settings.
+_RUNS: tuple[tuple[str, str, str | None, dict[str, Any] | None], ...] = (
+    ("W4A16-g64", "rtn", None, None),
+    ("W4A16-g64", "sliderquant", None, {"epochs": 6}),
+    ("W2A16-g64", "rtn", None, None),
+    ("W2A16-g64", "sliderquant", None, {"epochs": 6}),
+    ("W2A16-g64", "sliderquant-best", "light", None),
+)
 _CALIBRATION, _EVALUATION = "stdlib", "topics[:250000]"
-_SAMPLES, _SEQLEN, _SETTINGS = 32, 256, {"epochs": 6}
+_SAMPLES, _SEQLEN = 32, 256
 _NEXT = """
 Next, on a model of the Hugging Face hub:
   sliderquant quantize meta-llama/Llama-3.2-1B -o llama-w4 --scheme W4A16-g128
@@ -53,7 +60,7 @@ def command(
         size = (folder / "model.safetensors").stat().st_size
         seconds = time.perf_counter() - start
         table.add_row("16 bits", "-", f"{original.value:.2f}", f"{size / 1e6:.2f}", "16.00", f"{seconds:.0f}")
-        for scheme, method in _RUNS:
+        for scheme, method, effort, settings in _RUNS:
             progress.message(f"{scheme} by {method}")
             start = time.perf_counter()
             path = output / f"demo-llama-5m-{scheme}-{method}"
@@ -62,7 +69,8 @@ def command(
                 path,
                 scheme=scheme,
                 method=method,
-                settings=_SETTINGS if method != "rtn" else None,
+                settings=settings,
+                effort=effort,
                 calibration=_CALIBRATION,
                 samples=_SAMPLES,
                 seqlen=_SEQLEN,
