@@ -52,7 +52,8 @@ def command(
     model = importlib.resources.files("sliderquant") / "assets" / "demo-llama-5m"
     table = Table(title="demo-llama-5m, perplexity on Python's help topics (lower is better)")
     for heading in ("scheme", "method", "perplexity", "MB on disk", "bits per weight", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("scheme", "method") else "right")
+        named = heading in ("scheme", "method")
+        table.add_column(heading, justify="left" if named else "right", no_wrap=named)
     with importlib.resources.as_file(model) as folder, shown_progress(quiet, verbose) as progress:
         progress.message("the original model: perplexity in 16 bits")
         start = time.perf_counter()
