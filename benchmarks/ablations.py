@@ -68,7 +68,7 @@ ABLATIONS: dict[str, Ablation] = {
     ),
     "rank": Ablation(
         "what the low-rank term brings",
-        {"no low-rank term" if rank == 0 else f"rank {rank}": {"rank": rank} for rank in (0, 4, 32)},
+        {"no low-rank term" if rank == 0 else f"rank {rank}": {"rank": rank} for rank in (0, 1, 4, 16, 32)},
     ),
     "clipping": Ablation(
         "what learned clipping brings, and ends of the ranges that are free of the weights",

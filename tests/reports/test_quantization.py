@@ -70,7 +70,7 @@ def test_the_page_says_what_was_done(finished):
         f"Bits per quantized weight {bits:.3f}",
         "mlp.down_proj W2A16-g32 2",
         "Kept as they were: model.embed_tokens.weight, norms and biases.",
-        "learning_rates.low_rank 0.0005",
+        "learning_rates.low_rank 0.001",
         f"torch {report['versions']['torch']}",
         f"total, s {report['seconds']['total']:.1f}",
         f"{report['peak_memory_bytes']['host'] / 1e9:.2f} GB (host)",
