@@ -90,6 +90,9 @@ class Settings(_Frozen):
         "nearest",
         description="where the offsets start: 0; or where rounding makes up for the errors of earlier columns (GPTQ)",
     )
+    weights_decay: float = Field(
+        0.0, ge=0, description="weight decay of the offsets: against fitting the calibration text alone"
+    )
     clipping: bool = Field(True, description="learn the clipping of every group's range")
     clipping_start: float | Literal["search"] = Field(
         4.0,
@@ -206,6 +209,7 @@ _STRONGEST = {
     "gamma": 1,
     "rank": 0,
     "weights": True,
+    "weights_decay": 0.5,
     "grid": "free",
     "last_loss": "logits",
     "learning_rates": {"weights": 4e-3, "clipping": 1e-4},

@@ -2,7 +2,7 @@
 
 The window is trained on the `quant` stream (what the layers before it, already quantized, put out) to match, by the
 mean squared error of its last layer's output, the full-precision window applied to the `fp` stream. Every stage of
-every window gets a fresh AdamW without weight decay whose learning rates fall linearly to 0.
+every window gets a fresh AdamW whose learning rates fall linearly to 0; offsets of weights, and nothing else, may decay.
 """
 
 import math
@@ -204,7 +204,11 @@ def _epochs(stage: Stage, rate_scale: float, on_epoch: Callable[[int, float], No
     settings, rates = stage.settings, stage.settings.learning_rates
     kinds = stage.window.learned_parameters()
     groups = [
-        {"params": found, "lr": getattr(rates, kind) * settings.batch_size * rate_scale}
+        {
+            "params": found,
+            "lr": getattr(rates, kind) * settings.batch_size * rate_scale,
+            "weight_decay": settings.weights_decay if kind == "weights" else 0.0,
+        }
         for kind, found in kinds.items()
         if found
     ]
@@ -212,7 +216,7 @@ def _epochs(stage: Stage, rate_scale: float, on_epoch: Callable[[int, float], No
         loss = _loss_without_learning(stage)
         return [loss] * stage.epochs if math.isfinite(loss) else None
     steps = math.ceil(stage.samples / settings.batch_size)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / (steps * stage.epochs), 0.0))
     order = generator_for(stage.seed, stage.label, "order")
     losses = []

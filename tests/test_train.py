@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -181,3 +183,18 @@ def test_a_window_may_match_what_is_made_of_its_output():
     (losses, of_logits), (_, of_hidden) = trained(lambda hidden: hidden @ head), trained(None)
     assert losses[-1] < 0.5 * losses[0]
     assert of_logits < of_hidden
+
+
+def test_offsets_alone_decay():
+    """With nothing to learn from, an offset goes back towards 0, and the clipping stays where it is."""
+    settings = Settings(matmul="float32", weights=True, weights_decay=2.0, rank=0)
+    layers = window(settings, layers=1)
+    linear = layers.layers[0].linear
+    job = dataclasses.replace(stage(layers, settings, epochs=10), output=lambda hidden: hidden * 0)
+    with torch.no_grad():
+        linear.offset.fill_(0.5)
+    clipping = linear.clip_low.detach().clone()
+    train_stage(job, lambda steps, loss: None)
+    assert (linear.offset < 0.45).all()
+    assert (linear.offset > 0).all()
+    assert torch.equal(linear.clip_low, clipping)
