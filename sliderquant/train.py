@@ -2,7 +2,7 @@
 
 The window is trained on the `quant` stream (what the layers before it, already quantized, put out) to match, by the
 mean squared error of its last layer's output, the full-precision window applied to the `fp` stream. Every stage of
-every window gets a fresh AdamW whose learning rates fall linearly to 0; offsets of weights, and nothing else, may decay.
+every window gets a fresh AdamW whose learning rates fall linearly to 0; nothing but offsets of weights may decay.
 """
 
 import math
