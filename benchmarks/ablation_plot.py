@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.ablations import ABLATIONS, BASE, tables_of
+from benchmarks.accuracy_plot import finish_bars
 from benchmarks.accuracy_table import figure_text
 from benchmarks.runs import Row
 
@@ -80,11 +81,7 @@ def _bars(axes: Any, rows: Sequence[Row]) -> bool:
         _bar(axes, place, row, start, limit, is_base=row is base)
     axes.set_yticks(range(len(rows)), [textwrap.fill(row["label"], WIDEST) for row in rows], fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.5g}"))
-    axes.tick_params(axis="x", labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(True, axis="x", linewidth=0.3)
+    finish_bars(axes, digits=5)
     return cut
 
 

@@ -11,7 +11,7 @@ from benchmarks.accuracy_table import column_of, figure_text
 from benchmarks.runs import Row
 from sliderquant.methods import METHODS
 
-__all__ = ["accuracy_figure"]
+__all__ = ["accuracy_figure", "finish_bars"]
 
 LOG_FROM = 3.0  # times 16 bits; below that, bars of a linear axis can be told apart
 
@@ -66,7 +66,12 @@ def _bars(axes: Any, rows: list[Row], original: float) -> None:
     else:
         axes.set_xlim(least, 1 + 1.35 * max(most - 1, 1e-3))
         axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    finish_bars(axes, digits=4)
+
+
+def finish_bars(axes: Any, digits: int) -> None:
+    """Figures of so many digits below a panel of bars, and a light grid behind them."""
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.{digits}g}"))
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)

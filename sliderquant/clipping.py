@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sliderquant.observing import watched_inputs
 from sliderquant.quantizer import clipped_grid, dequantize, in_groups, quantize
 from sliderquant.refined_weights import refined_weight
 from sliderquant.schemes import Scheme
@@ -52,20 +53,12 @@ def start_from_search(linears: Mapping[str, Any]) -> Iterator[None]:
     sums: dict[str, Tensor] = {}
     tokens = dict.fromkeys(linears, 0)
 
-    def watch(name: str) -> Any:
-        def hook(_: Any, arguments: tuple[Tensor, ...]) -> None:
-            rows = arguments[0].detach().float().flatten(0, -2)
-            sums[name] = sums.get(name, 0) + rows.square().sum(0)
-            tokens[name] += len(rows)
+    def see(name: str, rows: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + rows.square().sum(0)
+        tokens[name] += len(rows)
 
-        return hook
-
-    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
-    try:
+    with watched_inputs(linears, see):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
     with torch.no_grad():
         for name, linear in linears.items():
             learned, importance = linear.learned_weight(), sums[name] / tokens[name]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sliderquant.baselines.gptq import gptq
+from sliderquant.observing import watched_inputs
 from sliderquant.refined_weights import refined_weight
 
 __all__ = ["input_grams", "start_from_compensation"]
@@ -30,20 +31,12 @@ def input_grams(linears: Mapping[str, Any], shared: Sequence[Sequence[str]]) -> 
     grams: dict[str, Tensor] = {}
     first_of = {name: names[0] for names in shared for name in names}
 
-    def watch(name: str) -> Any:
-        def hook(_: Any, arguments: tuple[Tensor, ...]) -> None:
-            rows = arguments[0].detach().float().flatten(0, -2)
-            grams[name] = grams[name].addmm_(rows.T, rows) if name in grams else rows.T @ rows
+    def see(name: str, rows: Tensor) -> None:
+        grams[name] = grams[name].addmm_(rows.T, rows) if name in grams else rows.T @ rows
 
-        return hook
-
-    firsts = {first_of.get(name, name) for name in linears}
-    hooks = [linears[name].register_forward_pre_hook(watch(name)) for name in sorted(firsts)]
-    try:
+    firsts = sorted({first_of.get(name, name) for name in linears})
+    with watched_inputs({name: linears[name] for name in firsts}, see):
         yield grams
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name in linears:
         grams[name] = grams[first_of.get(name, name)]
 
