@@ -191,29 +191,29 @@ def plan(
 
     Rounding to nearest depends on no seed unless it rotates, and runs once. Rotated rows are for schemes that quantize
     activations; the rotated `sliderquant` is `sliderquant+`, and has one of its own only if the settings differ.
+    Methods with efforts that rotate have a row without as well.
     """
     offered = spec.schemes or SCHEMES
     chosen = offered if schemes is None else [s for s in schemes if s in offered or spec.schemes is None]
     cases, versions = [Case.original(model)], [(peer, peer.settings()) for peer in peers]
     for scheme in chosen:
-        rotations = [(name, ()) for name in METHODS] if spec.outliers else _with_rotations(Scheme.parse(scheme))
-        for method, rotated in rotations:
+        for method, rotation in _with_rotations(Scheme.parse(scheme), spec.outliers):
             allowed = method in methods and (spec.methods is None or method in spec.methods)
             if not (allowed and _go_together(method, scheme)):
                 continue
             changes = _ramps(method, scheme, spec)
-            rotation = rotated or METHODS[method].rotations_for(Scheme.parse(scheme))
             if METHODS[method].efforts:
                 for effort in efforts:
                     changes = _ramps(method, scheme, spec, effort)
                     label = f"{effort} effort"
                     case = Case.of(
-                        model, scheme, method, changes, epochs_of_efforts, effort, label=label, samples=samples
-                    )
+                        model, scheme, method, changes, epochs_of_efforts, effort, rotation=rotation, label=label,
+                        samples=samples,
+                    )  # fmt: skip
                     cases += _seeded(case, seeds)
                 continue
             case = Case.of(model, scheme, method, changes, epochs, rotation=rotation, seed=seeds[0], samples=samples)
-            if rotated and "sliderquant+" in methods and _is_plus(case, changes, epochs):
+            if rotation and method == "sliderquant" and "sliderquant+" in methods and _is_plus(case, changes, epochs):
                 continue
             cases += [case] if case.settings is None and not rotation else _seeded(case, seeds)
         for peer, settings in versions:
@@ -225,12 +225,17 @@ def plan(
     return cases
 
 
-def _with_rotations(scheme: Scheme) -> list[tuple[str, tuple[str, ...]]]:
-    plain: list[tuple[str, tuple[str, ...]]] = [(method, ()) for method in METHODS]
-    if not scheme.quantizes_activations:
-        return plain
+def _with_rotations(scheme: Scheme, own_only: bool) -> list[tuple[str, tuple[str, ...]]]:
+    """Every method with its own rotations; then, unless `own_only`, what else is compared where activations are
+    quantized."""
+    own = [(name, method.rotations_for(scheme)) for name, method in METHODS.items()]
+    if own_only or not scheme.quantizes_activations:
+        return own
     rotations = tuple(name for name in ROTATIONS if name != "R3" or scheme.quantizes_attention)
-    return plain + [(method, rotations) for method in ROTATED_METHODS]
+    plain: list[tuple[str, tuple[str, ...]]] = [
+        (name, ()) for name, rotated in own if rotated and METHODS[name].efforts
+    ]
+    return own + plain + [(method, rotations) for method in ROTATED_METHODS]
 
 
 def _is_plus(case: Case, changes: dict[str, Any], epochs: int) -> bool:

@@ -165,7 +165,8 @@ def _listed(row: Row, summary: list[Row]) -> Row:
             shown["of 16 bits"] = f"{row['perplexity'] / other['perplexity']:.3f}"
     name = ", ".join(filter(None, (row["method"], row.get("label"))))
     usual = row["epochs"] in (EPOCHS, None) and row["samples"] in (SAMPLES, None)
-    own_rotation = row["rotation"] == ",".join(getattr(METHODS.get(row["method"]), "rotations", ()))
+    method = METHODS.get(row["method"])
+    own_rotation = method is None or row["rotation"] == ",".join(method.rotations_for(Scheme.parse(row["scheme"])))
     if (usual or row.get("label")) and own_rotation:
         goal, reference = (figures.get((row["model"], name), {}).get(row["scheme"]) for figures in (GOALS, REFERENCES))
         if goal is not None:

@@ -148,6 +148,7 @@ class Method:
         activation_settings: those with schemes that quantize activations; None: the same.
         activations: whether it is for schemes with quantized activations only, for those without only, or for any.
         rotations: what it rotates by if nothing is asked for; R3 only where queries and keys are quantized.
+        rotates: with any scheme, or only where activations have 4 bits.
         efforts: by name, the settings that differ where minutes are traded for accuracy; none: it has one effort.
     """
 
@@ -157,6 +158,7 @@ class Method:
     activation_settings: Settings | None = None
     activations: Literal["any", "quantized", "not quantized"] = "any"
     rotations: tuple[str, ...] = ()
+    rotates: Literal["any scheme", "4-bit activations"] = "any scheme"
     efforts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def settings_for(self, scheme: Scheme) -> Settings | OneShotSettings | None:
@@ -166,6 +168,8 @@ class Method:
 
     def rotations_for(self, scheme: Scheme) -> tuple[str, ...]:
         """The rotations with a scheme."""
+        if self.rotates == "4-bit activations" and scheme.activation_bits > 4:
+            return ()
         return tuple(name for name in self.rotations if name != "R3" or scheme.quantizes_attention)
 
 
@@ -273,9 +277,11 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "sliderquant-best",
-            "sliderquant with every weight learned and free grids; more accurate in less time",
+            "sliderquant with every weight learned and free grids, and with 4-bit activations on a rotated model",
             _BEST,
             _ACTIVATION_BEST,
+            rotations=("R1", "R2", "R3", "R4"),
+            rotates="4-bit activations",
             efforts=_EFFORTS,
         ),
     )

@@ -34,7 +34,7 @@ def test_every_method_meets_every_scheme_that_it_goes_with():
 def test_rotated_rows_are_there_once():
     rotated = [(case.method, case.rotation) for case in planned(DEMO, ["W4A4KV4"]) if case.rotation]
     every = ("R1", "R2", "R3", "R4")
-    assert rotated == [("sliderquant+", every), ("rtn", every), ("gptq", every)]
+    assert rotated == [("sliderquant+", every), ("sliderquant-best", every), ("rtn", every), ("gptq", every)]
     alone = planned(DEMO, ["W4A4KV4"], ["sliderquant"])
     assert [case.rotation for case in alone[1:]] == [(), every]
     assert not any("R3" in case.rotation for case in planned(DEMO, ["W2A16"]))
@@ -47,7 +47,15 @@ def test_the_rotated_sliderquant_has_a_row_where_its_settings_are_not_those_of_s
     monkeypatch.setattr("benchmarks.accuracy.METHODS", changed)
     monkeypatch.setattr("benchmarks.runs.METHODS", changed)
     rotated = [case.method for case in planned(DEMO, ["W4A4KV4"]) if case.rotation]
-    assert rotated == ["sliderquant+", "rtn", "gptq", "sliderquant"]
+    assert rotated == ["sliderquant+", "sliderquant-best", "rtn", "gptq", "sliderquant"]
+
+
+def test_a_method_that_rotates_has_a_row_without():
+    best = [case.rotation for case in planned(DEMO, ["W4A4KV4"], ["sliderquant-best"])[1:]]
+    assert best == [("R1", "R2", "R3", "R4"), ()]
+    assert [case.rotation for case in planned(DEMO, ["W2A16"], ["sliderquant-best"])[1:]] == [()]
+    (outliers,) = planned(OUTLIERS, ["W4A4KV4"], ["sliderquant-best"])[1:]
+    assert outliers.rotation == ("R1", "R2", "R3", "R4")
 
 
 def test_what_depends_on_no_seed_runs_once():
