@@ -48,7 +48,8 @@ __all__ = [
 DEMO = Path(__file__).parent.parent / "sliderquant" / "assets" / "demo-llama-5m"
 ORIGINAL = "original"
 # What makes two rows the same line of a table; a run with other settings or texts replaces the row that is there.
-SLOT = ("ablation", "label", "model", "scheme", "method", "rotation", "seed", "epochs", "samples")
+SEEDLESS = ("ablation", "label", "model", "scheme", "method", "rotation", "epochs", "samples")
+SLOT = (*SEEDLESS, "seed")
 WORK = ("model", "scheme", "engine", "rotation", "seed", "samples", "settings", "seqlen", "calibration", "evaluation")
 
 Row = dict[str, Any]
@@ -178,10 +179,10 @@ class RunFile:
         return [row for row in found if "engine" in row]
 
     def add(self, row: Row) -> None:
-        """Write the row in place of the one of the same slot."""
+        """Write the row in place of the one of the same slot. Those of other seeds go with it if they were run with
+        other settings or texts, for a mean is of seeds alone."""
         with self._lock:
-            slot = _columns(row, SLOT)
-            kept = [other for other in self.rows() if _columns(other, SLOT) != slot]
+            kept = [other for other in self.rows() if not _replaces(row, other)]
             results.write(self.name, [*kept, row], self.folder)
 
     def found(self, row: Row) -> Row | None:
@@ -232,6 +233,12 @@ def run_all(
         else:
             print(row["error"], flush=True)
         added()
+
+
+def _replaces(row: Row, other: Row) -> bool:
+    if _columns(row, SEEDLESS) != _columns(other, SEEDLESS):
+        return False
+    return row.get("seed") == other.get("seed") or _work({**other, "seed": row.get("seed")}) != _work(row)
 
 
 def _work(row: Row) -> Any:
@@ -302,11 +309,11 @@ def summarize(rows: Iterable[Row]) -> list[Row]:
     and the `seeds`."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(_columns(row, [name for name in SLOT if name != "seed"]), []).append(row)
+        groups.setdefault(_columns(row, SEEDLESS), []).append(row)
     summary = []
     for group in groups.values():
         found = [row for row in group if "perplexity" in row]
-        kept = {name: value for name, value in (found or group)[0].items() if name in SLOT and name != "seed"}
+        kept = {name: value for name, value in (found or group)[0].items() if name in SEEDLESS}
         kept["seeds"] = [row["seed"] for row in found if row["seed"] is not None]
         if found:
             values = [row["perplexity"] for row in found]

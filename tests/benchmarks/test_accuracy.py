@@ -164,6 +164,19 @@ def test_a_row_with_other_settings_or_texts_is_replaced(tmp_path, place, measure
     assert len(measured) == 3
 
 
+def test_rows_of_other_seeds_stay_as_long_as_nothing_else_changes(tmp_path, place, measured):
+    file = RunFile("accuracy", tmp_path)
+
+    def run(rank, seed):
+        case = Case.of("tiny", "W2A16", "sliderquant", {"rank": rank}, 10, seed=seed, samples=8)
+        run_all([case], {"tiny": place}, file, resume=True)
+        return [(row["settings"]["rank"], row["seed"]) for row in file.rows()]
+
+    assert run(9, 2) == [(9, 2)]
+    assert run(9, 3) == [(9, 2), (9, 3)]
+    assert run(7, 3) == [(7, 3)]
+
+
 def test_the_same_work_under_two_names_is_done_once(tmp_path, place, measured):
     file = RunFile("accuracy", tmp_path)
     settings = METHODS["sliderquant-published"].settings.model_dump()
