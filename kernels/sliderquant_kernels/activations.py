@@ -9,10 +9,14 @@ A token x `[K]` becomes int8 codes q, a scale s and, if asymmetric, a zero-point
 to -2^(b-1) .. 2^(b-1) - 1, rounding half to even: what compressed-tensors computes for dynamic per-token activations,
 with scales in fp32 whatever the activations' dtype. A token of zeros gets s = 1, z = 0 and codes of 0, so that a
 linear's corrections for zero-points are 0 too, and it returns its bias exactly.
+
+With clipping (c_low, c_high) the ends of the range are c_low min(x, 0) and c_high max(x, 0) in all of this, products
+in fp32; when symmetric max|x| becomes the larger of -c_low min(x, 0) and c_high max(x, 0).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +30,7 @@ MAX_K = 32768
 _library = torch.library.Library("sliderquant_kernels", "FRAGMENT")
 _library.define(
     "quantize_activations(Tensor x, int bits, bool symmetric, Tensor? norm_weight, float norm_eps, Tensor? gate, "
-    "bool packed) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool packed, float[]? clip=None) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -62,6 +66,7 @@ def quantize_activations(
     norm_eps: float = 1e-6,
     gate: Tensor | None = None,
     packed: bool = False,
+    clip: tuple[float, float] | None = None,
 ) -> QuantizedActivations:
     """Quantize every token, `[..., K]` -> `QuantizedActivations`; one read of x, one write.
 
@@ -73,12 +78,13 @@ def quantize_activations(
         gate: like x: `silu(gate) * x` is quantized, rounded to x's dtype after silu and after the product, as Llama's
             MLP does. Not together with `norm_weight`.
         packed: 4 bits: two codes a byte.
+        clip: factors in (0, 1] on the lower and the upper end of every token's range; None: 1.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or device does not fit.
         NotImplementedError: when a gradient is asked of the result.
     """
-    codes, scale, zero, total = _op(x, bits, symmetric, norm_weight, norm_eps, gate, packed)
+    codes, scale, zero, total = _op(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip)
     return QuantizedActivations(codes, scale, None if symmetric else zero, total)
 
 
@@ -99,11 +105,15 @@ def prepared(x: Tensor, norm_weight: Tensor | None, norm_eps: float, gate: Tenso
     return x
 
 
-def quantize(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, bits: int, symmetric: bool, clip: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The formulas at the top in plain torch: codes int8 `[..., K]`, scale fp32, zero and sum int32 `[...]`."""
     low_code, high_code = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     wide = x.float()
     low, high = wide.amin(-1).clamp(max=0), wide.amax(-1).clamp(min=0)
+    if clip is not None:
+        low, high = low * clip[0], high * clip[1]
     if symmetric:
         scale = torch.maximum(-low, high) / ((2**bits - 1) / 2)
     else:
@@ -117,7 +127,20 @@ def quantize(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Ten
     return codes.to(torch.int8), scale, zero.int(), codes.sum(-1).int()
 
 
-def _check(x: Tensor, bits: int, norm_weight: Tensor | None, gate: Tensor | None, packed: bool) -> None:
+def check_clip(clip: Sequence[float] | None) -> None:
+    """Raises ValueError unless it is None or two factors in (0, 1]."""
+    if clip is not None and not (len(clip) == 2 and all(0 < factor <= 1 for factor in clip)):
+        raise ValueError(f"clip: expected two factors above 0 and at most 1, got {tuple(clip)}; None does not clip")
+
+
+def _check(
+    x: Tensor,
+    bits: int,
+    norm_weight: Tensor | None,
+    gate: Tensor | None,
+    packed: bool,
+    clip: Sequence[float] | None,
+) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float16, bfloat16 or float32, got {x.dtype}; convert it")
     if x.ndim < 1 or not 1 <= x.shape[-1] <= MAX_K:
@@ -126,6 +149,7 @@ def _check(x: Tensor, bits: int, norm_weight: Tensor | None, gate: Tensor | None
         raise ValueError(f"bits: expected 4 or 8, got {bits}")
     if packed and (bits != 4 or x.shape[-1] % 2):
         raise ValueError(f"packed: two codes a byte need bits=4 and an even K, got bits={bits} and K={x.shape[-1]}")
+    check_clip(clip)
     if norm_weight is not None and gate is not None:
         raise ValueError("gate: not together with norm_weight; call the op for the one that is nearest to it")
     for name, tensor, shape in (("norm_weight", norm_weight, x.shape[-1:]), ("gate", gate, x.shape)):
@@ -139,26 +163,26 @@ def _check(x: Tensor, bits: int, norm_weight: Tensor | None, gate: Tensor | None
             raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}; move it")
 
 
-def _on_cpu(x, bits, symmetric, norm_weight, norm_eps, gate, packed):
-    _check(x, bits, norm_weight, gate, packed)
-    codes, scale, zero, total = quantize(prepared(x, norm_weight, norm_eps, gate), bits, symmetric)
+def _on_cpu(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip=None):
+    _check(x, bits, norm_weight, gate, packed, clip)
+    codes, scale, zero, total = quantize(prepared(x, norm_weight, norm_eps, gate), bits, symmetric, clip)
     if packed:
         nibbles = codes.view(torch.uint8) & 15
         codes = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
     return codes, scale, zero, total
 
 
-def _on_cuda(x, bits, symmetric, norm_weight, norm_eps, gate, packed):
-    _check(x, bits, norm_weight, gate, packed)
+def _on_cuda(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip=None):
+    _check(x, bits, norm_weight, gate, packed, clip)
     try:
         from . import activations_triton
     except ImportError as error:
         raise ImportError("activations on CUDA need the package triton; install it or run on the CPU") from error
-    return activations_triton.quantize_activations(x, bits, symmetric, norm_weight, norm_eps, gate, packed)
+    return activations_triton.quantize_activations(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip)
 
 
-def _fake(x, bits, symmetric, norm_weight, norm_eps, gate, packed):
-    _check(x, bits, norm_weight, gate, packed)
+def _fake(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip=None):
+    _check(x, bits, norm_weight, gate, packed, clip)
     shape = x.shape[:-1]
     codes = x.new_empty(x.shape, dtype=torch.int8)
     if packed:

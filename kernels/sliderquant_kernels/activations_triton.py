@@ -4,6 +4,7 @@ one write of its codes. The formulas are in `activations`."""
 # mypy: allow-incomplete-defs
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,18 +32,28 @@ def _quotient(x, scale, IEEE: tl.constexpr):
 
 
 @triton.jit
-def quantize_row(x, padding, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: tl.constexpr):
-    """x fp32, 0 in its last `padding` values -> codes int32 (the zero-point there), scale fp32, zero and sum int32."""
+def quantize_row(x, padding, clip_low, clip_high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: tl.constexpr):
+    """x fp32, 0 in its last `padding` values -> codes int32 (the zero-point there), scale fp32, zero and sum int32.
+
+    clip_low, clip_high: factors on the ends of the range, or both None.
+    """
     LOW: tl.constexpr = -(2 ** (BITS - 1))
     HIGH: tl.constexpr = 2 ** (BITS - 1) - 1
     if SYMMETRIC:
-        scale = tl.div_rn(tl.max(tl.abs(x)), (2**BITS - 1) / 2.0)
+        if clip_low is not None:
+            largest = tl.maximum(tl.minimum(tl.min(x), 0.0) * -clip_low, tl.maximum(tl.max(x), 0.0) * clip_high)
+        else:
+            largest = tl.max(tl.abs(x))
+        scale = tl.div_rn(largest, (2**BITS - 1) / 2.0)
         scale = tl.where(scale > 0, scale, 1.0)
         zero = 0
         clamped = tl.minimum(tl.maximum(_quotient(x, scale, IEEE), LOW), HIGH)
     else:
         low = tl.minimum(tl.min(x), 0.0)
         high = tl.maximum(tl.max(x), 0.0)
+        if clip_low is not None:
+            low = low * clip_low
+            high = high * clip_high
         span = tl.div_rn(high - low, 2.0**BITS - 1)
         scale = tl.where(span > 0, span, 1.0)
         zero = ((LOW - tl.div_rn(low, scale)) + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
@@ -55,10 +66,10 @@ def quantize_row(x, padding, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: 
 
 
 @triton.jit
-def quantize_kernel(x_ptr, norm_ptr, gate_ptr, codes_ptr, scale_ptr, zero_ptr, sum_ptr, K, eps,
-                    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+def quantize_kernel(x_ptr, norm_ptr, gate_ptr, codes_ptr, scale_ptr, zero_ptr, sum_ptr, K, eps, clip_low,
+                    clip_high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
                     IEEE: tl.constexpr):  # fmt: skip
-    """One program a token of `[M, K]`; BLOCK is K rounded up to a power of two."""
+    """One program a token of `[M, K]`; BLOCK is K rounded up to a power of two. Clipping: as in `quantize_row`."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < K
@@ -73,7 +84,7 @@ def quantize_kernel(x_ptr, norm_ptr, gate_ptr, codes_ptr, scale_ptr, zero_ptr, s
         gate = tl.load(gate_ptr + row * K + offsets, mask, 0.0).to(tl.float32)
         silu = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
         x = (silu * x).to(DTYPE).to(tl.float32)
-    codes, scale, zero, total = quantize_row(x, BLOCK - K, BITS, SYMMETRIC, IEEE)
+    codes, scale, zero, total = quantize_row(x, BLOCK - K, clip_low, clip_high, BITS, SYMMETRIC, IEEE)
     if PACKED:
         low, high = tl.split(tl.reshape(codes & 15, (BLOCK // 2, 2)))
         pairs = tl.arange(0, BLOCK // 2)
@@ -110,6 +121,7 @@ def quantize_activations(
     norm_eps: float,
     gate: Tensor | None,
     packed: bool,
+    clip: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, scale, zero-point (unset when symmetric) and token sum; arguments have been validated."""
     shape, k = x.shape[:-1], x.shape[-1]
@@ -122,9 +134,10 @@ def quantize_activations(
     x = x.reshape(-1, k).contiguous()
     gate = None if gate is None else gate.reshape(-1, k).contiguous()
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
+    clip_low, clip_high = (None, None) if clip is None else clip
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         quantize_kernel[(rows,)](
-            x, norm_weight, gate, codes, scale, None if symmetric else zero, total, k, norm_eps,
-            **quantize_constants(k, bits, symmetric, packed), **quantize_options(k),
+            x, norm_weight, gate, codes, scale, None if symmetric else zero, total, k, norm_eps, clip_low,
+            clip_high, **quantize_constants(k, bits, symmetric, packed), **quantize_options(k),
         )  # fmt: skip
     return codes, scale, zero, total

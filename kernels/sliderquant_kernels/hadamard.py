@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import hadamard_cpu
-from .activations import ACTIVATION_BITS, QuantizedActivations, prepared, quantize
+from .activations import ACTIVATION_BITS, QuantizedActivations, check_clip, prepared, quantize
 from .hadamard_matrix import HadamardTransform
 from .layout import DTYPES
 
@@ -27,8 +27,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "hadamard_quantize(Tensor x, Tensor? signs, Tensor? gate, int n, int[] orders, int bits, bool symmetric) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "hadamard_quantize(Tensor x, Tensor? signs, Tensor? gate, int n, int[] orders, int bits, bool symmetric, "
+    "float[]? clip=None) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -72,6 +72,7 @@ def hadamard_quantize(
     *,
     signs: Tensor | None = None,
     gate: Tensor | None = None,
+    clip: tuple[float, float] | None = None,
 ) -> QuantizedActivations:
     """x, or silu(gate) * x, rotated along its last dimension and quantized per token; on CUDA one read, one write.
 
@@ -83,6 +84,7 @@ def hadamard_quantize(
         x, transform, signs: as in `hadamard`.
         bits: 4 or 8.
         gate: like x; `silu(gate) * x` is rotated, rounded to x's dtype after silu and after the product.
+        clip: factors in (0, 1] on the lower and the upper end of every rotated token's range; None: 1.
 
     Returns:
         Codes int8 `[..., n]`, scale fp32, zero-point int32 (None when symmetric) and token sum int32 `[...]`.
@@ -92,7 +94,7 @@ def hadamard_quantize(
         NotImplementedError: when a gradient is asked of the result.
     """
     _check_transform(transform)
-    codes, scale, zero, total = _quantize_op(x, signs, gate, transform.n, transform.orders, bits, symmetric)
+    codes, scale, zero, total = _quantize_op(x, signs, gate, transform.n, transform.orders, bits, symmetric, clip)
     return QuantizedActivations(codes, scale, None if symmetric else zero, total)
 
 
@@ -124,7 +126,8 @@ def _checked(x: Tensor, signs: Tensor | None, gate: Tensor | None, n: int, order
     return transform
 
 
-def _check_bits(bits: int) -> None:
+def _check_grid(bits: int, clip: Any) -> None:
+    check_clip(clip)
     if bits not in ACTIVATION_BITS:
         raise ValueError(f"bits: expected 4 or 8, got {bits}")
 
@@ -152,24 +155,24 @@ def _hadamard_fake(x, signs, n, orders, inverse):
     return x.new_empty(x.shape)
 
 
-def _quantize_cpu(x, signs, gate, n, orders, bits, symmetric):
+def _quantize_cpu(x, signs, gate, n, orders, bits, symmetric, clip=None):
     transform = _checked(x, signs, gate, n, orders)
-    _check_bits(bits)
+    _check_grid(bits, clip)
     rows = prepared(x, None, 0.0, gate).reshape(-1, transform.block).float()
     signs = None if signs is None else signs.float()
     y = hadamard_cpu.rotate(rows.contiguous(), signs, transform, False).view(x.shape)
-    return quantize(y, bits, symmetric)
+    return quantize(y, bits, symmetric, clip)
 
 
-def _quantize_cuda(x, signs, gate, n, orders, bits, symmetric):
+def _quantize_cuda(x, signs, gate, n, orders, bits, symmetric, clip=None):
     transform = _checked(x, signs, gate, n, orders)
-    _check_bits(bits)
-    return _launch().hadamard_quantize(x, signs, gate, transform, bits, symmetric)
+    _check_grid(bits, clip)
+    return _launch().hadamard_quantize(x, signs, gate, transform, bits, symmetric, clip)
 
 
-def _quantize_fake(x, signs, gate, n, orders, bits, symmetric):
+def _quantize_fake(x, signs, gate, n, orders, bits, symmetric, clip=None):
     _checked(x, signs, gate, n, orders)
-    _check_bits(bits)
+    _check_grid(bits, clip)
     shape = x.shape[:-1]
     integers = [x.new_empty(shape, dtype=torch.int32) for _ in range(2)]
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(shape, dtype=torch.float32), *integers

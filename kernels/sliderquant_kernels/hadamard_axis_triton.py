@@ -13,7 +13,7 @@ from .hadamard_triton import codes_of, grid_of, load_values, operand_parts, stor
 
 @triton.jit
 def rows_kernel(x_ptr, gate_ptr, before_ptr, after_ptr, right_ptr, y_ptr, scale_ptr, zero_ptr, sum_ptr, M,
-                FACTOR: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, ROWS: tl.constexpr,
+                clip_low, clip_high, FACTOR: tl.constexpr, N: tl.constexpr, PADDED_N: tl.constexpr, ROWS: tl.constexpr,
                 X_PARTS: tl.constexpr, VALUES: tl.constexpr, X_OPERAND: tl.constexpr, BITS: tl.constexpr,
                 SYMMETRIC: tl.constexpr, IEEE: tl.constexpr, PERIOD: tl.constexpr):  # fmt: skip
     """ROWS rows of `[M, N]` times right `[PADDED_N, PADDED_N]` and FACTOR; arguments as of `row_kernel`."""
@@ -33,9 +33,10 @@ def rows_kernel(x_ptr, gate_ptr, before_ptr, after_ptr, right_ptr, y_ptr, scale_
         store_values(y_ptr, after_ptr, offsets, sign_offsets, mask, out, False)
     else:
         # Beyond N `right` has zeros, and so has `out`.
-        high = tl.max(tl.abs(out), 1) if SYMMETRIC else tl.max(out, 1)
-        scale, reciprocal, zero = grid_of(tl.min(out, 1), high, BITS, SYMMETRIC, IEEE)
-        codes = codes_of(out, reciprocal[:, None], zero[:, None], BITS, SYMMETRIC)
+        BELOW: tl.constexpr = not SYMMETRIC or clip_low is not None
+        high = tl.max(out, 1) if BELOW else tl.max(tl.abs(out), 1)
+        scale, reciprocal, zero = grid_of(tl.min(out, 1), high, clip_low, clip_high, BITS, SYMMETRIC, IEEE)
+        codes = codes_of(out, reciprocal[:, None], zero[:, None], BITS, BELOW)
         store_values(y_ptr, None, offsets, sign_offsets, mask, codes, False)
         tl.store(scale_ptr + row, scale, row < M)
         tl.store(sum_ptr + row, tl.sum(codes, 1) - zero * (PADDED_N - N), row < M)
@@ -60,10 +61,11 @@ def _leading_tile(x_ptr, left, start, L: tl.constexpr, PADDED_L: tl.constexpr, R
 
 
 @triton.jit
-def leading_kernel(x_ptr, after_ptr, left_ptr, y_ptr, scale_ptr, zero_ptr, sum_ptr, FACTOR: tl.constexpr,
-                   L: tl.constexpr, PADDED_L: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
-                   X_PARTS: tl.constexpr, X_OPERAND: tl.constexpr, PINNED: tl.constexpr, BITS: tl.constexpr,
-                   SYMMETRIC: tl.constexpr, IEEE: tl.constexpr, PERIOD: tl.constexpr):  # fmt: skip
+def leading_kernel(x_ptr, after_ptr, left_ptr, y_ptr, scale_ptr, zero_ptr, sum_ptr, clip_low, clip_high,
+                   FACTOR: tl.constexpr, L: tl.constexpr, PADDED_L: tl.constexpr, R: tl.constexpr,
+                   COLUMNS: tl.constexpr, X_PARTS: tl.constexpr, X_OPERAND: tl.constexpr, PINNED: tl.constexpr,
+                   BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: tl.constexpr,
+                   PERIOD: tl.constexpr):  # fmt: skip
     """x `[M, L, R]` -> y[m] = FACTOR left x[m], times the signs `[PERIOD, L, R]`. A program takes COLUMNS columns of a
     row; with BITS all of them: once for the scale, and once more, from the cache, for the codes."""
     axis = tl.arange(0, PADDED_L)
@@ -78,24 +80,25 @@ def leading_kernel(x_ptr, after_ptr, left_ptr, y_ptr, scale_ptr, zero_ptr, sum_p
                                            X_PARTS, X_OPERAND, PINNED)  # fmt: skip
         store_values(y_ptr, after_ptr, offsets, offsets, mask, out, False)
     else:
+        BELOW: tl.constexpr = not SYMMETRIC or clip_low is not None
         low = tl.zeros((PADDED_L, COLUMNS), tl.float32)
         high = tl.zeros((PADDED_L, COLUMNS), tl.float32)
         for start in range(0, R, COLUMNS):
             out, offsets, mask = _leading_tile(x_ptr, left, start, L, PADDED_L, R, COLUMNS, FACTOR, X_PARTS,
                                                X_OPERAND, PINNED)  # fmt: skip
-            if SYMMETRIC:
-                high = tl.maximum(high, tl.abs(out))
-            else:
+            if BELOW:
                 high = tl.maximum(high, out)
                 low = tl.minimum(low, out)
+            else:
+                high = tl.maximum(high, tl.abs(out))
         high = tl.max(tl.max(high, 1), 0)
         low = tl.min(tl.min(low, 1), 0)
-        scale, reciprocal, zero = grid_of(low, high, BITS, SYMMETRIC, IEEE)
+        scale, reciprocal, zero = grid_of(low, high, clip_low, clip_high, BITS, SYMMETRIC, IEEE)
         sums = tl.zeros((PADDED_L, COLUMNS), tl.int32)
         for start in range(0, R, COLUMNS):
             out, offsets, mask = _leading_tile(x_ptr, left, start, L, PADDED_L, R, COLUMNS, FACTOR, X_PARTS,
                                                X_OPERAND, PINNED)  # fmt: skip
-            codes = codes_of(out, reciprocal, zero, BITS, SYMMETRIC)
+            codes = codes_of(out, reciprocal, zero, BITS, BELOW)
             sums += codes
             store_values(y_ptr, None, offsets, offsets, mask, codes, False)
         PADDING: tl.constexpr = PADDED_L * ((R + COLUMNS - 1) // COLUMNS * COLUMNS) - L * R

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
@@ -43,7 +44,13 @@ def hadamard(x: Tensor, signs: Tensor | None, transform: HadamardTransform, inve
 
 
 def hadamard_quantize(
-    x: Tensor, signs: Tensor | None, gate: Tensor | None, transform: HadamardTransform, bits: int, symmetric: bool
+    x: Tensor,
+    signs: Tensor | None,
+    gate: Tensor | None,
+    transform: HadamardTransform,
+    bits: int,
+    symmetric: bool,
+    clip: Sequence[float] | None = None,
 ) -> Outputs:
     """Codes int8 `[..., n]`, scale fp32, zero (unset when symmetric) and token sum int32 `[...]`."""
     codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
@@ -54,13 +61,12 @@ def hadamard_quantize(
     fused = transform.blocks == 1 and _choice(x, gate, signs, transform).variant != "matmul"
     if not fused:
         # The scale of a token takes all of its blocks.
-        return quantize_activations(
-            hadamard(prepared(x, None, 0.0, gate), signs, transform, False), bits, symmetric, None, 0.0, None, False
-        )
+        rotated = hadamard(prepared(x, None, 0.0, gate), signs, transform, False)
+        return quantize_activations(rotated, bits, symmetric, None, 0.0, None, False, clip)
     x = x.reshape(-1, transform.n).contiguous()
     gate = None if gate is None else gate.reshape(-1, transform.n).contiguous()
     outputs = (codes, scale, None if symmetric else zero, total)
-    _rotate(x, gate, signs, transform, False, outputs, bits, symmetric)
+    _rotate(x, gate, signs, transform, False, outputs, bits, symmetric, clip)
     return codes, scale, zero, total
 
 
@@ -77,6 +83,7 @@ def _rotate(
     outputs: tuple[Tensor | None, ...],
     bits: int,
     symmetric: bool,
+    clip: Sequence[float] | None = None,
 ) -> None:
     """x `[M, block]`, contiguous, into the outputs: y, or codes, scale, zero and sum."""
     choice = _choice(x, gate, signs, transform)
@@ -87,13 +94,14 @@ def _rotate(
         assert y is not None
         y.copy_(hadamard_cpu.rotate(x, signs, transform, inverse).view(y.shape))
         return
-    scheme = {"BITS": bits, "SYMMETRIC": symmetric, "IEEE": INTERPRETED}
+    clip_low, clip_high = (None, None) if clip is None else clip
+    scheme = {"BITS": bits, "SYMMETRIC": symmetric, "IEEE": INTERPRETED, "clip_low": clip_low, "clip_high": clip_high}
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         if choice.leading == 1:
             _first(x, gate, before, after, outputs, choice, inverse, transform.blocks, scheme)
             return
         between = torch.empty_like(x)
-        first = {**scheme, "BITS": 0}
+        first = {**scheme, "BITS": 0, "clip_low": None, "clip_high": None}
         rows = x.view(-1, transform.block // choice.leading)
         period = transform.blocks * choice.leading
         _first(rows, gate, before, None, (between, None, None, None), choice, inverse, period, first)

@@ -243,14 +243,19 @@ def _quotient(x, divisor, reciprocal, IEEE: tl.constexpr):
 
 
 @triton.jit
-def grid_of(low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: tl.constexpr):
+def grid_of(low, high, clip_low, clip_high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: tl.constexpr):
     """Smallest and largest value of a token, fp32 -> scale, its reciprocal fp32, zero int32: formulas of `activations`.
 
-    When symmetric `high` is the largest magnitude, and zero 0.
+    When symmetric zero is 0, and `high` the largest magnitude unless there are factors clip_low and clip_high.
     """
     LOW: tl.constexpr = -(2 ** (BITS - 1))
     HIGH: tl.constexpr = 2 ** (BITS - 1) - 1
     STEPS: tl.constexpr = (2**BITS - 1) / 2 if SYMMETRIC else 2.0**BITS - 1
+    if clip_low is not None:
+        low = tl.minimum(low, 0.0) * clip_low
+        high = tl.maximum(high, 0.0) * clip_high
+        if SYMMETRIC:
+            high = tl.maximum(high, -low)
     if not SYMMETRIC:
         low = tl.minimum(low, 0.0)
         high = tl.maximum(high, 0.0) - low
@@ -266,8 +271,10 @@ def grid_of(low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: tl.con
 
 
 @triton.jit
-def codes_of(values, reciprocal, zero, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
+def codes_of(values, reciprocal, zero, BITS: tl.constexpr, BELOW: tl.constexpr):
     """Values fp32 times the reciprocal of their scale -> codes int32.
+
+    BELOW: they may lie below the grid, as they do not on a symmetric one that is not clipped.
 
     A quotient within 2^-22 of itself from the middle of two codes may get the other one than a division gives.
     """
@@ -276,16 +283,16 @@ def codes_of(values, reciprocal, zero, BITS: tl.constexpr, SYMMETRIC: tl.constex
     # HIGH - zero + _ROUNDER.
     top = (HIGH - zero + _ROUNDER_BITS).to(tl.float32, bitcast=True)
     rounded = tl.minimum(values * reciprocal + _ROUNDER, top)
-    if not SYMMETRIC:
+    if BELOW:
         rounded = tl.maximum(rounded, (LOW - zero + _ROUNDER_BITS).to(tl.float32, bitcast=True))
     return rounded.to(tl.int32, bitcast=True) - (_ROUNDER_BITS - zero)
 
 
 @triton.jit
 def _row(row, x_ptr, gate_ptr, before_ptr, after_ptr, left, left_ptr, right, y_ptr, scale_ptr, zero_ptr, sum_ptr,
-         FACTOR: tl.constexpr, A: tl.constexpr, STARTS: tl.constexpr, SIZES: tl.constexpr, Q: tl.constexpr,
-         B: tl.constexpr, PADDED_B: tl.constexpr, X_PARTS: tl.constexpr, PARTS: tl.constexpr, VALUES: tl.constexpr,
-         X_OPERAND: tl.constexpr, OPERAND: tl.constexpr, PINNED: tl.constexpr, BITS: tl.constexpr,
+         clip_low, clip_high, FACTOR: tl.constexpr, A: tl.constexpr, STARTS: tl.constexpr, SIZES: tl.constexpr,
+         Q: tl.constexpr, B: tl.constexpr, PADDED_B: tl.constexpr, X_PARTS: tl.constexpr, PARTS: tl.constexpr,
+         VALUES: tl.constexpr, X_OPERAND: tl.constexpr, OPERAND: tl.constexpr, PINNED: tl.constexpr, BITS: tl.constexpr,
          SYMMETRIC: tl.constexpr, IEEE: tl.constexpr, PERIOD: tl.constexpr):  # fmt: skip
     PIECES: tl.constexpr = len(SIZES)
     start = tl.cast(row, tl.int64) * (A * Q * B)
@@ -305,17 +312,18 @@ def _row(row, x_ptr, gate_ptr, before_ptr, after_ptr, left, left_ptr, right, y_p
                 even = STARTS[i] + SIZES[i] <= A and B == PADDED_B
                 store_values(y_ptr, after_ptr, offsets, offsets, mask, tiles[j * PIECES + i] * FACTOR, even)
     else:
-        if SYMMETRIC:
+        if SYMMETRIC and clip_low is None:
             high = largest_magnitude(tiles, Q * PIECES, PIECES) * FACTOR
             low = high
         else:
             high = largest(tiles, Q * PIECES, PIECES) * FACTOR
             low = smallest(tiles, Q * PIECES, PIECES) * FACTOR
-        scale, reciprocal, zero = grid_of(low, high, BITS, SYMMETRIC, IEEE)
+        scale, reciprocal, zero = grid_of(low, high, clip_low, clip_high, BITS, SYMMETRIC, IEEE)
+        BELOW: tl.constexpr = not SYMMETRIC or clip_low is not None
         total = 0
         for i in tl.static_range(PIECES):
             for j in tl.static_range(Q):
-                codes = codes_of(tiles[j * PIECES + i], reciprocal * FACTOR, zero, BITS, SYMMETRIC)
+                codes = codes_of(tiles[j * PIECES + i], reciprocal * FACTOR, zero, BITS, BELOW)
                 if j == 0:
                     sums = codes
                 else:
@@ -334,15 +342,16 @@ def _row(row, x_ptr, gate_ptr, before_ptr, after_ptr, left, left_ptr, right, y_p
 
 @triton.jit(do_not_specialize=["M"])
 def row_kernel(x_ptr, gate_ptr, before_ptr, after_ptr, left_ptr, right_ptr, y_ptr, scale_ptr, zero_ptr, sum_ptr, M,
-               FACTOR: tl.constexpr, A: tl.constexpr, STARTS: tl.constexpr, SIZES: tl.constexpr, Q: tl.constexpr,
-               B: tl.constexpr, PADDED_B: tl.constexpr, X_PARTS: tl.constexpr, PARTS: tl.constexpr,
+               clip_low, clip_high, FACTOR: tl.constexpr, A: tl.constexpr, STARTS: tl.constexpr, SIZES: tl.constexpr,
+               Q: tl.constexpr, B: tl.constexpr, PADDED_B: tl.constexpr, X_PARTS: tl.constexpr, PARTS: tl.constexpr,
                VALUES: tl.constexpr, X_OPERAND: tl.constexpr, OPERAND: tl.constexpr, PINNED: tl.constexpr,
                BITS: tl.constexpr, SYMMETRIC: tl.constexpr, IEEE: tl.constexpr, PERIOD: tl.constexpr,
                AGAIN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Rows of `[M, A Q B]`: x rotated, times FACTOR, to y; with BITS to codes int8, scale, zero and sum.
 
-    before_ptr, after_ptr: signs `[PERIOD, A Q B]` of x and of y, for the rows in turn. AGAIN: see left_ptr of
-    `rotated_row`. STAGES 0: a program per row; else programs take rows in turn and fetch the next ones meanwhile.
+    before_ptr, after_ptr: signs `[PERIOD, A Q B]` of x and of y, for the rows in turn. clip_low, clip_high: of
+    `grid_of`. AGAIN: see left_ptr of `rotated_row`. STAGES 0: a program per row; else programs take rows in turn and
+    fetch the next ones meanwhile.
     """
     b = tl.arange(0, PADDED_B)
     right = tl.load(right_ptr + b[:, None] * PADDED_B + b[None, :])
@@ -350,10 +359,10 @@ def row_kernel(x_ptr, gate_ptr, before_ptr, after_ptr, left_ptr, right_ptr, y_pt
     again_ptr = left_ptr if AGAIN else None
     if STAGES == 0:
         _row(tl.program_id(0), x_ptr, gate_ptr, before_ptr, after_ptr, left, again_ptr, right, y_ptr, scale_ptr,
-             zero_ptr, sum_ptr, FACTOR, A, STARTS, SIZES, Q, B, PADDED_B, X_PARTS, PARTS, VALUES, X_OPERAND, OPERAND,
-             PINNED, BITS, SYMMETRIC, IEEE, PERIOD)  # fmt: skip
+             zero_ptr, sum_ptr, clip_low, clip_high, FACTOR, A, STARTS, SIZES, Q, B, PADDED_B, X_PARTS, PARTS, VALUES,
+             X_OPERAND, OPERAND, PINNED, BITS, SYMMETRIC, IEEE, PERIOD)  # fmt: skip
     else:
         for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
             _row(row, x_ptr, gate_ptr, before_ptr, after_ptr, left, again_ptr, right, y_ptr, scale_ptr, zero_ptr,
-                 sum_ptr, FACTOR, A, STARTS, SIZES, Q, B, PADDED_B, X_PARTS, PARTS, VALUES, X_OPERAND, OPERAND,
-                 PINNED, BITS, SYMMETRIC, IEEE, PERIOD)  # fmt: skip
+                 sum_ptr, clip_low, clip_high, FACTOR, A, STARTS, SIZES, Q, B, PADDED_B, X_PARTS, PARTS, VALUES,
+                 X_OPERAND, OPERAND, PINNED, BITS, SYMMETRIC, IEEE, PERIOD)  # fmt: skip

@@ -21,6 +21,7 @@ from .low_bit_tiles import choose_low_bit
 from .problems import Case
 from .tiles import Choice, Device
 
+_CLIP = {"clip_low": "fp32", "clip_high": "fp32"}
 _POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
@@ -178,6 +179,8 @@ def _quantize(case: Case, device: Device) -> Launch:
         types["norm_ptr"] = values
     if case.variant == "silu_mul":
         types["gate_ptr"] = values
+    if case.variant == "clipped":
+        types |= _CLIP
     options = host.quantize_options(problem.k)
     return Launch(
         Choice(case.variant or "quantize", num_warps=options["num_warps"], num_stages=1),
@@ -197,7 +200,7 @@ def _hadamard(case: Case, device: Device) -> Launch:
 
     problem, values = case.problem, _POINTER[case.problem.dtype]
     transform = factor_hadamard(problem.k)
-    chosen = choose_hadamard(transform.orders, device, problem.dtype, case.variant in (None, "second"))
+    chosen = choose_hadamard(transform.orders, device, problem.dtype, case.variant in (None, "clipped", "second"))
     if chosen.variant == "matmul":
         return Launch(Choice("matmul"))
     # The first of two launches does not quantize.
@@ -206,6 +209,7 @@ def _hadamard(case: Case, device: Device) -> Launch:
     types = {"x_ptr": values, "y_ptr": "*i8" if bits else values, "left_ptr": operand, "right_ptr": operand}
     types |= {"gate_ptr": values} if case.variant == "silu_mul" else {}
     types |= {"before_ptr": values} if case.variant == "signs" else {}
+    types |= _CLIP if case.variant == "clipped" and bits else {}
     if bits:
         types |= {"scale_ptr": "*fp32", "sum_ptr": "*i32"} | ({} if problem.symmetric else {"zero_ptr": "*i32"})
     constants = {"BITS": bits, "SYMMETRIC": problem.symmetric, "IEEE": False, "PERIOD": 1}

@@ -22,9 +22,9 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 class Case:
     """One thing to compile.
 
-    `variant` None: what the rules choose. For activations it is what is fused, `rms_norm`, `silu_mul` or `signs`, or
-    the `second` launch of a long rotation; `k` is their size, `bits` and `symmetric` are theirs. `epilogue`: with bias
-    and residual.
+    `variant` None: what the rules choose. For activations it is what is fused, `rms_norm`, `silu_mul` or `signs`,
+    `clipped`, with factors on the ends of the range, or the `second` launch of a long rotation; `k` is their size,
+    `bits` and `symmetric` are theirs. `epilogue`: with bias and residual.
     """
 
     op: str
@@ -119,7 +119,7 @@ def low_bit_cases(full: bool) -> Iterator[Case]:
 def quantize_cases(full: bool) -> Iterator[Case]:
     """Cases of quantizing activations: the sizes of real hidden states and intermediate activations."""
     sizes = (768, 4096, 5120, 8192, 11008, 14336, 18944, 28672) if full else (4096, 14336)
-    for k, bits, fused in itertools.product(sizes, (4, 8) if full else (4,), (None, "rms_norm", "silu_mul")):
+    for k, bits, fused in itertools.product(sizes, (4, 8) if full else (4,), (None, "rms_norm", "silu_mul", "clipped")):
         yield Case("quantize_activations", Problem(1, 0, k, bits, None, False, _BF16), fused)
 
 
@@ -137,12 +137,14 @@ def hadamard_quantize_cases(full: bool) -> Iterator[Case]:
     """Cases of rotating and quantizing."""
     if full:
         for k, dtype, symmetric in itertools.product(_ROTATED, (_BF16, _FP16, _FP32), (True, False)):
-            for variant in (None, "silu_mul", "signs", *(("second",) if k > 20000 else ())):
+            for variant in (None, "silu_mul", "signs", "second" if k > 20000 else "clipped"):
                 yield Case("hadamard_quantize", Problem(1, 0, k, 8, None, symmetric, dtype), variant)
         return
     for k in (4096, 8192, 14336, 11008, 18944):
         yield Case("hadamard_quantize", Problem(1, 0, k, 8, None, False, _BF16))
     yield Case("hadamard_quantize", Problem(1, 0, 14336, 4, None, False, _BF16), "silu_mul")
+    for k, symmetric in ((128, False), (4096, True), (14336, False)):
+        yield Case("hadamard_quantize", Problem(1, 0, k, 4, None, symmetric, _BF16), "clipped")
     yield Case("hadamard_quantize", Problem(1, 0, 28672, 8, None, False, _BF16), "second")
 
 

@@ -45,11 +45,13 @@ def magnitude(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None
     return torch.matmul(x.double().abs(), dequantize(codes, scale, zero_point, bits).abs().t())
 
 
-def quantize_activations(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_activations(
+    x: Tensor, bits: int, symmetric: bool, clip: tuple[float, float] = (1.0, 1.0)
+) -> tuple[Tensor, Tensor, Tensor]:
     """x `[..., K]` -> codes, scale, zero-point in fp64: the formulas of `activations`, with no rounding but theirs."""
     low_code, high_code = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     x = x.double()
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0) * clip[0], x.amax(-1, keepdim=True).clamp(min=0) * clip[1]
     scale = torch.maximum(-low, high) / ((2**bits - 1) / 2) if symmetric else (high - low) / (2**bits - 1)
     empty = scale == 0
     scale = torch.where(empty, 1.0, scale)

@@ -31,15 +31,39 @@ def test_formulas(dtype, bits, symmetric, make_x):
     assert (error <= scale.unsqueeze(-1) * (1.01 if not symmetric or bits else 0.51)).all()
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("clip", [(0.9, 0.6), (0.55, 1.0), (1.0, 1.0)], ids=str)
+def test_clipping(clip, bits, symmetric, make_x):
+    x = make_x((50, 77), torch.float32) * 3 + 0.5
+    got = quantize_activations(x, bits, symmetric, clip=clip)
+    codes, scale, zero = reference.quantize_activations(x, bits, symmetric, clip)
+    assert ((got.scale.double() / scale - 1).abs() <= 2.0**-22).all()
+    assert (got.codes.double() == codes).double().mean() > 0.99
+    assert symmetric or torch.equal(got.zero_point.double(), zero)
+    assert torch.equal(got.token_sum, got.codes.int().sum(-1).int())
+    # The ends are where they should be, and what lies outside of them is at their codes.
+    low, high = x.double().amin(-1, keepdim=True) * clip[0], x.double().amax(-1, keepdim=True) * clip[1]
+    low, high = (-torch.maximum(-low, high), torch.maximum(-low, high)) if symmetric else (low, high)
+    dequantized, step = got.dequantize().double(), scale.unsqueeze(-1)
+    assert (dequantized >= low - step * 1.01).all()
+    assert (dequantized <= high + step * 1.01).all()
+    for outside, code in ((x < low - step, -(2 ** (bits - 1))), (x > high + step, 2 ** (bits - 1) - 1)):
+        assert (got.codes[outside] == code).all()
+    plain = quantize_activations(x, bits, symmetric)
+    assert all(a is None or torch.equal(a, b) == (clip == (1.0, 1.0)) for a, b in zip(got[:2], plain[:2], strict=True))
+
+
+@settings(deadline=None, max_examples=100)
 @given(
     st.sampled_from([4, 8]),
     st.booleans(),
     st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40),
+    st.none() | st.tuples(*[st.floats(2.0**-10, 1.0, width=32)] * 2),
 )
-def test_zero_is_exact_and_codes_stay_in_range(bits, symmetric, values):
+def test_zero_is_exact_and_codes_stay_in_range(bits, symmetric, values, clip):
     """The range always holds 0, so that 0 is a code."""
-    got = quantize_activations(torch.tensor([[*values, 0.0]]), bits, symmetric)
+    got = quantize_activations(torch.tensor([[*values, 0.0]]), bits, symmetric, clip=clip)
     assert got.dequantize()[0, -1] == 0
     assert int(got.codes.min()) >= -(2 ** (bits - 1))
     assert int(got.codes.max()) <= 2 ** (bits - 1) - 1
@@ -137,6 +161,10 @@ def _x(*shape, dtype=torch.bfloat16, device="cpu"):
         ({"gate": _x(8)}, ValueError, r"gate: expected shape \(2, 8\), got \(8,\)"),
         ({"gate": _x(2, 8, device="meta")}, ValueError, r"gate: expected device cpu like x, got meta; move it"),
         ({"gate": _x(2, 8), "norm_weight": _x(8)}, ValueError, r"gate: not together with norm_weight"),
+        ({"clip": (0.5,)}, ValueError, r"clip: expected two factors above 0 and at most 1, got \(0\.5,\)"),
+        ({"clip": (0.0, 1.0)}, ValueError, r"clip: expected two factors above 0 and at most 1, got \(0\.0, 1\.0\)"),
+        ({"clip": (0.5, 1.5)}, ValueError, r"clip: expected two factors above 0 and at most 1"),
+        ({"clip": (0.5, float("nan"))}, ValueError, r"clip: expected two factors above 0 and at most 1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, message):

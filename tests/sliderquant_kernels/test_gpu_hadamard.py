@@ -90,11 +90,12 @@ def test_scales_are_those_of_quantizing_afterwards(n, make_x):
     """fp32: the same bits, with zero-points, but for ties."""
     transform, x = factor_hadamard(n), make_x((50, n), torch.float32).cuda()
     for symmetric in (True, False):
-        fused = hadamard_quantize(x, transform, 8, symmetric)
-        unfused = quantize_activations(hadamard(x, transform), 8, symmetric)
-        assert torch.equal(fused.scale, unfused.scale)
-        different = (fused.codes != unfused.codes).double().mean().item()
-        assert different <= 1e-3 + (1 / n if symmetric else 0)
+        for clip in (None, (0.93, 0.41)):
+            fused = hadamard_quantize(x, transform, 8, symmetric, clip=clip)
+            unfused = quantize_activations(hadamard(x, transform), 8, symmetric, clip=clip)
+            assert torch.equal(fused.scale, unfused.scale)
+            different = (fused.codes != unfused.codes).double().mean().item()
+            assert different <= 1e-3 + (1 / n if symmetric else 0)
 
 
 @pytest.mark.parametrize("n", [128, 4096, 14336, 28672])

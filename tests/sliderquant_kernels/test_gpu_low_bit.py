@@ -81,9 +81,10 @@ def test_quantized_activations_equal_the_cpu(dtype, bits, symmetric, make_x):
     for k in (64, 77, 4096, 28672):
         x = make_x((5, k), dtype) * 2
         for kwargs in ({}, {"norm_weight": make_x((k,), dtype, 2)}, {"gate": make_x((5, k), dtype, 3)}):
-            want = quantize_activations(x, bits, symmetric, **kwargs)
+            clip = (0.93, 0.41) if k % 2 else None
+            want = quantize_activations(x, bits, symmetric, clip=clip, **kwargs)
             moved = {name: tensor.cuda() for name, tensor in kwargs.items()}
-            got = _moved(quantize_activations(x.cuda(), bits, symmetric, **moved), "cpu")
+            got = _moved(quantize_activations(x.cuda(), bits, symmetric, clip=clip, **moved), "cpu")
             # The fused steps may round one value in many to its neighbour in `dtype`.
             same = (got.codes == want.codes).float().mean().item()
             assert same == 1 if not kwargs else same > 0.999
@@ -96,7 +97,7 @@ def test_cuda_graph_and_compile(make_weight, make_x):
     layout, packed = _on("cuda", weight, 256, 1024, None, True)
 
     def function(x):
-        return low_bit_linear(quantize_activations(x, 4), packed, layout, x.dtype)
+        return low_bit_linear(quantize_activations(x, 4, clip=(0.9, 0.8)), packed, layout, x.dtype)
 
     x = make_x((5, 1024), torch.bfloat16).cuda()
     want = function(x)

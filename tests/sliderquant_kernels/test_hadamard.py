@@ -186,6 +186,14 @@ def test_quantize(n, bits, symmetric, make_x):
         got = hadamard_quantize(x, transform, bits, symmetric, gate=gate, signs=signs)
         assert torch.equal(got.codes, want.codes)
         assert torch.equal(got.scale, want.scale)
+        clip = (0.93, 0.625)
+        got, want = (
+            hadamard_quantize(x, transform, bits, symmetric, clip=clip),
+            quantize(rotated, bits, symmetric, clip),
+        )
+        assert torch.equal(got.codes, want[0])
+        assert torch.equal(got.scale, want[1])
+        assert not torch.equal(got.scale, scale)
 
 
 def test_opcheck(make_x):
@@ -198,6 +206,7 @@ def test_opcheck(make_x):
             torch.library.opcheck(ops.hadamard.default, (x, _signs(n, dtype), n, orders, True))
             arguments = (x.detach(), _signs(n, dtype), make_x(shape, dtype, seed=2), n, orders)
             torch.library.opcheck(ops.hadamard_quantize.default, (*arguments, 4, False))
+            torch.library.opcheck(ops.hadamard_quantize.default, (*arguments, 4, False, (0.9, 0.8)))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -247,6 +256,8 @@ def test_other_bad_arguments_are_refused():
         hadamard_quantize(_x(2, 64), transform, gate=_x(64))
     with pytest.raises(ValueError, match=r"bits: expected 4 or 8, got 3"):
         hadamard_quantize(_x(2, 64), transform, 3)
+    with pytest.raises(ValueError, match=r"clip: expected two factors above 0 and at most 1, got \(0\.5, 2\.0\)"):
+        hadamard_quantize(_x(2, 64), transform, clip=(0.5, 2.0))
     for function in (hadamard, hadamard_quantize):
         with pytest.raises(TypeError, match=r"transform: expected a HadamardTransform, got int; use factor_hadamard"):
             function(_x(2, 64), 64)

@@ -51,7 +51,7 @@ def on(monkeypatch):
     return use
 
 
-def _assert_quantized(got, x, want, bits, symmetric, launches=1):
+def _assert_quantized(got, x, want, bits, symmetric, launches=1, clip=(1.0, 1.0)):
     """Codes are what the scale and zero-point make of the oracle's values, and those are the oracle's, up to what is
     lost before (see `assert_rotation_close`)."""
     codes, scale, zero, total = (part.double() for part in got)
@@ -60,7 +60,7 @@ def _assert_quantized(got, x, want, bits, symmetric, launches=1):
     lost = (x.double().abs().sum(-1) / n**0.5) * (
         n * 2.0**-24 if x.dtype == torch.float32 else 2.0**-16 + (launches - 1) * _ROUNDOFF[x.dtype]
     )
-    _, wanted_scale, _ = reference.quantize_activations(want, bits, symmetric)
+    _, wanted_scale, _ = reference.quantize_activations(want, bits, symmetric, clip)
     steps = (2**bits - 1) / 2 if symmetric else 2**bits - 1
     assert ((scale - wanted_scale).abs() <= 2 * lost / steps + 2.0**-22 * wanted_scale).all()
     assert torch.equal(total, codes.sum(-1))
@@ -68,7 +68,7 @@ def _assert_quantized(got, x, want, bits, symmetric, launches=1):
     if symmetric:
         zero = torch.zeros_like(scale)
     else:
-        exact = low_code - want.amin(-1).clamp(max=0) / scale
+        exact = low_code - want.amin(-1).clamp(max=0) * clip[0] / scale
         assert ((zero - exact.clamp(low_code, high_code)).abs() <= 0.5 + slack).all()
     quotient = (want / scale.unsqueeze(-1) + zero.unsqueeze(-1)).clamp(low_code, high_code)
     assert ((codes - quotient).abs() <= 0.5 + slack.unsqueeze(-1)).all()
@@ -142,15 +142,42 @@ def test_quantize(n, arch, dtype, on, make_x):
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("n", [12, 64, 192, 188, 1040, 592])
+def test_clipped(n, symmetric, on, make_x):
+    """Several rows at once, one row, blocks, padded rows: values outside of the range get the codes of its ends."""
+    on()
+    transform, launches = factor_hadamard(n), 1 if factor_hadamard(n).blocks == 1 else 2
+    for dtype, bits, clip in ((torch.float16, 4, (0.9, 0.3)), (torch.float32, 8, (0.2, 1.0))):
+        x = make_x((3, n), dtype)
+        got = launch.hadamard_quantize(x, None, None, transform, bits, symmetric, clip)
+        _assert_quantized(got, x, reference.hadamard(x, transform), bits, symmetric, launches, clip)
+        zeros = launch.hadamard_quantize(torch.zeros_like(x), None, None, transform, bits, symmetric, clip)
+        assert not zeros[0].any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("name", _LEADING)
+def test_clipped_in_two_launches(name, symmetric, on, make_x):
+    n, choice = _LEADING[name]
+    on(choice=choice)
+    orders = (choice.leading, *choice.left, choice.q, *choice.right)
+    transform = HadamardTransform(n, tuple(order for order in orders if order > 1))
+    x, clip = make_x((3, n), torch.float32), (0.3, 0.7)
+    got = launch.hadamard_quantize(x, None, None, transform, 4, symmetric, clip)
+    _assert_quantized(got, x, reference.hadamard(x, transform), 4, symmetric, launches=2, clip=clip)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("clip", [None, (0.9, 0.8)], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("n", [64, 192, 1536, 592])
-def test_fused_equals_unfused(n, symmetric, on, make_x):
+def test_fused_equals_unfused(n, clip, symmetric, on, make_x):
     """fp32: quantizing what `hadamard` returns gives the same scales to the bit, and the same codes but at ties."""
     on()
     transform, x = factor_hadamard(n), make_x((5, n), torch.float32)
     rotated = launch.hadamard(x, None, transform, False)
     for bits in (4, 8):
-        codes, scale, zero, _ = launch.hadamard_quantize(x, None, None, transform, bits, symmetric)
-        want = launch.quantize_activations(rotated, bits, symmetric, None, 0.0, None, False)
+        codes, scale, zero, _ = launch.hadamard_quantize(x, None, None, transform, bits, symmetric, clip)
+        want = launch.quantize_activations(rotated, bits, symmetric, None, 0.0, None, False, clip)
         assert torch.equal(scale, want[1])
         if not symmetric:
             assert torch.equal(zero, want[2])

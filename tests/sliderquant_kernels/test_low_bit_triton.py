@@ -154,7 +154,7 @@ def _bytes(word):
     return parts - (parts >> 7) * 256
 
 
-@pytest.mark.parametrize("mode", ["plain", "norm", "gate"])
+@pytest.mark.parametrize("mode", ["plain", "clipped", "norm", "gate"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantize_activations(bits, symmetric, mode, make_x):
@@ -164,10 +164,10 @@ def test_quantize_activations(bits, symmetric, mode, make_x):
         x[1] = 0
         weight = make_x((k,), dtype, 2) if mode == "norm" else None
         gate = make_x((3, k), dtype, 3) if mode == "gate" else None
-        packed = bits == 4 and k % 2 == 0
-        got = quantizing.quantize_activations(x, bits, symmetric, weight, 1e-6, gate, packed)
-        want = torch.ops.sliderquant_kernels.quantize_activations(x, bits, symmetric, weight, 1e-6, gate, packed)
-        exact = mode == "plain" or dtype == torch.float16
+        packed, clip = bits == 4 and k % 2 == 0, (0.93, 0.41) if mode == "clipped" else None
+        got = quantizing.quantize_activations(x, bits, symmetric, weight, 1e-6, gate, packed, clip)
+        want = torch.ops.sliderquant_kernels.quantize_activations(x, bits, symmetric, weight, 1e-6, gate, packed, clip)
+        exact = mode in ("plain", "clipped") or dtype == torch.float16
         assert ((got[1] - want[1]).abs() <= want[1] * (0 if exact else 2.0**-21)).all()
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[3], want[3])
