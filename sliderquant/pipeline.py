@@ -18,12 +18,12 @@ from sliderquant.baselines.walk import quantize_layers
 from sliderquant.calibration.blocks import random_blocks
 from sliderquant.calibration.text import check_source, read_text
 from sliderquant.checkpoint import CardInfo, CheckpointWriter
+from sliderquant.choosing import with_chosen_bits, with_chosen_rotation
 from sliderquant.devices import deterministic, machine, peak_memory, resolve_device, versions
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
 from sliderquant.loading import load
 from sliderquant.methods import Method, Settings, method_named, with_overrides
-from sliderquant.mixed_precision import choose_bits
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning import Plan, make_plan
@@ -78,24 +78,30 @@ def plan(
     calibration: str = "wikitext2",
     device: str | torch.device = "auto",
     effort: str | None = None,
+    rotation_seeds: int = 1,
     progress: Progress | None = None,
 ) -> Plan:
-    """What `quantize` with the same arguments would do. Reads headers only; with `average_bits` it chooses the bits of
-    every linear, which takes two walks over the model.
+    """What `quantize` with the same arguments would do. Reads headers only; but with `average_bits` it chooses the bits
+    of every linear, which takes two walks over the model, and with `rotation_seeds` a seed, which takes one for each.
 
     Raises:
         InputError: as `quantize`.
     """
     target = resolve_device(device)
     source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme), method_named(method))
-    settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits, effort)
-    if not settled.chooses_bits:
+    settled = _plan(
+        source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits, effort, rotation_seeds
+    )
+    if not settled.chooses:
         return settled
     check_source(calibration)
     blocks = _calibration_blocks(calibration, source.tokenizer(), settled, seed)
-    decoder = Decoder(source, target)
-    decoder.check_names()
-    return _with_chosen_bits(settled, decoder, blocks, target, progress or Progress())
+    Decoder(source, target).check_names()
+    if settled.chooses_rotation:
+        settled = with_chosen_rotation(settled, blocks, target, progress or Progress())
+    if settled.chooses_bits:
+        settled = with_chosen_bits(settled, blocks, target, progress or Progress())
+    return settled
 
 
 def quantize(
@@ -116,6 +122,7 @@ def quantize(
     average_bits: float | None = None,
     allocation: Allocation | None = None,
     effort: str | None = None,
+    rotation_seeds: int = 1,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> QuantizeResult:
@@ -145,6 +152,9 @@ def quantize(
         allocation: bits of every linear that were chosen before, `plan(..., average_bits=2.5).allocation`, in place of
             `average_bits`.
         effort: of methods that trade minutes for accuracy: `"light"`, `"default"` or `"best"`; `settings` win.
+        rotation_seeds: seeds of the rotations' signs to try, `seed` and those that follow: with that which loses least
+            when the model is rounded to nearest the model is rotated, see `sliderquant.evaluation.rotation_seeds`. 1:
+            `seed`, and nothing is measured.
         progress: is told how far the run is.
         command: the command line, for the model card.
 
@@ -163,17 +173,18 @@ def quantize(
                 "the two"
             )
         average_bits = allocation.budget
-    settled = _plan(source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits, effort)
+    settled = _plan(
+        source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits, effort, rotation_seeds
+    )
     if allocation is not None:
         settled = settled.with_allocation(allocation)
-    needs_text = settled.settings is not None or settled.chooses_bits
+    needs_text = settled.settings is not None or settled.chooses
     for text in ([calibration] if needs_text else []) + ([perplexity_on] if perplexity_on else []):
         check_source(text)
     tokenizer = source.tokenizer()
     writer = CheckpointWriter(output, overwrite=overwrite, estimated_bytes=settled.largest_disk_bytes)
     blocks = _calibration_blocks(calibration, tokenizer, settled, seed) if needs_text else None
-    decoder = Decoder(source, target)
-    decoder.check_names()
+    Decoder(source, target).check_names()
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     times: dict[str, float] = {}
@@ -184,13 +195,17 @@ def quantize(
             progress.message(f"perplexity of the original on {perplexity_on}")
             with _timed(times, "evaluate_before"):
                 measured["before"] = _original_perplexity(source, tokenizer, perplexity_on, seqlen, target, progress)
+        if settled.chooses_rotation:
+            assert blocks is not None
+            with _timed(times, "choose_rotation"):
+                settled = with_chosen_rotation(settled, blocks, target, progress)
         if settled.chooses_bits:
             assert blocks is not None
             with _timed(times, "choose_bits"):
-                settled = _with_chosen_bits(settled, decoder, blocks, target, progress)
+                settled = with_chosen_bits(settled, blocks, target, progress)
         progress.run_started(settled.steps, settled.work)
         with _timed(times, "refine"), deterministic(target):
-            reports = _run(settled, decoder, blocks, seed, target, writer, changed, progress)
+            reports = _run(settled, blocks, seed, target, writer, changed, progress)
         with _timed(times, "write"):
             _copy_the_rest(settled, changed, writer)
             kv_bits = settled.scheme.kv_bits
@@ -287,6 +302,7 @@ def _plan(
     per_channel_fallback: bool,
     average_bits: float | None,
     effort: str | None,
+    rotation_seeds: int,
 ) -> Plan:
     chosen, parsed = method_named(method), Scheme.parse(scheme)
     length = default_seqlen(source.config) if seqlen is None else seqlen
@@ -299,6 +315,7 @@ def _plan(
         length,
         per_channel_fallback,
         average_bits,
+        rotation_seeds,
     )
 
 
@@ -307,26 +324,8 @@ def _calibration_blocks(calibration: str, tokenizer: Any, settled: Plan, seed: i
     return random_blocks(text, tokenizer, settled.samples, settled.seqlen, seed)
 
 
-def _with_chosen_bits(
-    settled: Plan, decoder: Decoder, blocks: torch.Tensor, device: torch.device, progress: Progress
-) -> Plan:
-    takes = (
-        f"{settled.memory_bytes / 1e9:.2f} GB where layers are refined, {settled.host_memory_bytes / 1e9:.2f} GB of "
-        "host memory"
-    )
-    if settled.file_bytes:
-        takes += f", and meanwhile {settled.file_bytes / 1e9:.2f} GB of temporary files"
-    progress.message(
-        f"choosing the bits of every linear, at most {settled.average_bits:g} on average: gradients of the loss on "
-        f"{settled.measured_samples} calibration samples; the run takes about {takes}"
-    )
-    with deterministic(device):
-        return settled.with_allocation(choose_bits(settled, decoder, blocks, device, progress))
-
-
 def _run(
     settled: Plan,
-    decoder: Decoder,
     blocks: torch.Tensor | None,
     seed: int,
     device: torch.device,
@@ -362,6 +361,7 @@ def _run(
             write(index, rtn_layer(source, index, settled.schemes, device))
         return []
     assert blocks is not None
+    decoder = Decoder(source, device)
     if not isinstance(settled.settings, Settings):
         return quantize_layers(settled, decoder, blocks, device, write, progress)
     return refine_model(settled, decoder, blocks, seed, device, emit, progress)

@@ -12,6 +12,7 @@ from sliderquant.errors import InputError
 from sliderquant.methods import Method, OneShotSettings, Settings, check_scheme
 from sliderquant.models.source import ModelSource
 from sliderquant.rotation import RotatedSource, Rotations
+from sliderquant.rotation_choice import RotationChoice, check_rotation_seeds
 from sliderquant.schemes import Scheme
 from sliderquant.windows import Window, schedule
 from sliderquant_kernels.activations import MAX_K
@@ -20,10 +21,10 @@ __all__ = ["Plan", "make_plan"]
 
 _GB = 1e9
 MEASURED_SAMPLES = 16
-"""Of the calibration samples, those on which it is measured which linear needs which bits."""
+"""Of the calibration samples, those that choices are measured on: seeds of rotations, bits of linears."""
 
 CHOOSING_TOKENS_AT_ONCE = 1024
-"""Whose logits are in memory while it is measured which linear needs which bits."""
+"""Whose logits are in memory while choices are measured."""
 
 CHOOSING_STREAM_GB = 8.0
 """Hidden states beyond this are kept in files meanwhile."""
@@ -49,6 +50,8 @@ class Plan:
             least those of the scheme; None: all get those of the scheme.
         allocation: the bits that were chosen; None: none, or not yet, and `schemes` and `disk_bytes` are those of a
             model where all linears have the scheme's bits.
+        rotation_seeds: seeds of the rotations' signs that are tried.
+        rotation_choice: what was measured of them; None: one seed, or not yet, and `source` has the first.
     """
 
     source: ModelSource
@@ -68,6 +71,8 @@ class Plan:
     average_bits: float | None = None
     allocation: Allocation | None = None
     optimizer_bytes: int = 0
+    rotation_seeds: int = 1
+    rotation_choice: RotationChoice | None = None
 
     @property
     def scheme_in_words(self) -> str:
@@ -87,9 +92,28 @@ class Plan:
         return self.average_bits is not None and self.allocation is None
 
     @property
+    def chooses(self) -> bool:
+        """Whether anything is left to choose, which takes calibration text."""
+        return self.chooses_rotation or self.chooses_bits
+
+    @property
     def measured_samples(self) -> int:
-        """Samples of the calibration text that it is measured on which linear needs which bits."""
+        """Samples of the calibration text that choices are measured on."""
         return min(self.samples, MEASURED_SAMPLES)
+
+    @property
+    def chooses_rotation(self) -> bool:
+        """Whether a seed of the rotations is to be chosen, which takes calibration text, and has not been yet."""
+        return self.rotation_seeds > 1 and self.rotation_choice is None
+
+    def with_rotation_seed(self, seed: int) -> "Plan":
+        """The plan for the model with the same rotations, their signs from another seed."""
+        assert isinstance(self.source, RotatedSource)
+        return replace(self, source=self.source.with_seed(seed))
+
+    def with_rotation_choice(self, choice: RotationChoice) -> "Plan":
+        """The plan for the model rotated with the chosen seed."""
+        return replace(self.with_rotation_seed(choice.seed), rotation_choice=choice)
 
     def with_allocation(self, allocation: Allocation) -> "Plan":
         """The plan with these bits.
@@ -156,6 +180,7 @@ class Plan:
             "allocation": None if self.allocation is None else self.allocation.as_dict(),
             "bits_by_kind": bits_by_kind(self.schemes),
             "rotations": None if self.rotations is None else self.rotations.to_dict(),
+            "rotation_choice": None if self.rotation_choice is None else self.rotation_choice.as_dict(),
             "layers": self.source.num_layers,
             "windows": [{"layers": list(window.layers), "phase": window.phase} for window in self.windows],
             "quantized": dict(Counter(f"{name.split('.', 3)[-1]}: {scheme}" for name, scheme in self.schemes.items())),
@@ -182,6 +207,7 @@ def make_plan(
     seqlen: int,
     per_channel_fallback: bool = False,
     average_bits: float | None = None,
+    rotation_seeds: int = 1,
 ) -> Plan:
     """Settle a run.
 
@@ -189,12 +215,16 @@ def make_plan(
         per_channel_fallback: linears whose input size the group size does not divide get one scale per channel, where
             the whole model would be refused otherwise.
         average_bits: see `Plan`; the bits are then chosen by `sliderquant.mixed_precision.choose_bits`.
+        rotation_seeds: see `Plan`; of several, one is chosen by
+            `sliderquant.evaluation.rotation_seeds.choose_rotation_seed`.
 
     Raises:
         InputError: the group size does not divide some linear's input size, or that is too long for quantized
-            activations; the method makes no sense with the scheme; samples, seqlen or average_bits out of range.
+            activations; the method makes no sense with the scheme; samples, seqlen or average_bits out of range;
+            rotation_seeds out of range, or several for a model that is not rotated.
     """
     check_scheme(method, scheme)
+    check_rotation_seeds(rotation_seeds, isinstance(source, RotatedSource))
     if average_bits is not None:
         check_average_bits(scheme, average_bits)
     if samples < 1:
@@ -217,6 +247,9 @@ def make_plan(
     if average_bits is not None:
         choosing = _choosing_memory(source, min(samples, MEASURED_SAMPLES), seqlen, layer_weights)
         device_bytes, host_bytes = max(device_bytes, choosing[0]), max(host_bytes, choosing[1])
+    if rotation_seeds > 1:
+        trying = _trying_memory(source, min(samples, MEASURED_SAMPLES), seqlen, layer_weights)
+        device_bytes, host_bytes = max(device_bytes, trying[0]), max(host_bytes, trying[1])
     return Plan(
         source=source,
         scheme=scheme,
@@ -234,6 +267,7 @@ def make_plan(
         source_bytes=sum(size for _, size in shapes.values()),
         average_bits=average_bits,
         optimizer_bytes=_optimizer_bytes(source, scheme, settings, windows),
+        rotation_seeds=rotation_seeds,
     )
 
 
@@ -362,6 +396,21 @@ def _choosing_memory(source: ModelSource, samples: int, seqlen: int, layer_weigh
     streams = _choosing_streams(source, samples, seqlen)
     embedding = config.vocab_size * config.hidden_size * 4
     return device, device + embedding + (streams if streams <= CHOOSING_STREAM_GB * _GB else 0)
+
+
+def _trying_memory(source: ModelSource, samples: int, seqlen: int, layer_weights: int) -> tuple[int, int]:
+    """Bytes on the device and on the host while a seed of the rotations is tried. All in fp32: a layer and its rounded
+    weights, the largest some six times while it is rounded, and the activations of a batch; or the head, and five
+    tensors of the size of a batch's logits. On the host, the hidden states of the original, of the rounded model, and
+    of one of them a layer further; what does not fit takes more reads of the model, not more memory."""
+    config = source.config
+    largest = max(math.prod(source.shapes[f"{name}.weight"][0]) for name in source.linear_names(0))
+    tokens = max(seqlen, CHOOSING_TOKENS_AT_ONCE)
+    activations = 2 * tokens * (16 * config.hidden_size + 5 * config.intermediate_size)
+    head = config.vocab_size * (config.hidden_size + 5 * tokens)
+    device = 4 * max(2 * layer_weights + 6 * largest + activations, head)
+    streams = min(3 * samples * seqlen * config.hidden_size * 4, int(CHOOSING_STREAM_GB * _GB))
+    return device, device + streams + config.vocab_size * config.hidden_size * 4
 
 
 def _choosing_streams(source: ModelSource, samples: int, seqlen: int) -> int:

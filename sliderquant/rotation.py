@@ -19,7 +19,7 @@ What was rotated is `Rotations`: plain data, from which every sign and matrix ca
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,10 @@ class RotatedSource(ModelSource):
         config = copy.deepcopy(original.config)
         config.tie_word_embeddings = False
         return cls(original.name, original.folder, config, original.family, original, rotations)
+
+    def with_seed(self, seed: int) -> "RotatedSource":
+        """The same model with the same rotations, their signs from another seed."""
+        return RotatedSource.of(self.original, replace(self.rotations, seed=seed))
 
     @cached_property
     def files(self) -> dict[str, Path]:

@@ -265,7 +265,7 @@ def test_errors_come_before_any_work(arguments, message, tiny_llama, tmp_path, m
     def unreachable(*_):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr("sliderquant.pipeline.choose_bits", unreachable)
+    monkeypatch.setattr("sliderquant.choosing.choose_bits", unreachable)
     arguments = {"scheme": "W2A16-g32", "method": "rtn", **SMALL, **arguments}
     for call in (
         lambda: sliderquant.quantize(tiny_llama, tmp_path / "out", **arguments),
@@ -300,7 +300,7 @@ def test_memory_and_disk_before_the_bits_are_known(tiny_llama, monkeypatch):
 
 
 def test_bits_chosen_before(mixed, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("sliderquant.pipeline.choose_bits", lambda *_: pytest.fail("bits were chosen again"))
+    monkeypatch.setattr("sliderquant.choosing.choose_bits", lambda *_: pytest.fail("bits were chosen again"))
     result = sliderquant.quantize(
         tiny_llama, tmp_path / "out", "W2A16-g32", "rtn", allocation=mixed.plan.allocation, **SMALL
     )

@@ -27,7 +27,9 @@ def print_plan(plan: Plan) -> None:
     print(f"activations {plan.scheme.activations}")
     print(f"attention   {attention_in_words(plan.scheme.kv_bits)}")
     if plan.rotations is not None:
-        print("rotations   " + (", ".join(plan.rotations.transforms)))
+        print(f"rotations   {', '.join(plan.rotations.transforms)}; {_seed_in_words(plan)}")
+        for trial in () if plan.rotation_choice is None else plan.rotation_choice.trials:
+            print(f"  {trial}")
     print(f"method      {plan.method.name}: {plan.method.summary}")
     print("quantized   " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     chosen = "" if plan.allocation is None else f"; chosen on {plan.allocation.samples} calibration samples"
@@ -57,6 +59,14 @@ def print_plan(plan: Plan) -> None:
     if plan.optimizer_bytes:
         print(f"optimizer   {plan.optimizer_bytes / 1e9:.3f} GB of these: its state, of the largest window")
     print(f"disk        {plan.disk_bytes / 1e9:.3f} GB")
+
+
+def _seed_in_words(plan: Plan) -> str:
+    assert plan.rotations is not None
+    choice = plan.rotation_choice
+    if choice is None:
+        return f"seed {plan.rotations.seed}"
+    return f"seed {choice.seed}, of {len(choice.trials)} tried on {choice.samples} calibration samples"
 
 
 def _learned(settings: Settings, scheme: Scheme) -> Iterator[str]:

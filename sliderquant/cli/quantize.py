@@ -61,6 +61,12 @@ def command(
         str | None,
         typer.Option(help="Rotations to fold in first, of R1,R2,R3,R4, or none.", show_default="the method's"),
     ] = None,
+    rotation_seeds: Annotated[
+        int,
+        typer.Option(
+            help="Seeds of rotations to try, from --seed on; that with which rounding to nearest loses least is used."
+        ),
+    ] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     quiet: QuietOption = False,
@@ -90,6 +96,7 @@ def command(
                 calibration=calibration,
                 device=device,
                 effort=effort,
+                rotation_seeds=rotation_seeds,
                 progress=progress,
             )
         print_plan(settled)
@@ -114,6 +121,7 @@ def command(
             rotate=rotations,
             average_bits=average_bits,
             effort=effort,
+            rotation_seeds=rotation_seeds,
             progress=progress,
             command=shlex.join(["sliderquant", *sys.argv[1:]]),
         )

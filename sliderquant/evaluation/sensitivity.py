@@ -21,7 +21,7 @@ from sliderquant.calibration.text import check_source
 from sliderquant.devices import deterministic, machine, resolve_device, versions
 from sliderquant.errors import InputError
 from sliderquant.evaluation.perplexity import default_seqlen, evaluation_blocks
-from sliderquant.evaluation.variants import Study, Sums, Variant
+from sliderquant.evaluation.variants import Study, Sums, Variant, switched_kinds
 from sliderquant.methods import method_named
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import open_model
@@ -170,8 +170,7 @@ def sensitivity(
     blocks = evaluation_blocks(text, tokenizer, length)[:max_blocks]
     decoder = Decoder(source, target)
     decoder.check_names()
-    attention = (source.family.attention,) if plan.scheme.quantizes_attention else ()
-    parts = _Parts((*source.family.linears, *attention), source.num_layers)
+    parts = _Parts(switched_kinds(plan), source.num_layers)
     study = Study(plan, decoder, blocks, parts.variants, memory_gb * 1e9, target)
     progress.message(
         f"{len(parts.variants) - 1} ways to quantize {source.name} to {plan.scheme}, {len(blocks)} blocks of {length} "

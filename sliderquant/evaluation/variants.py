@@ -18,7 +18,7 @@ from sliderquant.schemes import Scheme
 from sliderquant.train import WindowLayers
 from sliderquant_kernels import quantize_activations
 
-__all__ = ["Study", "Sums", "Variant"]
+__all__ = ["Study", "Sums", "Variant", "switched_kinds"]
 
 # Logits, a log-probability for every token and word, are the largest tensors; three of them are held at once.
 _TOKENS_AT_ONCE = 1024
@@ -26,6 +26,12 @@ _TOKENS_AT_ONCE = 1024
 # For every layer, what in it is quantized: linears, and the attention module, which stands for queries, keys and
 # values. The first layers of a variant name the hidden states after them.
 Variant = tuple[frozenset[str], ...]
+
+
+def switched_kinds(plan: Plan) -> tuple[str, ...]:
+    """What can be quantized in a layer of the plan's scheme: see `Variant`."""
+    family = plan.source.family
+    return (*family.linears, family.attention) if plan.scheme.quantizes_attention else tuple(family.linears)
 
 
 class _Switched(nn.Module):

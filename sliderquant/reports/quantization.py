@@ -15,6 +15,7 @@ __all__ = ["loss_figure", "quantization_page", "schedule_figure", "warnings_of"]
 
 _STEPS = {
     "evaluate_before": "perplexity before",
+    "choose_rotation": "choosing the seed of rotations",
     "choose_bits": "choosing bits",
     "refine": "refining",
     "write": "writing",
@@ -44,6 +45,7 @@ def quantization_page(report: Mapping[str, Any]) -> str:
         errors=svg(error_figure(errors), "Errors of every layer and linear") if errors else None,
         error_table=error_table(errors),
         scale_table=scale_table(errors),
+        seeds=_seeds(report["rotation_choice"]),
         quantized=[(*name.split(": ", 1), count) for name, count in report["quantized"].items()],
         bits=list(by_kind.items()) if len(set("".join(by_kind.values()))) > 1 else [],
         kept=", ".join([*report["kept"], "norms and biases"]),
@@ -139,13 +141,12 @@ def _layers(layers: list[int]) -> str:
 
 def _summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     before, after = report["source_bytes"], report["disk_bytes"]
-    rotations = report["rotations"]
     memory = ", ".join(f"{size / 1e9:.2f} GB ({where})" for where, size in report["peak_memory_bytes"].items())
     pairs = [
         ("Model", f"{report['model']}, {report['layers']} layers"),
         ("Scheme", report["scheme_in_words"]),
         ("Method", report["method"]),
-        ("Rotations", ", ".join(name for name in rotations if name != "seed") if rotations else "none"),
+        ("Rotations", _rotations(report) if report["rotations"] else "none"),
         ("Size", f"{before / 1e6:.2f} MB → {after / 1e6:.2f} MB, {after / before:.3f} of it"),
         (
             "Bits per quantized weight",
@@ -161,6 +162,28 @@ def _summary(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if measured:
         pairs.insert(4, ("Perplexity", f"{measured['before']['value']:.4f} → {measured['after']['value']:.4f}"))
     return pairs
+
+
+def _rotations(report: Mapping[str, Any]) -> str:
+    rotations, choice = report["rotations"], report["rotation_choice"]
+    tried = f", of {len(choice['trials'])} tried" if choice else ""
+    return f"{', '.join(name for name in rotations if name != 'seed')}; seed {rotations['seed']}{tried}"
+
+
+def _seeds(choice: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
+    if choice is None:
+        return []
+    return [
+        (
+            trial["seed"],
+            *(
+                "not finite" if figure is None else f"{figure:.5g}"
+                for figure in (trial["output_error"], trial["kl_divergence"], trial["perplexity"])
+            ),
+            "used" if trial["seed"] == choice["seed"] else "",
+        )
+        for trial in choice["trials"]
+    ]
 
 
 def _perplexity(measured: Mapping[str, Any] | None) -> list[tuple[Any, ...]]:
