@@ -9,7 +9,8 @@ zero-point, t = x / s and q the clamped code, x^ = (q - z) s, and
 
 With z = lowest - bottom / s, scale and zero-point pass their gradients to the ends of the range, and those to the
 clipping (OmniQuant's, arXiv 2308.13137, eq. 2) and to the elements that are the minimum and the maximum of their row.
-Rounding of x, of the scale and of the zero-point passes gradients straight through.
+Rounding of x, of the scale and of the zero-point passes gradients straight through. Weights have a clipping for every
+row, activations one for all rows: a factor is what is stored of it, so the sigmoid is taken once, outside.
 
 All of it is bound by memory. The backward pass keeps x and what there is per row, and computes t and q again. Masks are
 numbers, because on a CPU PyTorch's operations with booleans are slow. What compiling brings (`can_compile`) shows
@@ -58,20 +59,24 @@ def fake_quantize(
     return _FakeQuantize.apply(rows, *clips, grid, compiled).view_as(weight)
 
 
-def fake_quantize_activations(x: Tensor, bits: int, symmetric: bool, compiled: bool = False) -> Tensor:
+def fake_quantize_activations(
+    x: Tensor, bits: int, symmetric: bool, compiled: bool = False, clip: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """x `[..., in]` with every row rounded to the grid of its own range, in fp32, then in the dtype of x.
 
     On a CPU equal bit for bit to `sliderquant_kernels.quantize_activations(x, ...).dequantize(x.dtype)`.
-    Differentiable; the range is that of the current x.
+    Differentiable in x and in the clipping; the range is that of the current x.
 
     Args:
         x: a row is the input of a linear for a token, or a query, key or value of a head.
         bits: 4 or 8.
         symmetric: without zero-points.
         compiled: as in `fake_quantize`.
+        clip: factors in (0, 1] on the lower and the upper end of every row's range, fp32 `[]`; None: 1.
     """
     grid = Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, symmetric, None)
-    return _FakeQuantize.apply(x.reshape(-1, x.shape[-1]), None, None, grid, compiled).view(x.shape)
+    low, high = (None, None) if clip is None else clip
+    return _FakeQuantize.apply(x.reshape(-1, x.shape[-1]), low, high, grid, compiled).view(x.shape)
 
 
 @lru_cache(maxsize=16)
@@ -86,10 +91,12 @@ def can_compile(device_type: str, dtype: torch.dtype) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     weight, clip = torch.randn(48, 96, generator=generator), torch.rand(48, 1, generator=generator) * 4
+    factors = torch.tensor(0.93), torch.tensor(0.87)
     try:
         for x, function in (
             (weight, lambda compiled: fake_quantize(weight, clip, clip / 2, Scheme(3), dtype, compiled)),
             (weight, lambda compiled: fake_quantize_activations(weight, 4, False, compiled)),
+            (weight, lambda compiled: fake_quantize_activations(weight, 4, False, compiled, factors)),
         ):
             x.requires_grad_()
             plain, compiled = function(False), function(True)
@@ -118,11 +125,11 @@ class Grid(NamedTuple):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Of rows `[rows, in]`; clip_low, clip_high fp32 `[rows]` or None."""
+    """Of rows `[rows, in]`; clip_low, clip_high: fp32 `[rows]` before the sigmoid, factors fp32 `[]`, or None."""
 
     @staticmethod
     def forward(ctx, rows, clip_low, clip_high, grid, compiled):
-        forward, ctx.gradients = grid_functions(grid, "range" if clip_low is None else "clipped", compiled)
+        forward, ctx.gradients = grid_functions(grid, _kind(clip_low), compiled)
         inputs = [tensor for tensor in (rows, clip_low, clip_high) if tensor is not None]
         value, *of_rows = forward(*_plain(inputs))
         ctx.save_for_backward(*inputs, *of_rows)
@@ -134,6 +141,10 @@ class _FakeQuantize(torch.autograd.Function):
         return *gradients, *[None] * (5 - len(gradients))
 
 
+def _kind(clip_low: Tensor | None) -> Literal["range", "clipped", "shrunk"]:
+    return "range" if clip_low is None else "clipped" if clip_low.ndim else "shrunk"
+
+
 def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Contiguous, no views and without gradients: of everything else a compiled function would get a version each."""
     return [tensor.detach().contiguous() for tensor in tensors]
@@ -141,7 +152,7 @@ def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @lru_cache(maxsize=64)
 def grid_functions(
-    grid: Grid, ends: Literal["range", "clipped", "free"], compiled: bool
+    grid: Grid, ends: Literal["range", "clipped", "shrunk", "free"], compiled: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What fake quantization is made of, on this grid.
 
@@ -151,8 +162,9 @@ def grid_functions(
 
     Args:
         ends: of the range of a row. `range`: its minimum and maximum. `clipped`: these times the sigmoid of two further
-            arguments `[rows]`. `free`: whatever the rows, the exponentials of two further arguments times two more,
-            which stand in the places of minimum and maximum; they get no gradients.
+            arguments `[rows]`. `shrunk`: these times two further arguments `[]`. `free`: whatever the rows, the
+            exponentials of two further arguments times two more, which stand in the places of minimum and maximum; they
+            get no gradients.
     """
     # A function of its own each, because what is compiled is looked up, and limited in number, by the code.
     if ends == "free":
@@ -177,6 +189,31 @@ def grid_functions(
             grad: Tensor, rows: Tensor, clip_low: Tensor, clip_high: Tensor, *of_rows: Tensor
         ) -> Any:
             return _gradients(grid, grad, rows, clip_low, clip_high, *of_rows)
+
+    elif ends == "shrunk":
+
+        def forward(rows: Tensor, shrink_low: Tensor, shrink_high: Tensor) -> Any:  # type: ignore[misc]
+            x = rows.float()
+            low, high = x.amin(dim=-1), x.amax(dim=-1)
+            bottom, top = _ends(low, high, None, None)
+            return *_rounded(rows, x, bottom * shrink_low, top * shrink_high, grid), low, high
+
+        def gradients(  # type: ignore[misc]
+            grad: Tensor,
+            rows: Tensor,
+            shrink_low: Tensor,
+            shrink_high: Tensor,
+            scale: Tensor,
+            zero_point: Tensor,
+            low: Tensor,
+            high: Tensor,
+        ) -> Any:
+            bottom, top = _ends(low, high, None, None)
+            grad_rows, steps, grad_bottom, grad_top = _straight_through(
+                grid, grad, rows, bottom * shrink_low, top * shrink_high, scale, zero_point
+            )
+            found = _through_ends(grad_rows, steps, scale, low, high, grad_bottom * shrink_low, grad_top * shrink_high)
+            return found.to(rows.dtype), (grad_bottom * bottom).sum(), (grad_top * top).sum()
 
     else:
 
@@ -245,11 +282,19 @@ def _gradients(
         shrink_low, shrink_high = torch.sigmoid(clip_low), torch.sigmoid(clip_high)
         grad_low, grad_high = grad_bottom * bottom * (1 - shrink_low), grad_top * top * (1 - shrink_high)
         grad_bottom, grad_top = grad_bottom * shrink_low, grad_top * shrink_high
+    grad_rows = _through_ends(grad_rows, steps, scale, low, high, grad_bottom, grad_top)
+    return grad_rows.to(rows.dtype), grad_low, grad_high
+
+
+def _through_ends(
+    grad_rows: Tensor, steps: Tensor, scale: Tensor, low: Tensor, high: Tensor, grad_low: Tensor, grad_high: Tensor
+) -> Tensor:
+    """grad_rows with the gradients of minimum and maximum added to the elements that are these."""
     # The end of a range is the element at its minimum or maximum, unless the range was extended to hold 0.
-    for end, grad_end in ((low, grad_bottom * (low < 0)), (high, grad_top * (high > 0))):
+    for end, grad_end in ((low, grad_low * (low < 0)), (high, grad_high * (high > 0))):
         there = (steps - (end / scale)[:, None]).abs_().sign_().neg_().add_(1)
         grad_rows = grad_rows.addcmul_(there, (grad_end / there.sum(dim=-1))[:, None])
-    return grad_rows.to(rows.dtype), grad_low, grad_high
+    return grad_rows
 
 
 def _straight_through(

@@ -16,13 +16,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from sliderquant.checkpoint.packing import PARTS, unpack
+from sliderquant.activation_clipping import Clip, clip_from
+from sliderquant.checkpoint.packing import INPUT_CLIP, PARTS, unpack
 from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
-from sliderquant.checkpoint.skeleton import build_skeleton, check_against_model, plain_config
+from sliderquant.checkpoint.skeleton import attention_clips, build_skeleton, check_against_model, plain_config
 from sliderquant.devices import resolve_device
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models import family_of
-from sliderquant.modules.attention import round_attention
+from sliderquant.modules.attention import AttentionRounding, round_attention
 from sliderquant.modules.linear import PackedLinear
 from sliderquant.modules.merged import MergedLinear, can_merge, concatenate, shared_inputs
 from sliderquant.modules.rotated import insert_rotations
@@ -90,7 +91,7 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     # For save_pretrained: the state_dict of the packed layers is what this configuration describes.
     model.config.quantization_config = checkpoint.config["quantization_config"]
-    if checkpoint.rotations is not None or checkpoint.kv_bits < 16:
+    if checkpoint.rotations is not None or checkpoint.kv_bits < 16 or checkpoint.clipped:
         model.config.sliderquant = checkpoint.config["sliderquant"]
     model.config._name_or_path = model.name_or_path = where
     return model.requires_grad_(False).eval()
@@ -108,7 +109,8 @@ def _resolve_dtype(dtype: str | torch.dtype, stored: torch.dtype | str | None) -
 def _fill_dense(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     """Read all that is not quantized; the biases of quantized linears too."""
     by_file = defaultdict(list)
-    packed = {f"{name}.{part}" for name in checkpoint.schemes for part in PARTS}
+    packed = {f"{name}.{part}" for name in checkpoint.schemes for part in (*PARTS, INPUT_CLIP)}
+    packed.update(attention_clips(checkpoint, model))
     for key, stored in checkpoint.tensors.items():
         if key not in packed:
             by_file[stored.file].append(key)
@@ -151,6 +153,11 @@ def _insert_what_runs(model: PreTrainedModel, checkpoint: Checkpoint, where: str
             rotations.check_sizes(model.config)
             insert_rotations(model, family, rotations)
         round_attention(model, family, kv_bits, rotations)
+        for name in attention_clips(checkpoint, model):
+            attention, _, part = name.rpartition(".")
+            rounding = model.get_submodule(f"{attention}.rounding")
+            assert isinstance(rounding, AttentionRounding)
+            rounding.clips[part.removesuffix("_clip")] = _read_clip(checkpoint, name)
     except (CheckpointError, InputError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 
@@ -175,7 +182,8 @@ def _can_merge(
         return False
     shapes = [checkpoint.linear_shapes[name] for name in names]
     biased = [model.get_submodule(name).bias is not None for name in names]
-    return can_merge(shapes, [checkpoint.schemes[name] for name in names], biased, device, dtype)
+    clips = [_input_clip(checkpoint, name) for name in names]
+    return can_merge(shapes, [checkpoint.schemes[name] for name in names], biased, device, dtype, clips)
 
 
 def _fill_linears(
@@ -185,12 +193,14 @@ def _fill_linears(
     quantized = _read_quantized(checkpoint, names, device, dtype)
     scheme = checkpoint.schemes[names[0]]
     biases = [model.get_submodule(name).bias for name in names]
+    clip = _input_clip(checkpoint, names[0])
     try:
         if len(names) == 1:
-            model.set_submodule(names[0], PackedLinear(quantized, scheme, biases[0], dtype=dtype))
+            model.set_submodule(names[0], PackedLinear(quantized, scheme, biases[0], dtype=dtype, input_clip=clip))
         else:
             sizes = [checkpoint.linear_shapes[name][0] for name in names]
-            MergedLinear(quantized, scheme, sizes, concatenate(biases), dtype=dtype).attach(model, names)
+            merged = MergedLinear(quantized, scheme, sizes, concatenate(biases), dtype=dtype, input_clip=clip)
+            merged.attach(model, names)
     except ValueError as error:  # of the kernels: a value that no quantizer writes
         if len(names) > 1:
             for name in names:  # the message shall name the one that holds it
@@ -216,6 +226,21 @@ def _read_quantized(
         zero_points.append(zero_point)
         start = stop
     return QuantizedWeight(codes, torch.cat(scales), concatenate(zero_points))
+
+
+def _input_clip(checkpoint: Checkpoint, name: str) -> Clip | None:
+    """That of a linear; None: there is none."""
+    key = f"{name}.{INPUT_CLIP}"
+    return _read_clip(checkpoint, key) if key in checkpoint.tensors else None
+
+
+def _read_clip(checkpoint: Checkpoint, key: str) -> Clip:
+    path = checkpoint.tensors[key].file
+    with safe_open(path, framework="pt") as file:
+        try:
+            return clip_from(file.get_tensor(key), key)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
 
 def _read_parts(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:

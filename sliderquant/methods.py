@@ -58,6 +58,9 @@ class LearningRates(_Frozen):
     low_rank: float = Field(5e-4, ge=0, description="of A and B")
     clipping: float = Field(1e-2, ge=0, description="of the clipping: of its logits, or of the logarithms of free ends")
     scales: float = Field(1e-3, ge=0, description="of the channel scales")
+    activation_clipping: float = Field(
+        1e-2, ge=0, description="of the logits of the clipping of activations, queries, keys and values"
+    )
 
 
 class ScaleSettings(_Frozen):
@@ -98,6 +101,12 @@ class Settings(_Frozen):
         4.0,
         description="clipping logits at the start, sigmoid(4) = 0.982; search: each group's best share of its range",
     )
+    activation_clipping: Literal["auto", "always", "never"] = Field(
+        "never",
+        description="learn the clipping of the ranges of activations, queries, keys and values, where these are "
+        "quantized; auto: where some of them have 4 bits",
+    )
+    activation_clipping_start: float = Field(4.0, description="its logits at the start, sigmoid(4) = 0.982")
     grid: Literal["range", "free"] = Field(
         "range", description="ends of a group's range: its current minimum and maximum, clipped; or free of the weights"
     )
@@ -125,6 +134,11 @@ class Settings(_Frozen):
         if self.weights_start != "nearest" and not self.weights:
             raise ValueError("weights_start is of the offsets of weights: it needs weights=true")
         return self
+
+    def clips_activations(self, scheme: Scheme) -> bool:
+        """Whether a model of this scheme has learned clippings of activations, queries, keys and values."""
+        fewest = min(scheme.activation_bits, scheme.kv_bits)
+        return fewest <= {"auto": 4, "always": 8, "never": 0}[self.activation_clipping]
 
     @property
     def stages(self) -> tuple[float, ...]:
@@ -215,6 +229,7 @@ _STRONGEST = {
     "weights": True,
     "grid": "free",
     "last_loss": "logits",
+    "activation_clipping": "auto",
     "learning_rates": {"weights": 4e-3, "clipping": 1e-4},
 }
 # At few bits offsets go far enough to fit the calibration text alone; next to rounded activations decay does not pay.

@@ -34,7 +34,7 @@ from sliderquant.reports.quantization import quantization_page
 from sliderquant.rotation import rotated
 from sliderquant.schemes import Scheme
 from sliderquant.train import matmul_dtype
-from sliderquant.walk import refine_model
+from sliderquant.walk import refine_model, stored_clips
 
 __all__ = ["QuantizeResult", "evaluate", "plan", "quantize"]
 
@@ -355,6 +355,8 @@ def _run(
             {prefix + name: merged for name, merged in quantized.items()},
             {prefix + name: tensor for name, tensor in dense.items()},
         )
+        for name, clip in stored_clips(layer).items():
+            writer.add_clip(prefix + name, clip.cpu())
 
     if settled.settings is None:
         for index in range(source.num_layers):

@@ -3,11 +3,11 @@
     W~ = W * alpha + (1/r) * B @ A        A [r, in] Kaiming-uniform with a = sqrt(5), B [out, r] zeros
     Y  = (X / alpha) @ Q(W~)^T + bias     Q: `fake_quantize` with a learned clipping of every group's range
 
-With activations of 4 or 8 bits, Q_x(X / alpha): `fake_quantize_activations`. alpha, where there is one, divides what
-comes before the linear: see `scales`.
+With activations of 4 or 8 bits, Q_x(X / alpha): `fake_quantize_activations`, its range clipped too if the settings say
+so. alpha, where there is one, divides what comes before the linear: see `scales`.
 
-Source: SliderQuant (arXiv 2603.25284); the clipping is OmniQuant's. Everything learned is merged: what remains after
-`merge` is a quantized weight and nothing else.
+Source: SliderQuant (arXiv 2603.25284); the clipping is OmniQuant's. Everything learned is merged: what remains is a
+quantized weight, and of a clipping of activations two numbers.
 
 In a stage of intra-layer sliding only the first `fraction` of the input channels passes through the quantizers, the
 rest of W~ and X stays in full precision. Per channel and per token, the range of such a stage is that of the channels
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sliderquant.activation_clipping import ActivationClipping
 from sliderquant.fake_quantize import fake_quantize_activations
 from sliderquant.methods import Settings
 from sliderquant.quantizer import (
@@ -71,10 +72,13 @@ class SharedInput:
     """Linears that read the same tensor round it once: the first one does, the others take what it made.
 
     What is kept is let go with the last of them, and is never taken for that of another tensor.
+
+    Attributes:
+        clipping: of the input's range; None: none.
     """
 
-    def __init__(self, readers: int = 1) -> None:
-        self.readers = readers
+    def __init__(self, readers: int = 1, clipping: ActivationClipping | None = None) -> None:
+        self.readers, self.clipping = readers, clipping
         self._kept: tuple[Tensor, float, Tensor] | None = None
         self._left = 0
 
@@ -83,7 +87,8 @@ class SharedInput:
         if self._kept is None or self._kept[0] is not x or self._kept[1] != fraction:
             bits, symmetric = scheme.activation_bits, scheme.activation_symmetric
             passed = round(fraction * x.shape[-1])
-            rounded = fake_quantize_activations(x[..., :passed], bits, symmetric, compiled)
+            clip = None if self.clipping is None else self.clipping()
+            rounded = fake_quantize_activations(x[..., :passed], bits, symmetric, compiled, clip)
             if passed < x.shape[-1]:
                 rounded = torch.cat((rounded, x[..., passed:]), dim=-1)
             self._kept, self._left = (x, fraction, rounded), self.readers
@@ -131,6 +136,7 @@ class RefinedLinear(nn.Module):
         low_rank_a, low_rank_b: fp32 `[rank, in]` and `[out, rank]`, or None.
         clip_low, clip_high: fp32 `[out, groups]`, before the sigmoid, or the exponential once the ends are free; or
             None.
+        input_clipping: of the range of the input, shared by all linears that read it; or None.
         column, row: channel scales, which belong to the layer: its input comes divided by the one, its output and bias
             are to be divided by the other; or None.
         quantized: whether `forward` uses the quantizers; False: the original layer.
@@ -175,6 +181,7 @@ class RefinedLinear(nn.Module):
             start = 4.0 if settings.clipping_start == "search" else settings.clipping_start
             self.clip_low = nn.Parameter(torch.full(shape, start, device=weight.device))
             self.clip_high = nn.Parameter(torch.full(shape, start, device=weight.device))
+        self.input_clipping = self._shared.clipping
         if settings.weights:
             self.offset = nn.Parameter(torch.zeros_like(self.weight))
         self.free_grid = settings.grid == "free"
@@ -199,6 +206,7 @@ class RefinedLinear(nn.Module):
     low_rank_b: nn.Parameter | None
     clip_low: nn.Parameter | None
     clip_high: nn.Parameter | None
+    input_clipping: ActivationClipping | None
     offset: nn.Parameter | None
     step: Tensor | None
     low: Tensor | None
@@ -293,13 +301,16 @@ def refined_linears(module: nn.Module) -> dict[str, RefinedLinear]:
 
 def learned_parameters(module: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """What is learned inside `module`: by kind, named as its learning rate, and by name."""
-    found: dict[str, dict[str, nn.Parameter]] = {"weights": {}, "low_rank": {}, "clipping": {}, "scales": {}}
+    kinds = ("weights", "low_rank", "clipping", "scales", "activation_clipping")
+    found: dict[str, dict[str, nn.Parameter]] = {kind: {} for kind in kinds}
     for name, child in module.named_modules():
         for own, parameter in child.named_parameters(recurse=False):
             if isinstance(child, RefinedLinear):
                 found[_KINDS[own]][f"{name}.{own}"] = parameter
             elif isinstance(child, ChannelScale):
                 found["scales"][f"{name}.{own}"] = parameter
+            elif isinstance(child, ActivationClipping):
+                found["activation_clipping"][f"{name}.{own}"] = parameter
     return found
 
 

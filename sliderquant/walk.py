@@ -10,13 +10,15 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from sliderquant.activation_clipping import ActivationClipping
 from sliderquant.calibration.streams import ActivationStream
+from sliderquant.checkpoint.packing import INPUT_CLIP
 from sliderquant.clipping import start_from_search
 from sliderquant.compensation import input_grams, start_from_compensation
 from sliderquant.fake_quantize import can_compile
 from sliderquant.methods import Settings
 from sliderquant.models.decoder import Decoder
-from sliderquant.modules.attention import round_layer
+from sliderquant.modules.attention import AttentionRounding, round_layer
 from sliderquant.modules.rotated import insert_rotation
 from sliderquant.planning import Plan
 from sliderquant.progress import Progress, WindowReport
@@ -34,7 +36,7 @@ from sliderquant.schemes import Scheme
 from sliderquant.train import Stage, WindowLayers, train_stage
 from sliderquant.windows import Window
 
-__all__ = ["refine_model", "refined_layer"]
+__all__ = ["refine_model", "refined_layer", "stored_clips"]
 
 
 def refine_model(
@@ -84,8 +86,12 @@ def refined_layer(plan: Plan, decoder: Decoder, index: int, seed: int, device: t
     compiled = _compiles(plan, device)
     # With --per-channel-fallback linears that share an input may differ in grouping, never in how it is rounded.
     shared: dict[str, SharedInput] = {}
-    for names in family.shared_inputs:
-        shared |= dict.fromkeys(names, SharedInput(len(names)))
+    clips = plan.settings.clips_activations(plan.scheme)
+    start = plan.settings.activation_clipping_start
+    for names in (*family.shared_inputs, *((name,) for name in family.linears)):
+        if names[0] not in shared:
+            clipping = ActivationClipping(start) if clips and plan.scheme.quantizes_activations else None
+            shared |= dict.fromkeys(names, SharedInput(len(names), clipping))
     groups: dict[tuple[int, Scheme], WeightGroup] = defaultdict(WeightGroup)
     for name in family.linears:
         linear = layer.get_submodule(name)
@@ -97,7 +103,7 @@ def refined_layer(plan: Plan, decoder: Decoder, index: int, seed: int, device: t
             plan.source.dtype,
             plan.settings,
             generator_for(seed, prefix + name),
-            shared.get(name),
+            shared[name],
             groups[linear.weight.shape[1], scheme],  # type: ignore[index]
         )
         refined.compiled = compiled
@@ -108,8 +114,24 @@ def refined_layer(plan: Plan, decoder: Decoder, index: int, seed: int, device: t
     insert_rotation(layer, index, family, rotations)
     round_layer(layer, index, family, plan.scheme.kv_bits, rotations)
     if plan.scheme.quantizes_attention:
-        layer.get_submodule(family.attention).rounding.compiled = compiled  # type: ignore[union-attr]
+        rounding: AttentionRounding = layer.get_submodule(family.attention).rounding  # type: ignore[assignment]
+        rounding.compiled = compiled
+        if clips:
+            rounding.learn_clips(start)
     return layer.to(device)
+
+
+@torch.no_grad()
+def stored_clips(layer: nn.Module) -> dict[str, Tensor]:
+    """By name of the tensor in a refined decoder layer, what is stored of the learned clipping of activations, queries,
+    keys and values, fp32 `[2]`: see `sliderquant.activation_clipping`."""
+    linears = refined_linears(layer)
+    clips = {f"{name}.{INPUT_CLIP}": linear.input_clipping for name, linear in linears.items()}
+    for name, child in layer.named_modules():
+        if isinstance(child, AttentionRounding):
+            attention = name.rpartition(".")[0]
+            clips |= {f"{attention}.{site}_clip": clip for site, clip in child.learned_clips.items()}  # type: ignore[misc]
+    return {name: clip.stored() for name, clip in clips.items() if clip is not None}
 
 
 @contextmanager

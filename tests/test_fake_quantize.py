@@ -71,6 +71,21 @@ def test_compiled_activations(symmetric, dtype):
         )
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_clipped_activations(symmetric, dtype):
+    x, upstream, results = normal(7, 5, 64).to(dtype), normal(7, 5, 64, seed=1).to(dtype), []
+    for compiled in (False, True):
+        leaves = [leaf.requires_grad_() for leaf in (x.clone(), torch.tensor(0.93), torch.tensor(0.71))]
+        value = fake_quantize_activations(leaves[0], 4, symmetric, compiled, tuple(leaves[1:]))
+        results.append((value, torch.autograd.grad(value, leaves, upstream)))
+    (plain, gradients), (value, others) = results
+    assert torch.equal(value, plain)
+    for got, want in zip(others, gradients, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-5)
+
+
 def test_what_does_not_compute_the_same_is_not_used(monkeypatch, caplog):
     def other(function):
         def call(*tensors):

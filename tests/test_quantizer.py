@@ -175,23 +175,30 @@ def random_tokens(dtype=torch.float32):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_activations_are_rounded_as_the_kernels_do(name, dtype):
+@pytest.mark.parametrize("logits", [None, (3.0, 0.7), (-1.3, 4.0)])
+def test_activations_are_rounded_as_the_kernels_do(name, dtype, logits):
     scheme, x = Scheme.parse(name), random_tokens(dtype)
-    want = quantize_activations(x, scheme.activation_bits, scheme.activation_symmetric).dequantize(dtype)
-    got = fake_quantize_activations(x, scheme.activation_bits, scheme.activation_symmetric)
+    bits, symmetric = scheme.activation_bits, scheme.activation_symmetric
+    factors = None if logits is None else torch.tensor(logits).sigmoid().unbind()
+    clip = None if factors is None else tuple(factor.item() for factor in factors)
+    got = fake_quantize_activations(x, bits, symmetric, clip=factors)
     assert got.dtype == dtype
-    assert torch.equal(got, want)
+    assert torch.equal(got, quantize_activations(x, bits, symmetric, clip=clip).dequantize(dtype))
+    assert torch.equal(got, fake_quantize_activations(x, bits, symmetric)) == (clip is None)
 
 
 @given(
     hnp.arrays(np.float32, (2, 9), elements=st.floats(-100, 100, width=32)),
     st.sampled_from(ACTIVATIONS),
+    st.none() | st.tuples(*[st.floats(2.0**-10, 1.0, width=32)] * 2),
 )
-@settings(max_examples=200, deadline=None)
-def test_any_activations_are_rounded_as_the_kernels_do(values, name):
+@settings(max_examples=300, deadline=None)
+def test_any_activations_are_rounded_as_the_kernels_do(values, name, clip):
     scheme, x = Scheme.parse(name), torch.from_numpy(values)
-    want = quantize_activations(x, scheme.activation_bits, scheme.activation_symmetric).dequantize()
-    assert torch.equal(fake_quantize_activations(x, scheme.activation_bits, scheme.activation_symmetric), want)
+    bits, symmetric = scheme.activation_bits, scheme.activation_symmetric
+    factors = None if clip is None else torch.tensor(clip).unbind()
+    want = quantize_activations(x, bits, symmetric, clip=clip).dequantize()
+    assert torch.equal(fake_quantize_activations(x, bits, symmetric, clip=factors), want)
 
 
 def test_the_zero_point_is_rounded_as_the_kernels_do_even_next_to_a_tie():
@@ -202,10 +209,10 @@ def test_the_zero_point_is_rounded_as_the_kernels_do_even_next_to_a_tie():
     assert torch.equal(fake_quantize_activations(x, 4, False), want.dequantize())
 
 
-def activations_oracle(x, bits, symmetric):
+def activations_oracle(x, bits, symmetric, clip=(1.0, 1.0)):
     """The same function written plainly, with rounding passed straight through, differentiated by autograd."""
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0) * clip[0], x.amax(-1, keepdim=True).clamp(min=0) * clip[1]
     scale = torch.maximum(-low, high) / ((2**bits - 1) / 2) if symmetric else (high - low) / (2**bits - 1)
     scale = torch.where(scale > 0, scale, 1.0)
     zero = torch.zeros_like(scale) if symmetric else straight_through(torch.round, least - low / scale)
@@ -225,6 +232,23 @@ def test_gradients_of_activations_agree_with_autograd(name):
     (want,) = torch.autograd.grad(wanted, x, upstream)
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
     assert (got - upstream).abs().max() > 0.01  # the ends of the range get more than their own
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gradients_of_the_clipping_of_activations_agree_with_autograd(name):
+    scheme = Scheme.parse(name)
+    bits, symmetric = scheme.activation_bits, scheme.activation_symmetric
+    # One-sided tokens among them: an end that was extended to 0 has no gradient.
+    leaves = [random_tokens()[0, 1:], torch.tensor(1.7), torch.tensor(0.4)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    upstream, results = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(2)), []
+    for function in (lambda *of: fake_quantize_activations(*of[:3], clip=of[3]), activations_oracle):
+        value = function(leaves[0], bits, symmetric, (leaves[1].sigmoid(), leaves[2].sigmoid()))
+        results.append(torch.autograd.grad(value, leaves, upstream))
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+        assert theirs.norm() > 0
 
 
 def test_gradients_of_a_token_of_zeros_and_of_half_precision():

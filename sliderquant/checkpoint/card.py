@@ -9,10 +9,12 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from sliderquant._version import __version__
-from sliderquant.rotation import Rotations
+from sliderquant.checkpoint.config import Entry
 from sliderquant.schemes import Scheme
 
 __all__ = ["CardInfo", "render_card"]
+
+_NOTHING = Entry()
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,7 @@ def render_card(
     info: CardInfo,
     schemes: Mapping[str, Scheme],
     total_bytes: int,
-    rotations: Rotations | None = None,
-    kv_bits: int = 16,
+    entry: Entry = _NOTHING,
     average_bits: float | None = None,
 ) -> str:
     """The text of README.md.
@@ -49,14 +50,14 @@ def render_card(
     Args:
         schemes: by name of the linear.
         total_bytes: of all tensors.
-        rotations: what the weights were rotated by.
-        kv_bits: of queries, keys and values; 16: not quantized.
+        entry: what the model does while it runs.
         average_bits: of the code of a quantized weight; named where linears differ in bits.
     """
     counts = Counter(str(scheme) for scheme in schemes.values())
     # A path of the machine that quantized the model means nothing to whoever reads the card.
     hub_id = info.base_model if info.base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", info.base_model) else None
     asymmetric = any(not scheme.symmetric for scheme in schemes.values())
+    rotations, kv_bits, clipped = entry
     online = () if rotations is None else rotations.online
     data = ModelCardData(
         base_model=hub_id,
@@ -64,7 +65,7 @@ def render_card(
         license=info.license,
         library_name="sliderquant",
         pipeline_tag="text-generation",
-        tags=[*([] if online or kv_bits < 16 else ["compressed-tensors"]), "quantized", "sliderquant"],
+        tags=[*([] if entry.own else ["compressed-tensors"]), "quantized", "sliderquant"],
     )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sliderquant.checkpoint", "."),
@@ -92,6 +93,8 @@ def render_card(
         rotations=[] if rotations is None else list(rotations.transforms),
         online=online,
         kv_bits=kv_bits,
+        clipped=clipped,
+        own=entry.own,
         asymmetric=asymmetric,
         unreadable=asymmetric and len(counts) > 1,
         activations=sorted({scheme.activations for scheme in schemes.values() if scheme.quantizes_activations}),

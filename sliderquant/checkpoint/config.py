@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from compressed_tensors.config import CompressionFormat
@@ -21,7 +21,7 @@ from sliderquant.errors import CheckpointError, InputError
 from sliderquant.rotation import Rotations
 from sliderquant.schemes import ACTIVATION_BITS, BITS, GROUP_SIZES, KV_BITS, Scheme
 
-__all__ = ["FORMAT_VERSION", "SchemeLookup", "quantization_config", "read_entry", "sliderquant_entry"]
+__all__ = ["FORMAT_VERSION", "Entry", "SchemeLookup", "quantization_config", "read_entry", "sliderquant_entry"]
 
 FORMAT_VERSION = 1
 """Of what sliderquant adds to the format of compressed-tensors; a reader refuses a larger one."""
@@ -39,7 +39,26 @@ _SUPPORTED = (
 )
 
 
-def sliderquant_entry(rotations: Rotations | None = None, kv_bits: int = 16) -> dict[str, Any]:
+class Entry(NamedTuple):
+    """What a model does while it runs that `quantization_config` does not say.
+
+    Attributes:
+        rotations: what the weights were rotated by; None: nothing.
+        kv_bits: bits of queries, keys and values; 16: not quantized.
+        clipped: whether the checkpoint holds a clipping for the ranges of all that is rounded while the model runs.
+    """
+
+    rotations: Rotations | None = None
+    kv_bits: int = 16
+    clipped: bool = False
+
+    @property
+    def own(self) -> bool:
+        """Whether other readers would leave something out, and have to refuse the checkpoint."""
+        return self.kv_bits < 16 or self.clipped or (self.rotations is not None and bool(self.rotations.online))
+
+
+def sliderquant_entry(rotations: Rotations | None = None, kv_bits: int = 16, clipped: bool = False) -> dict[str, Any]:
     """The top-level key `sliderquant` of config.json. transformers and vLLM carry unknown keys of a model's
     configuration along; inside `quantization_config` they may refuse them."""
     entry: dict[str, Any] = {"format_version": FORMAT_VERSION, "version": __version__}
@@ -48,11 +67,13 @@ def sliderquant_entry(rotations: Rotations | None = None, kv_bits: int = 16) -> 
     if kv_bits < 16:
         # Queries, keys and values, each head of each token to a grid of its own.
         entry["attention"] = {"bits": kv_bits, "symmetric": False}
+    if clipped:
+        entry["activation_clipping"] = True
     return entry
 
 
-def read_entry(config: Mapping[str, Any], where: str) -> tuple[Rotations | None, int]:
-    """The rotations that a config.json describes, and the bits of queries, keys and values (16: not quantized).
+def read_entry(config: Mapping[str, Any], where: str) -> Entry:
+    """What the key `sliderquant` of a config.json describes.
 
     Raises:
         CheckpointError: the description is damaged, or does not fit the `quant_method`; the message starts with
@@ -67,14 +88,17 @@ def read_entry(config: Mapping[str, Any], where: str) -> tuple[Rotations | None,
     except CheckpointError as error:
         raise CheckpointError(f"{where}: sliderquant.{error}") from error
     kv_bits = _attention_bits(entry.get("attention") if isinstance(entry, Mapping) else None, where)
-    runs = kv_bits < 16 or (rotations is not None and bool(rotations.online))
+    clipped = entry.get("activation_clipping", False) if isinstance(entry, Mapping) else False
+    if not isinstance(clipped, bool):
+        raise CheckpointError(f"{where}: sliderquant.activation_clipping is {clipped!r}, expected true or false")
+    found = Entry(rotations, kv_bits, clipped)
     method = config["quantization_config"].get("quant_method")
-    if runs != (method == _OWN_METHOD):
+    if found.own != (method == _OWN_METHOD):
         raise CheckpointError(
             f"{where}: quant_method is {method!r}, but sliderquant describes "
-            f"{'rotations or roundings' if runs else 'none'} that are computed while the model runs"
+            f"{'rotations, roundings or clippings' if found.own else 'none'} that are computed while the model runs"
         )
-    return rotations, kv_bits
+    return found
 
 
 def _attention_bits(described: Any, where: str) -> int:
@@ -94,7 +118,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], on
     Args:
         schemes: the scheme of every quantized linear, by module name.
         ignore: module names of the linears that are not quantized.
-        online: the model rotates or rounds, while it runs, what other readers would not: they shall refuse it.
+        online: the model rotates, rounds or clips, while it runs, what other readers would not: they shall refuse it.
     """
     members: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():

@@ -27,11 +27,12 @@ class Description:
         activations: by what the input of a linear is rounded to (`4 bits per token, asymmetric`; `not quantized`), the
             number of linears.
         kv_bits: bits of queries, keys and values; 16: not quantized.
+        clipped: whether the ranges of what is rounded while the model runs are clipped.
         rotations: what the weights were rotated by: `R1` to `R4`.
         layers: by kind of linear (`q_proj`, `down_proj`, ...), the number of quantized ones.
         bits_by_kind: by kind of linear (`mlp.down_proj`), the bits of a weight in every layer in order, a digit each.
         bytes_by_part: bytes on disk of packed weights, scales, zero-points, shapes, and of what is not quantized:
-            embeddings, output head, norms, other.
+            embeddings, output head, norms, clipping of activations, other.
         total_bytes: of all tensors.
         disk_bytes: of all files of the folder.
         quantized_weights, weights: numbers of weights that are quantized, and of all.
@@ -49,6 +50,7 @@ class Description:
     schemes: dict[str, int]
     activations: dict[str, int]
     kv_bits: int
+    clipped: bool
     rotations: list[str]
     layers: dict[str, int]
     bits_by_kind: dict[str, str]
@@ -89,6 +91,7 @@ def describe(path: str | Path) -> Description:
         schemes=dict(Counter(str(scheme) for scheme in checkpoint.schemes.values())),
         activations=dict(Counter(scheme.activations for scheme in checkpoint.schemes.values())),
         kv_bits=checkpoint.kv_bits,
+        clipped=checkpoint.clipped,
         rotations=[] if checkpoint.rotations is None else list(checkpoint.rotations.transforms),
         layers=dict(Counter(name.rpartition(".")[2] for name in checkpoint.schemes)),
         bits_by_kind=bits_by_kind(checkpoint.schemes),
@@ -118,13 +121,15 @@ def _sizes(checkpoint: Checkpoint) -> tuple[dict[str, int], int]:
             by_part[_PART_LABELS[part]] += stored.bytes
             continue
         by_part[_kind(key)] += stored.bytes
-        dense_weights += stored.count
+        dense_weights += 0 if key.endswith("_clip") else stored.count
     return dict(by_part), dense_weights
 
 
 def _kind(key: str) -> str:
     if "embed" in key or key.endswith("wte.weight"):
         return "embeddings"
+    if key.endswith("_clip"):
+        return "clipping"
     if key.startswith("lm_head."):
         return "output head"
     if "norm" in key:

@@ -7,6 +7,10 @@ A linear `[out, in]` of b bits and `groups` groups per row is stored as
     weight_zero_point  int32 [ceil(out * b / 32), groups]  asymmetric only; codes as a bit stream along `out`
     weight_shape       int64 [2]                           (out, in): the words may hold more codes than the weight
 
+and, where the range of its rounded input is clipped,
+
+    input_clip         fp32  [2]                           factors on the lower and the upper end
+
 Invariant: `unpack(pack(q, scheme), scheme) == q`, exactly.
 """
 
@@ -20,10 +24,13 @@ from torch import Tensor, nn
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.schemes import Scheme
 
-__all__ = ["PARTS", "pack", "packed_shapes", "unpack"]
+__all__ = ["INPUT_CLIP", "PARTS", "pack", "packed_shapes", "unpack"]
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """The names of the tensors of a quantized linear, after the name of the linear and a dot."""
+
+INPUT_CLIP = "input_clip"
+"""Of the tensor of a linear with the clipping of its input; see `sliderquant.activation_clipping`."""
 
 # The library's packer works in int32, several times over: this bounds what a very large linear takes meanwhile.
 _CODES_AT_A_TIME = 1 << 20

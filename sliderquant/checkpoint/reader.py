@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sliderquant.checkpoint.config import FORMAT_VERSION, SchemeLookup, read_entry
-from sliderquant.checkpoint.packing import packed_shapes
+from sliderquant.checkpoint.packing import INPUT_CLIP, packed_shapes
 from sliderquant.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.rotation import Rotations
@@ -29,6 +29,7 @@ _PART_DTYPES = {
     "weight_scale": ("BF16", "F16", "F32"),
     "weight_zero_point": ("I32",),
     "weight_shape": ("I64", "I32"),
+    INPUT_CLIP: ("F32",),
 }
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -67,6 +68,8 @@ class Checkpoint:
         report: sliderquant-report.json, or None.
         rotations: what the weights were rotated by; None: nothing.
         kv_bits: bits of queries, keys and values; 16: not quantized.
+        clipped: whether there is a clipping for the range of every input that is rounded, and with quantized attention
+            for those of queries, keys and values.
         lookup: which linears the configuration quantizes.
     """
 
@@ -80,6 +83,7 @@ class Checkpoint:
     report: dict[str, Any] | None
     rotations: Rotations | None
     kv_bits: int
+    clipped: bool
     lookup: SchemeLookup = field(repr=False)
 
     @cached_property
@@ -107,9 +111,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             "sliderquant"
         )
     lookup = SchemeLookup(config["quantization_config"], where)
-    rotations, kv_bits = read_entry(config, str(folder / "config.json"))
+    described = read_entry(config, str(folder / "config.json"))
     tensors = _read_headers(folder)
-    schemes, linear_shapes = _check_linears(folder, tensors, lookup)
+    schemes, linear_shapes = _check_linears(folder, tensors, lookup, described.clipped)
+    rounds = described.kv_bits < 16 or any(scheme.quantizes_activations for scheme in schemes.values())
+    if described.clipped and not rounds:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: sliderquant.activation_clipping is true, but neither inputs of linears nor "
+            "queries, keys and values are quantized"
+        )
     return Checkpoint(
         path=folder,
         config=config,
@@ -119,8 +129,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         format_version=version,
         version=entry.get("version") if version is not None else None,
         report=_read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else None,
-        rotations=rotations,
-        kv_bits=kv_bits,
+        rotations=described.rotations,
+        kv_bits=described.kv_bits,
+        clipped=described.clipped,
         lookup=lookup,
     )
 
@@ -188,7 +199,7 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _check_linears(
-    folder: Path, tensors: Mapping[str, StoredTensor], lookup: SchemeLookup
+    folder: Path, tensors: Mapping[str, StoredTensor], lookup: SchemeLookup, clipped: bool
 ) -> tuple[dict[str, Scheme], dict[str, tuple[int, int]]]:
     names = [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]
     for name in lookup.explicit_names:
@@ -209,12 +220,14 @@ def _check_linears(
                 f"{tensors[name + '.weight_packed'].file}: tensor {name}.weight_packed is packed, but the "
                 "quantization_config of config.json does not quantize this layer"
             )
-        shapes[name] = _check_linear(name, tensors, scheme, folder)
+        shapes[name] = _check_linear(name, tensors, scheme, folder, clipped)
         schemes[name] = scheme
     return schemes, shapes
 
 
-def _check_linear(name: str, tensors: Mapping[str, StoredTensor], scheme: Scheme, folder: Path) -> tuple[int, int]:
+def _check_linear(
+    name: str, tensors: Mapping[str, StoredTensor], scheme: Scheme, folder: Path, clipped: bool
+) -> tuple[int, int]:
     def stored(part: str) -> StoredTensor:
         key = f"{name}.{part}"
         if key not in tensors:
@@ -236,16 +249,19 @@ def _check_linear(name: str, tensors: Mapping[str, StoredTensor], scheme: Scheme
             f"{shape_tensor.file}: tensor {name}.weight_shape says [{out_features}, {in_features}], which "
             f"{scheme} of config.json does not divide"
         )
-    for part, expected in packed_shapes(scheme, out_features, in_features).items():
+    shapes = packed_shapes(scheme, out_features, in_features)
+    if clipped and scheme.quantizes_activations:
+        shapes[INPUT_CLIP] = (2,)
+    for part, expected in shapes.items():
         found = stored(part)
         if found.shape != expected:
             raise CheckpointError(
                 f"{found.file}: tensor {name}.{part} has shape {list(found.shape)}, expected {list(expected)}: "
                 f"weight_shape is [{out_features}, {in_features}] and config.json says {scheme}"
             )
-    for unexpected in ("weight_zero_point", "weight_g_idx", "weight"):
+    for unexpected in ("weight_zero_point", "weight_g_idx", "weight", INPUT_CLIP):
         key = f"{name}.{unexpected}"
-        if key in tensors and not (unexpected == "weight_zero_point" and not scheme.symmetric):
+        if key in tensors and unexpected not in shapes:
             raise CheckpointError(
                 f"{tensors[key].file}: tensor {key} should not be there: config.json says that {name} is {scheme}, "
                 "packed, in the order of the inputs"

@@ -9,10 +9,13 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from sliderquant.activation_clipping import ATTENTION_SITES
+from sliderquant.checkpoint.packing import INPUT_CLIP
 from sliderquant.checkpoint.reader import Checkpoint
-from sliderquant.errors import CheckpointError
+from sliderquant.errors import CheckpointError, InputError
+from sliderquant.models import family_of
 
-__all__ = ["build_skeleton", "check_against_model", "linear_names", "plain_config"]
+__all__ = ["attention_clips", "build_skeleton", "check_against_model", "linear_names", "plain_config"]
 
 
 def plain_config(config: dict[str, Any], where: str) -> PretrainedConfig:
@@ -86,6 +89,7 @@ def check_against_model(checkpoint: Checkpoint, model: PreTrainedModel) -> set[s
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     packed = {f"{name}.weight" for name in checkpoint.schemes}
     dense = {key: stored for key, stored in checkpoint.tensors.items() if not _belongs(key, checkpoint.schemes)}
+    expected |= dict.fromkeys(attention_clips(checkpoint, model), (2,))
 
     for key in linear_names(model):
         stored = dense.get(f"{key}.weight")
@@ -116,9 +120,23 @@ def check_against_model(checkpoint: Checkpoint, model: PreTrainedModel) -> set[s
     return tied
 
 
+def attention_clips(checkpoint: Checkpoint, model: PreTrainedModel) -> list[str]:
+    """The names of the tensors with the clipping of queries, keys and values, layer by layer; none without."""
+    if not checkpoint.clipped or checkpoint.kv_bits == 16:
+        return []
+    try:
+        family = family_of(str(checkpoint.path), model.config.model_type, [type(model).__name__])
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    prefixes = [f"{family.layers}.{index}.{family.attention}" for index in range(len(layers))]
+    return [f"{prefix}.{site}_clip" for prefix in prefixes for site in ATTENTION_SITES]
+
+
 def _belongs(key: str, schemes: Iterable[str]) -> bool:
     name, _, part = key.rpartition(".")
-    return name in schemes and part.startswith("weight")
+    return name in schemes and (part.startswith("weight") or part == INPUT_CLIP)
 
 
 def _ignored_unexpected(model: PreTrainedModel) -> list[str]:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from sliderquant.activation_clipping import clip_from
 from sliderquant.checkpoint.card import CardInfo, render_card
 from sliderquant.checkpoint.checksums import write_checksums
-from sliderquant.checkpoint.config import quantization_config, sliderquant_entry
+from sliderquant.checkpoint.config import Entry, quantization_config, sliderquant_entry
 from sliderquant.checkpoint.packing import pack, unpack
 from sliderquant.checkpoint.reader import REPORT_NAME, read_checkpoint
 from sliderquant.checkpoint.shards import ShardWriter, disk_full, free_bytes
@@ -100,6 +101,7 @@ class CheckpointWriter:
         self._code_bits = self._quantized_weights = 0
         self._rotations: Rotations | None = None
         self._kv_bits = 16
+        self._clipped = False
         self._folder: Path | None = None
         self._shards: ShardWriter | None = None
         self._digests: dict[str, dict[str, str]] | None = None
@@ -155,6 +157,21 @@ class CheckpointWriter:
         self._schemes[name] = scheme
         self._code_bits += scheme.bits * quantized.codes.numel()
         self._quantized_weights += quantized.codes.numel()
+
+    def add_clip(self, name: str, tensor: Tensor) -> None:
+        """Write the clipping of something that is rounded while the model runs. A model with one has one for all that
+        it rounds.
+
+        Args:
+            name: `{linear}.input_clip`, or `{attention}.query_clip`, `key_clip` and `value_clip`.
+            tensor: factors on the lower and the upper end of its range, fp32 `[2]`.
+
+        Raises:
+            CheckpointError: the factors are not above 0 and at most 1; or as `add_tensor`.
+        """
+        clip_from(tensor, name)
+        self.add_tensor(name, tensor)
+        self._clipped = True
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Write a tensor as it is: embeddings, norms, biases, the output head.
@@ -233,7 +250,8 @@ class CheckpointWriter:
         with disk_full(self.out, max(self._estimated_bytes, total)):
             _write_json(folder / REPORT_NAME, dict(report or {}))
             average_bits = self._code_bits / self._quantized_weights if self._quantized_weights else None
-            text = render_card(card or CardInfo(), self._schemes, total, self._rotations, self._kv_bits, average_bits)
+            entry = Entry(self._rotations, self._kv_bits, self._clipped)
+            text = render_card(card or CardInfo(), self._schemes, total, entry, average_bits)
             (folder / "README.md").write_text(text, encoding="utf-8")
             if page is not None:
                 (folder / "sliderquant-report.html").write_text(page, encoding="utf-8")
@@ -250,9 +268,9 @@ class CheckpointWriter:
         full.setdefault("architectures", None)
         full["architectures"] = full["architectures"] or [type(model).__name__]
         ignore = [name for name in linear_names(model) if name not in self._schemes]
-        online = self._kv_bits < 16 or (self._rotations is not None and bool(self._rotations.online))
-        full["quantization_config"] = quantization_config(self._schemes, ignore, online)
-        full["sliderquant"] = sliderquant_entry(self._rotations, self._kv_bits)
+        entry = Entry(self._rotations, self._kv_bits, self._clipped)
+        full["quantization_config"] = quantization_config(self._schemes, ignore, entry.own)
+        full["sliderquant"] = sliderquant_entry(*entry)
         return full
 
     def _publish(self, folder: Path) -> None:

@@ -47,6 +47,8 @@ def command(
     print("scheme      " + ", ".join(f"{scheme} ({count} linears)" for scheme, count in found.schemes.items()))
     print("activations " + ", ".join(f"{what} ({count} linears)" for what, count in found.activations.items()))
     print("attention   " + attention_in_words(found.kv_bits))
+    if found.clipped:
+        print("clipping    of the ranges of activations, by learned factors")
     print("rotations   " + (", ".join(found.rotations) or "none"))
     print(f"method      {found.method or 'unknown'}, written by sliderquant {found.written_by or '(another tool)'}")
     print("layers      " + ", ".join(f"{count} x {kind}" for kind, count in found.layers.items()))

@@ -74,6 +74,8 @@ def _learned(settings: Settings, scheme: Scheme) -> Iterator[str]:
         yield f"an offset of every weight, from {settings.weights_start}"
     if settings.rank:
         yield f"low-rank terms of rank {settings.rank}"
+    if settings.clips_activations(scheme):
+        yield f"clipping of activations from {settings.activation_clipping_start}"
     if settings.clipping:
         yield f"{'free ends of ranges' if settings.grid == 'free' else 'clipping'} from {settings.clipping_start}"
     if settings.scales.used_with(scheme):

@@ -16,11 +16,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from sliderquant.errors import InputError
+from sliderquant.activation_clipping import ATTENTION_SITES, ActivationClipping, Clip, clip_from, clip_tensor
+from sliderquant.errors import CheckpointError, InputError
 from sliderquant.fake_quantize import fake_quantize_activations
 from sliderquant.models.family import Family
 from sliderquant.modules.rotated import OnlineRotation
@@ -30,6 +32,7 @@ from sliderquant_kernels import quantize_activations
 __all__ = ["AttentionRounding", "cache_keyword", "insert_rounding", "round_attention", "round_layer"]
 
 _NAME = "sliderquant"
+_CHILD = "rounding."
 
 
 class AttentionRounding(nn.Module):
@@ -40,9 +43,12 @@ class AttentionRounding(nn.Module):
         rotation: R3, of size head_dim, for queries and keys; or None.
         enabled: False: everything passes as it is.
         compiled: whether rounding with gradients is, see `fake_quantize.can_compile`.
+        clips: of `query`, `key` and `value`, the factors on the ends of their ranges; empty: they are not clipped.
+        learned_clips: the same while they are learned; empty: they are not.
     """
 
     rotation: OnlineRotation | None
+    clips: dict[str, Clip]
 
     def __init__(
         self, bits: int, rotation: OnlineRotation | None, config: PretrainedConfig, eager: Any, cache_keyword: str
@@ -56,41 +62,95 @@ class AttentionRounding(nn.Module):
         super().__init__()
         self.bits, self.rotation, self.enabled = bits, rotation, True
         self.compiled = False
+        self.clips = {}
+        self.learned_clips = nn.ModuleDict()
         self._config, self._eager = config, eager
         self.cache_keyword = cache_keyword
 
-    def query(self, x: Tensor) -> Tensor:
-        """Queries or keys `[batch, heads, tokens, head_dim]` -> the same shape and dtype."""
-        return self._rounded(x, self.rotation)
+    def learn_clips(self, start: float) -> None:
+        """Make the factors of all three learnable.
 
-    key = query
+        Args:
+            start: before the sigmoid.
+        """
+        self.learned_clips.update({site: ActivationClipping(start) for site in ATTENTION_SITES})
+
+    def query(self, x: Tensor) -> Tensor:
+        """Queries `[batch, heads, tokens, head_dim]` -> the same shape and dtype."""
+        return self._rounded(x, self.rotation, "query")
+
+    def key(self, x: Tensor) -> Tensor:
+        """Keys `[batch, heads, tokens, head_dim]` -> the same shape and dtype."""
+        return self._rounded(x, self.rotation, "key")
 
     def value(self, x: Tensor) -> Tensor:
         """Values `[batch, heads, tokens, head_dim]` -> the same shape and dtype."""
-        return self._rounded(x, None)
+        return self._rounded(x, None, "value")
 
-    def _rounded(self, x: Tensor, rotation: OnlineRotation | None) -> Tensor:
+    def _rounded(self, x: Tensor, rotation: OnlineRotation | None, site: str) -> Tensor:
         if not self.enabled:
             return x
         # The projections wrote the heads of a token next to each other: so there is nothing to copy.
         rows = x.transpose(1, 2)
         if self.bits == 16:
             rows = rows if rotation is None else rotation(rows)
-        elif x.requires_grad:
+        elif torch.is_grad_enabled() and (x.requires_grad or self.learned_clips):
             rows = rows if rotation is None else rotation(rows)
-            rows = fake_quantize_activations(rows, self.bits, symmetric=False, compiled=self.compiled)
+            rows = fake_quantize_activations(rows, self.bits, False, self.compiled, self._factors(site, x.device))
         elif rotation is None:
-            rows = quantize_activations(rows, self.bits, symmetric=False).dequantize(x.dtype)
+            rows = quantize_activations(rows, self.bits, symmetric=False, clip=self._clip(site)).dequantize(x.dtype)
         else:
-            rows = rotation.quantize(rows, self.bits, symmetric=False).dequantize(x.dtype)
+            rows = rotation.quantize(rows, self.bits, False, self._clip(site)).dequantize(x.dtype)
         return rows.transpose(1, 2)
+
+    def _factors(self, site: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        if self.learned_clips:
+            return self.learned_clips[site]()
+        clip = self.clips.get(site)
+        return None if clip is None else clip_tensor(clip).to(device).unbind()  # type: ignore[return-value]
+
+    def _clip(self, site: str) -> Clip | None:
+        if not self.learned_clips:
+            return self.clips.get(site)
+        low, high = self.learned_clips[site].stored().tolist()  # type: ignore[operator]
+        return low, high
+
+    # As in the checkpoint, the factors are tensors of the attention module itself.
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for site, clip in self.clips.items():
+            destination[f"{prefix.removesuffix(_CHILD)}{site}_clip"] = clip_tensor(clip)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = dict(state_dict)
+        for site in self.clips:
+            name = f"{prefix.removesuffix(_CHILD)}{site}_clip"
+            tensor = rest.pop(f"{prefix}{site}_clip", None)
+            if tensor is None:
+                missing_keys.append(name)
+                continue
+            try:
+                self.clips[site] = clip_from(tensor, name)
+            except CheckpointError as error:
+                error_msgs.append(str(error))
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def attention(self) -> Any:
         """The attention function that the model is set to."""
         return ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, self._eager)
 
     def extra_repr(self) -> str:
-        return "queries, keys and values as they are" if self.bits == 16 else f"bits={self.bits}"
+        clips = [f"{site}_clip=({low:.4g}, {high:.4g})" for site, (low, high) in self.clips.items()]
+        return "queries, keys and values as they are" if self.bits == 16 else ", ".join([f"bits={self.bits}", *clips])
 
 
 class _RoundedWrites:
@@ -139,6 +199,7 @@ def insert_rounding(attention: nn.Module, bits: int, rotation: OnlineRotation | 
     attention.config = config = copy.copy(config)
     config._attn_implementation = _NAME
     attention.register_forward_pre_hook(_round_writes, with_kwargs=True)
+    attention.register_load_state_dict_pre_hook(_hand_down_clips)
 
 
 def round_attention(model: nn.Module, family: Family, bits: int, rotations: Rotations | None) -> None:
@@ -161,6 +222,14 @@ def round_layer(layer: nn.Module, index: int, family: Family, bits: int, rotatio
         return
     online = None if rotation is None else OnlineRotation(rotation)
     insert_rounding(layer.get_submodule(family.attention), bits, online)
+
+
+def _hand_down_clips(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Give the factors the names under which the child looks for them."""
+    for site in module.rounding.clips:  # type: ignore[union-attr]
+        key = f"{prefix}{site}_clip"
+        if key in state_dict:
+            state_dict[f"{prefix}{_CHILD}{site}_clip"] = state_dict.pop(key)
 
 
 def _round_writes(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

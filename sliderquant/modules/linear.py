@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sliderquant.checkpoint.packing import PARTS, pack, unpack
-from sliderquant.errors import InputError
+from sliderquant.activation_clipping import Clip, clip_from, clip_tensor
+from sliderquant.checkpoint.packing import INPUT_CLIP, PARTS, pack, unpack
+from sliderquant.errors import CheckpointError, InputError
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.quantizer import dequantize as dequantize_exactly
 from sliderquant.schemes import Scheme
@@ -44,6 +45,8 @@ class QuantizedLinear(nn.Module):
         scheme: how the weight is quantized.
         dtype: of the scales and of the computation: float32, bfloat16 or float16.
         bias: `[out]` or None.
+        input_clip: factors on the ends of the range of each token that is rounded; None: 1. Numbers, not a tensor: no
+            cast of the module changes them.
     """
 
     in_features: int
@@ -51,6 +54,7 @@ class QuantizedLinear(nn.Module):
     scheme: Scheme
     dtype: torch.dtype
     bias: Tensor | None
+    input_clip: Clip | None
 
     @property
     def device(self) -> torch.device:
@@ -75,17 +79,28 @@ class QuantizedLinear(nn.Module):
         """Take another weight of the same shape and scheme."""
         raise NotImplementedError
 
+    def _replace_clip(self, clip: Clip) -> None:
+        """Take another clipping of the input.
+
+        Raises:
+            CheckpointError: it is not that of the linears that it shares the rounded input with.
+        """
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.scheme.bits}, group_size={self.scheme.group_size}, symmetric={self.scheme.symmetric}"
             + (f", activations={self.scheme.activations}" if self.scheme.quantizes_activations else "")
+            + (f", input_clip=({self.input_clip[0]:.4g}, {self.input_clip[1]:.4g})" if self.input_clip else "")
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for part, tensor in pack(self.quantized(), self.scheme).items():
             destination[prefix + part] = tensor
+        if self.input_clip is not None:
+            destination[prefix + INPUT_CLIP] = clip_tensor(self.input_clip)
 
     def _load_from_state_dict(
         self,
@@ -98,6 +113,7 @@ class QuantizedLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         names = [part for part in PARTS if not (part == "weight_zero_point" and self.scheme.symmetric)]
+        names += [] if self.input_clip is None else [INPUT_CLIP]
         missing = [prefix + name for name in names if prefix + name not in state_dict]
         rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -110,7 +126,13 @@ class QuantizedLinear(nn.Module):
                 f"{prefix}weight_shape is {list(shape)}, expected [{self.out_features}, {self.in_features}]"
             )
             return
-        parts = {name: state_dict[prefix + name].to(self.device) for name in names}
+        if self.input_clip is not None:
+            try:
+                self._replace_clip(clip_from(state_dict[prefix + INPUT_CLIP], prefix + INPUT_CLIP))
+            except CheckpointError as error:
+                error_msgs.append(str(error))
+                return
+        parts = {name: state_dict[prefix + name].to(self.device) for name in names if name in PARTS}
         self._replace(unpack(parts, self.scheme))
 
 
@@ -139,6 +161,7 @@ class PackedLinear(QuantizedLinear):
         bias: Tensor | None = None,
         *,
         dtype: torch.dtype | None = None,
+        input_clip: Clip | None = None,
     ) -> None:
         """Pack a quantized weight for the device that it is on.
 
@@ -146,13 +169,16 @@ class PackedLinear(QuantizedLinear):
             quantized: codes uint8 `[out, in]`, scale `[out, groups]`, zero_point uint8 `[out, groups]` or None.
             bias: `[out]`.
             dtype: None: that of the scale.
+            input_clip: of the scheme's rounding of the input; None: none.
 
         Raises:
-            InputError: the dtype is not one that it computes in.
+            InputError: the dtype is not one that it computes in, or the scheme does not round what is to be clipped.
         """
         super().__init__()
+        if input_clip is not None and not scheme.quantizes_activations:
+            raise InputError(f"input_clip {input_clip}: {scheme} does not round the input; expected None")
         self.out_features, self.in_features = quantized.codes.shape
-        self.scheme = scheme
+        self.scheme, self.input_clip = scheme, input_clip
         self._store(quantized, quantized.scale.dtype if dtype is None else dtype)
         self.bias = None
         if bias is not None:
@@ -167,10 +193,11 @@ class PackedLinear(QuantizedLinear):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        input_clip: Clip | None = None,
     ) -> "PackedLinear":
         """Move a quantized weight to `device` (None: where it is) and pack it there; the rest is as in `__init__`."""
         moved = QuantizedWeight(*(None if part is None else part.to(device) for part in quantized))  # type: ignore[arg-type]
-        return cls(moved, scheme, bias, dtype=dtype)
+        return cls(moved, scheme, bias, dtype=dtype, input_clip=input_clip)
 
     @property
     def device(self) -> torch.device:
@@ -197,7 +224,8 @@ class PackedLinear(QuantizedLinear):
             return weight_only_linear(x, self.packed, self.layout, self.bias)
         if x.dtype != self.dtype:
             raise TypeError(f"x: expected dtype {self.dtype} like the layer, got {x.dtype}; convert x or the layer")
-        return self.multiply(quantize_activations(x, self.scheme.activation_bits, self.scheme.activation_symmetric))
+        bits, symmetric = self.scheme.activation_bits, self.scheme.activation_symmetric
+        return self.multiply(quantize_activations(x, bits, symmetric, clip=self.input_clip))
 
     def multiply(self, activations: QuantizedActivations) -> Tensor:
         """`forward` for inputs that are rounded already; of a scheme that quantizes activations."""
@@ -206,6 +234,9 @@ class PackedLinear(QuantizedLinear):
 
     def _replace(self, quantized: QuantizedWeight) -> None:
         self._store(quantized, self.dtype)
+
+    def _replace_clip(self, clip: Clip) -> None:
+        self.input_clip = clip
 
     def _store(self, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
         if dtype not in _DTYPES:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sliderquant.errors import InputError
+from sliderquant.activation_clipping import Clip
+from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models import FAMILIES
 from sliderquant.modules.linear import PackedLinear, QuantizedLinear, layout_for
 from sliderquant.quantizer import QuantizedWeight
@@ -75,6 +76,7 @@ class MergedLinear(PackedLinear):
         bias: Tensor | None = None,
         *,
         dtype: torch.dtype | None = None,
+        input_clip: Clip | None = None,
     ) -> None:
         """Pack concatenated weights for the device that they are on.
 
@@ -82,7 +84,7 @@ class MergedLinear(PackedLinear):
             quantized: of all linears, concatenated along the outputs; the rest is as for a PackedLinear.
             sizes: the outputs of each linear; their sum is that of `quantized`.
         """
-        super().__init__(quantized, scheme, bias, dtype=dtype)
+        super().__init__(quantized, scheme, bias, dtype=dtype, input_clip=input_clip)
         if sum(sizes) != self.out_features:
             raise InputError(f"sizes {list(sizes)}: expected a sum of {self.out_features}, the outputs of the weight")
         self.sizes = list(sizes)
@@ -174,6 +176,10 @@ class LinearSlice(QuantizedLinear):
     def bias(self) -> Tensor | None:  # type: ignore[override]
         return None if self.merged.bias is None else self.merged.bias[self.rows]
 
+    @property
+    def input_clip(self) -> Clip | None:  # type: ignore[override]
+        return self.merged.input_clip
+
     def quantized(self) -> QuantizedWeight:
         return _rows(self.merged.quantized(), self.rows)
 
@@ -190,6 +196,16 @@ class LinearSlice(QuantizedLinear):
             if part is not None and new is not None:
                 part[self.rows] = new
         self.merged._replace(whole)
+
+    def _replace_clip(self, clip: Clip) -> None:
+        # The first of them is loaded first; the others have to agree.
+        if self.index == 0:
+            self.merged._replace_clip(clip)
+        elif clip != self.input_clip:
+            raise CheckpointError(
+                f"input_clip {clip} of a linear that shares its rounded input with one of {self.input_clip}: expected "
+                "the same; call sliderquant.modules.split_linears(model) before loading"
+            )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.bias is not None:
@@ -239,18 +255,20 @@ def can_merge(
     biased: Sequence[bool],
     device: torch.device,
     dtype: torch.dtype,
+    clips: Sequence[Clip | None] = (),
 ) -> bool:
     """Whether linears that read the same input can be one packed weight that computes as each of them would.
 
-    They can when they have the same inputs and scheme, all or none have a bias, and their kind of layout does not
-    change: a CPU has fast layouts only for some numbers of outputs.
+    They can when they have the same inputs and scheme, clip the input alike, all or none have a bias, and their kind of
+    layout does not change: a CPU has fast layouts only for some numbers of outputs.
 
     Args:
         shapes: `(out, in)` of each of the linears.
         biased: whether each has a bias.
         device, dtype: of the computation.
+        clips: the `input_clip` of each; empty: none has one.
     """
-    if len({inputs for _, inputs in shapes}) > 1 or len(set(schemes)) > 1 or len(set(biased)) > 1:
+    if len({inputs for _, inputs in shapes}) > 1 or any(len(set(each)) > 1 for each in (schemes, biased, clips)):
         return False
     scheme, inputs = schemes[0], shapes[0][1]
     total = sum(outputs for outputs, _ in shapes)
@@ -279,13 +297,15 @@ def merge_linears(model: nn.Module) -> None:
             continue
         shapes = [(linear.out_features, linear.in_features) for linear in linears]
         schemes, biases = [linear.scheme for linear in linears], [linear.bias for linear in linears]
-        first = linears[0]
-        if not can_merge(shapes, schemes, [bias is not None for bias in biases], first.device, first.dtype):
+        first, clips = linears[0], [linear.input_clip for linear in linears]
+        if not can_merge(shapes, schemes, [bias is not None for bias in biases], first.device, first.dtype, clips):
             continue
         codes, scales, zero_points = zip(*(linear.quantized() for linear in linears), strict=True)
         quantized = QuantizedWeight(torch.cat(codes), torch.cat(scales), concatenate(zero_points))
         sizes = [outputs for outputs, _ in shapes]
-        merged = MergedLinear(quantized, first.scheme, sizes, concatenate(biases), dtype=first.dtype)
+        merged = MergedLinear(
+            quantized, first.scheme, sizes, concatenate(biases), dtype=first.dtype, input_clip=clips[0]
+        )
         merged.attach(model, names)
 
 
@@ -303,7 +323,8 @@ def split_linears(model: nn.Module) -> None:
         whole = merged.quantized()
         for parent, name, child in places:
             quantized = _rows(whole, child.rows)
-            setattr(parent, name, PackedLinear(quantized, child.scheme, child.bias, dtype=child.dtype))
+            single = PackedLinear(quantized, child.scheme, child.bias, dtype=child.dtype, input_clip=child.input_clip)
+            setattr(parent, name, single)
         merged.detach()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sliderquant.activation_clipping import Clip
 from sliderquant.errors import InputError
 from sliderquant.models.family import Family
 from sliderquant.modules.linear import PackedLinear
@@ -39,9 +40,9 @@ class OnlineRotation(nn.Module):
         """x `[..., size]` -> the same shape and dtype."""
         return hadamard(x, self.transform, self.signs.to(x.dtype))
 
-    def quantize(self, x: Tensor, bits: int, symmetric: bool) -> QuantizedActivations:
-        """x `[..., size]` rotated and, each row, rounded to `bits`."""
-        return hadamard_quantize(x, self.transform, bits, symmetric, signs=self.signs.to(x.dtype))
+    def quantize(self, x: Tensor, bits: int, symmetric: bool, clip: Clip | None = None) -> QuantizedActivations:
+        """x `[..., size]` rotated and, each row, rounded to `bits`; clip: factors on the ends of its range."""
+        return hadamard_quantize(x, self.transform, bits, symmetric, signs=self.signs.to(x.dtype), clip=clip)
 
     def extra_repr(self) -> str:
         return f"{self.transform}"
@@ -90,7 +91,7 @@ class RotatedLinear(nn.Module):
             return linear(rotation(x))
         # One kernel rotates and rounds.
         bits, symmetric = linear.scheme.activation_bits, linear.scheme.activation_symmetric
-        return linear.multiply(rotation.quantize(x, bits, symmetric))
+        return linear.multiply(rotation.quantize(x, bits, symmetric, linear.input_clip))
 
     def state_dict(self, *arguments: Any, **keywords: Any) -> Any:
         return self.linear.state_dict(*arguments, **keywords)

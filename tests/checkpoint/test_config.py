@@ -169,9 +169,17 @@ def test_what_runs_round_trips() -> None:
         "quantization_config": quantization_config({"a.b": CHANNEL}, [], online=True),
     }
     assert config["quantization_config"]["quant_method"] == "sliderquant"
-    assert read_entry(config, "here") == (None, 8)
+    assert read_entry(config, "here") == (None, 8, False)
+    config["sliderquant"] = sliderquant_entry(None, 16, True)
+    assert read_entry(config, "here") == (None, 16, True)
     plain = {"sliderquant": sliderquant_entry(), "quantization_config": quantization_config({"a.b": CHANNEL}, [])}
-    assert read_entry(plain, "here") == (None, 16)
+    assert read_entry(plain, "here") == (None, 16, False)
+    clipped = plain | {"sliderquant": sliderquant_entry(clipped=True)}
+    with pytest.raises(CheckpointError, match=r"quant_method is 'compressed-tensors', but .* clippings"):
+        read_entry(clipped, "here")
+    clipped["sliderquant"]["activation_clipping"] = [0.9]
+    with pytest.raises(CheckpointError, match=r"here: sliderquant\.activation_clipping is \[0\.9\], expected true or"):
+        read_entry(clipped, "here")
 
 
 @pytest.mark.parametrize(

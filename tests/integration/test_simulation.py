@@ -159,17 +159,21 @@ def test_on_the_triton_kernels(quantize, monkeypatch, scheme, rotate):
         calls.append("linear")
         return low_bit_launch.low_bit_linear(*x, *packed, bias, None, layout, dtype, None)
 
-    def quantize_tokens(x, bits, symmetric):
+    def quantize_tokens(x, bits, symmetric, *, clip):
         calls.append("quantize")
-        codes, scale, zero, total = activations_triton.quantize_activations(x, bits, symmetric, None, 0.0, None, False)
+        assert clip is not None
+        codes, scale, zero, total = activations_triton.quantize_activations(
+            x, bits, symmetric, None, 0.0, None, False, clip
+        )
         return QuantizedActivations(codes, scale, None if symmetric else zero, total)
 
-    def rotate_and_quantize(x, transform, bits, symmetric, signs):
+    def rotate_and_quantize(x, transform, bits, symmetric, signs, clip):
         calls.append("rotate and quantize")
-        codes, scale, zero, total = hadamard_launch.hadamard_quantize(x, signs, None, transform, bits, symmetric)
+        assert clip is not None
+        codes, scale, zero, total = hadamard_launch.hadamard_quantize(x, signs, None, transform, bits, symmetric, clip)
         return QuantizedActivations(codes, scale, None if symmetric else zero, total)
 
-    result, trained = quantize(scheme, rotate, **RTN)
+    result, trained = quantize(scheme, rotate, **RTN, activation_clipping="always", activation_clipping_start=1.0)
     with monkeypatch.context() as patch:
         patch.setattr(linear, "choose_low_bit_layout", lambda *shape: LowBitLayout("triton_int8", *shape[:5]))
         patch.setattr(linear, "low_bit_linear", multiply)

@@ -138,9 +138,9 @@ def test_the_same_bits_in_one_launch(scheme: str, dtype: torch.dtype, bias: bool
 def test_a_shared_input_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, x, seen = Pair("W4A4"), torch.randn(2, IN), []
 
-    def counted(x: torch.Tensor, *arguments: Any) -> Any:
+    def counted(x: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         seen.append(x)
-        return quantize_activations(x, *arguments)
+        return quantize_activations(x, *arguments, **keywords)
 
     monkeypatch.setattr(linear_module, "quantize_activations", counted)
     pair.both(x)
@@ -430,6 +430,9 @@ def test_what_can_be_merged() -> None:
     low_bit = Scheme.parse("W4A8-g32")
     assert can_merge(shapes, [low_bit, low_bit], biased, CPU, torch.float32)
     assert not can_merge(shapes, [low_bit, scheme], biased, CPU, torch.float32)
+    assert can_merge(shapes, [low_bit, low_bit], biased, CPU, torch.float32, [(0.5, 0.75)] * 2)
+    assert not can_merge(shapes, [low_bit, low_bit], biased, CPU, torch.float32, [(0.5, 0.75), (0.5, 0.5)])
+    assert not can_merge(shapes, [low_bit, low_bit], biased, CPU, torch.float32, [(0.5, 0.75), None])
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has one layout")
