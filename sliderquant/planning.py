@@ -314,7 +314,7 @@ def _optimizer_bytes(
     source: ModelSource, scheme: Scheme, settings: Settings | OneShotSettings | None, windows: tuple[Window, ...]
 ) -> int:
     """AdamW's: two moments in fp32 of everything that is learned in the largest window. Channel scales, a vector or two
-    a layer, are left out."""
+    a layer, and the clipping of activations are left out."""
     if not isinstance(settings, Settings):
         return 0
     learned = 0

@@ -111,12 +111,12 @@ def test_learned(quantize, scheme, rotate):
 
 
 @pytest.mark.parametrize("rotate", [(), ALL], ids=["plain", "rotated"])
-@pytest.mark.parametrize("scheme", ["W2A16", "W3A16-g32-sym", "W4A4KV4"])
+@pytest.mark.parametrize("scheme", ["W2A16", "W3A16-g32-sym", "W4A4KV4", "W4A16KV4", "W4A8KV8-g32", "W4A4-act-sym"])
 def test_every_weight_learned(quantize, scheme, rotate):
     if "KV" not in scheme:
         rotate = tuple(name for name in rotate if name != "R3")
     strongest = METHODS["sliderquant-best"].settings_for(Scheme.parse(scheme)).model_dump()
-    result, trained = quantize(scheme, rotate, **{**strongest, "epochs": 2})
+    result, trained = quantize(scheme, rotate, **{**strongest, "epochs": 2, "activation_clipping": "always"})
     moved = [linear.offset.abs().max() for layer in trained for linear in refined_linears(layer).values()]
     assert min(moved) > 0
     found = errors(calls_of(result.load(device="cpu", dtype="float32")), trained)
