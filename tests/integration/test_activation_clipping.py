@@ -17,7 +17,7 @@ from sliderquant.modules import PackedLinear, merge_linears, split_linears
 IDS = torch.randint(2, 2000, (2, 13), generator=torch.Generator().manual_seed(5))
 CASES = {
     "W4A4KV4": ("W4A4KV4", ("R1", "R2", "R3", "R4"), "auto"),
-    "W4A16KV4": ("W4A16KV4", (), "auto"),
+    "W4A16KV4": ("W4A16KV4", (), "always"),
     "W4A8-g32-sym": ("W4A8-g32-sym", (), "always"),
 }
 INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

@@ -200,7 +200,7 @@ def test_the_same_seed_writes_the_same_bytes(tiny, rotated, tmp_path):
         (lambda c: c["sliderquant"].pop("rotations"), "quant_method is 'sliderquant', but .* describes none that are"),
         (
             lambda c: c["quantization_config"].update(quant_method="compressed-tensors"),
-            "quant_method is 'compressed-tensors', but sliderquant describes rotations or roundings that are",
+            "quant_method is 'compressed-tensors', but sliderquant describes rotations, roundings or clippings",
         ),
         (lambda c: c["sliderquant"]["rotations"].update(R4={"n": 3}), r"sliderquant\.rotations: R4 is not a Hadamard"),
         (lambda c: c["sliderquant"].update(rotations=4), "sliderquant.rotations is 4, expected a JSON object"),
