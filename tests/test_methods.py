@@ -191,9 +191,7 @@ def test_settings_and_rotations_depend_on_the_scheme():
     best = METHODS["sliderquant-best"]
     assert best.rotations_for(activations) == ("R1", "R2", "R3", "R4")
     assert best.rotations_for(Scheme.parse("W4A4")) == ("R1", "R2", "R4")
-    assert all(
-        best.rotations_for(scheme) == () for scheme in (weights, Scheme.parse("W8A8"), Scheme.parse("W4A16KV4"))
-    )
+    assert all(best.rotations_for(scheme) == () for scheme in (weights, Scheme.parse("W8A8"), Scheme.parse("W4A16KV4")))
 
 
 @pytest.mark.parametrize(("name", "windows"), [("omniquant", "[0] [1] [2] [3]"), ("cbq", "[0..1] [1..2] [2..3]")])
