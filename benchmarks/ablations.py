@@ -101,7 +101,6 @@ ABLATIONS: dict[str, Ablation] = {
             "ranges of the current weights": {"grid": "range"},
             "grids that are not learned": {"learning_rates": {"clipping": 0.0}},
             "ranges from 0.982": {"clipping_start": 4.0},
-            "offsets from compensated rounding": {"weights_start": "compensated"},
             "offsets that do not decay": {"weights_decay": 0.0},
             "offsets that decay twice as fast": {"weights_decay": 1.0},
             "hidden states to the end": {"last_loss": "hidden"},

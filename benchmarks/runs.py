@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 import sliderquant
@@ -245,7 +246,8 @@ def _work(row: Row) -> Any:
     """What a row is the result of. Settings that did not exist when it was run have their defaults, which is how runs
     were before there were any."""
     if row["engine"] == "windows":
-        row = {**row, "settings": Settings.model_validate(row["settings"]).model_dump(mode="json")}
+        with suppress(ValidationError):  # of a setting that there is no longer
+            row = {**row, "settings": Settings.model_validate(row["settings"]).model_dump(mode="json")}
     return _columns(row, WORK)
 
 

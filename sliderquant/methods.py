@@ -89,10 +89,6 @@ class Settings(_Frozen):
     )
     rank: int = Field(4, ge=0, description="rank of the low-rank term; 0: none")
     weights: bool = Field(False, description="learn an offset of every weight, counted in quantization steps")
-    weights_start: Literal["nearest", "compensated"] = Field(
-        "nearest",
-        description="where the offsets start: 0; or where rounding makes up for the errors of earlier columns (GPTQ)",
-    )
     weights_decay: float = Field(
         0.0, ge=0, description="weight decay of the offsets: against fitting the calibration text alone"
     )
@@ -131,8 +127,6 @@ class Settings(_Frozen):
     def _what_starts_is_learned(self) -> "Settings":
         if self.grid == "free" and not self.clipping:
             raise ValueError("grid=free learns the ends of the ranges by their clipping: it needs clipping=true")
-        if self.weights_start != "nearest" and not self.weights:
-            raise ValueError("weights_start is of the offsets of weights: it needs weights=true")
         return self
 
     def clips_activations(self, scheme: Scheme) -> bool:

@@ -14,7 +14,6 @@ from sliderquant.activation_clipping import ActivationClipping
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.checkpoint.packing import INPUT_CLIP
 from sliderquant.clipping import start_from_search
-from sliderquant.compensation import input_grams, start_from_compensation
 from sliderquant.fake_quantize import can_compile
 from sliderquant.methods import Settings
 from sliderquant.models.decoder import Decoder
@@ -145,14 +144,9 @@ def starting(plan: Plan, layer: nn.Module) -> Iterator[None]:
         # Left first: the clipping is searched for scaled weights.
         if settings.scales.used_with(plan.scheme) and settings.scales.start == "statistics":
             stack.enter_context(start_from_statistics(layer, _sites(plan), linears))
-        compensated = settings.weights_start == "compensated"
-        shared = plan.source.family.shared_inputs
-        grams = stack.enter_context(input_grams(linears, shared)) if compensated else {}
         yield
     for linear in linears.values():
         linear.start()
-    if compensated:
-        start_from_compensation(linears, grams)
 
 
 def _sites(plan: Plan) -> dict[str, Site]:

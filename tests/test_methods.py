@@ -49,7 +49,6 @@ def test_every_setting_is_reachable_by_name():
         "stage_order": "window",
         "rank": 2,
         "weights": True,
-        "weights_start": "compensated",
         "weights_decay": 0.25,
         "clipping": True,
         "clipping_start": 3.5,

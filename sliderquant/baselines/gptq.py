@@ -31,13 +31,11 @@ class Compensated(NamedTuple):
 
     Attributes:
         stored: the quantized weight.
-        latent: fp32 `[out, in]`, every weight just before it was rounded.
         damping: what was added to the Hessian's diagonal, a share of its mean; None: the Hessian was of no use, and the
             weights were rounded to nearest.
     """
 
     stored: QuantizedWeight
-    latent: Tensor
     damping: float | None
 
 
@@ -67,12 +65,11 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = False,
     block: int = _BLOCK,
-    grid: Grid | None = None,
 ) -> Compensated:
     """Quantize one weight.
 
-    Unless there is a grid already, the range of a group is that of the group's weights when its first column is
-    reached, what was rounded before being made up for; with `act_order`, that of the original weights.
+    The range of a group is that of the group's weights when its first column is reached, what was rounded before being
+    made up for; with `act_order`, that of the original weights.
 
     Args:
         weight: fp32 `[out, in]`.
@@ -83,7 +80,6 @@ def gptq(
         damping: added to the diagonal, a share of its mean; raised tenfold while the sum is not positive definite.
         act_order: columns in descending order of the diagonal. Groups keep their places.
         block: columns; a multiple of the group size.
-        grid: that of every group.
     """
     in_features = weight.shape[1]
     if scheme.group_size is not None and block % scheme.group_size:
@@ -97,7 +93,7 @@ def gptq(
 
     # Rows are columns of the weight: contiguous.
     columns = weight.T.clone() if order is None else weight.T[order]
-    found = clipped_grid(weight, None, None, scheme, dtype) if grid is None else grid
+    found = clipped_grid(weight, None, None, scheme, dtype)
     scale, zero_point = found.scale.T.clone(), found.zero_point.T.clone()
     group_size = scheme.group_size or in_features
     groups = torch.arange(in_features, device="cpu") // group_size
@@ -107,19 +103,18 @@ def gptq(
         errors = torch.empty_like(columns[start:stop])
         for i in range(start, stop):
             group = group_of_column[i]
-            if grid is None and order is None and i % group_size == 0 and i > 0:
+            if order is None and i % group_size == 0 and i > 0:
                 own = clipped_grid(columns[i : i + group_size].T, None, None, scheme.per_channel(), dtype)
                 scale[group], zero_point[group] = own.scale[:, 0], own.zero_point[:, 0]
             codes = torch.round(columns[i] / scale[group]).add_(zero_point[group]).clamp_(0, scheme.levels)
             errors[i - start] = (columns[i] - (codes - zero_point[group]) * scale[group]) / factor[i, i]
             columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], errors[i - start], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    latent = torch.empty_like(columns)
-    latent[order if order is not None else slice(None)] = columns
-    latent = latent.T.contiguous()
+    compensated = torch.empty_like(columns)
+    compensated[order if order is not None else slice(None)] = columns
     # Rounds to the same codes: the columns were not touched after their turn.
-    stored = quantize(latent, Grid(scale.T.contiguous(), zero_point.T.contiguous()), scheme, dtype)
-    return Compensated(stored, latent, used)
+    grid = Grid(scale.T.contiguous(), zero_point.T.contiguous())
+    return Compensated(quantize(compensated.T.contiguous(), grid, scheme, dtype), used)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, float | None]:

@@ -71,7 +71,7 @@ def _seed_in_words(plan: Plan) -> str:
 
 def _learned(settings: Settings, scheme: Scheme) -> Iterator[str]:
     if settings.weights:
-        yield f"an offset of every weight, from {settings.weights_start}"
+        yield "an offset of every weight"
     if settings.rank:
         yield f"low-rank terms of rank {settings.rank}"
     if settings.clips_activations(scheme):

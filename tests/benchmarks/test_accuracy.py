@@ -177,6 +177,18 @@ def test_rows_of_other_seeds_stay_as_long_as_nothing_else_changes(tmp_path, plac
     assert run(7, 3) == [(7, 3)]
 
 
+def test_a_row_with_a_setting_that_there_is_no_longer_is_replaced(tmp_path, place, measured):
+    file = RunFile("accuracy", tmp_path)
+    case = Case.of("tiny", "W2A16", "sliderquant", {}, 10, seed=2, samples=8)
+    run_all([case], {"tiny": place}, file, resume=True)
+    (row,) = file.rows()
+    file.add({**row, "settings": {**row["settings"], "former": 1}})
+    run_all([case], {"tiny": place}, file, resume=True)
+    (row,) = file.rows()
+    assert "former" not in row["settings"]
+    assert len(measured) == 2
+
+
 def test_the_same_work_under_two_names_is_done_once(tmp_path, place, measured):
     file = RunFile("accuracy", tmp_path)
     settings = METHODS["sliderquant-published"].settings.model_dump()
