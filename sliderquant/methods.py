@@ -100,7 +100,7 @@ class Settings(_Frozen):
     activation_clipping: Literal["auto", "always", "never"] = Field(
         "never",
         description="learn the clipping of the ranges of activations, queries, keys and values, where these are "
-        "quantized; auto: where some of them have 4 bits",
+        "quantized; auto: where some of them have 4 bits, in checkpoints that sliderquant alone reads anyway",
     )
     activation_clipping_start: float = Field(4.0, description="its logits at the start, sigmoid(4) = 0.982")
     grid: Literal["range", "free"] = Field(
@@ -129,10 +129,16 @@ class Settings(_Frozen):
             raise ValueError("grid=free learns the ends of the ranges by their clipping: it needs clipping=true")
         return self
 
-    def clips_activations(self, scheme: Scheme) -> bool:
-        """Whether a model of this scheme has learned clippings of activations, queries, keys and values."""
+    def clips_activations(self, scheme: Scheme, rotates_online: bool) -> bool:
+        """Whether a model of this scheme has learned clippings of activations, queries, keys and values.
+
+        Args:
+            rotates_online: the model computes rotations while it runs.
+        """
         fewest = min(scheme.activation_bits, scheme.kv_bits)
-        return fewest <= {"auto": 4, "always": 8, "never": 0}[self.activation_clipping]
+        if self.activation_clipping == "auto":
+            return fewest <= 4 and (scheme.quantizes_attention or rotates_online)
+        return self.activation_clipping == "always" and fewest <= 8
 
     @property
     def stages(self) -> tuple[float, ...]:

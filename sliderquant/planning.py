@@ -164,6 +164,12 @@ class Plan:
         return 8 * stored / sum(math.prod(shape) for shape in shapes.values())
 
     @property
+    def clips_activations(self) -> bool:
+        """Whether clippings of activations, queries, keys and values are learned."""
+        online = self.rotations is not None and bool(self.rotations.online)
+        return isinstance(self.settings, Settings) and self.settings.clips_activations(self.scheme, online)
+
+    @property
     def rotations(self) -> Rotations | None:
         """What is folded into the weights before they are quantized."""
         return self.source.rotations if isinstance(self.source, RotatedSource) else None

@@ -85,7 +85,7 @@ def refined_layer(plan: Plan, decoder: Decoder, index: int, seed: int, device: t
     compiled = _compiles(plan, device)
     # With --per-channel-fallback linears that share an input may differ in grouping, never in how it is rounded.
     shared: dict[str, SharedInput] = {}
-    clips = plan.settings.clips_activations(plan.scheme)
+    clips = plan.clips_activations
     start = plan.settings.activation_clipping_start
     for names in (*family.shared_inputs, *((name,) for name in family.linears)):
         if names[0] not in shared:

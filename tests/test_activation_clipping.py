@@ -116,15 +116,16 @@ def test_attention_learns_a_clipping_of_each():
 
 
 def test_which_schemes_have_one():
-    def clips(choice, scheme):
-        return Settings(activation_clipping=choice).clips_activations(Scheme.parse(scheme))
+    def clips(choice, scheme, rotates_online=False):
+        return Settings(activation_clipping=choice).clips_activations(Scheme.parse(scheme), rotates_online)
 
     schemes = ("W4A16", "W8A8", "W4A8KV8", "W4A16KV8", "W4A4", "W4A8KV4", "W4A16KV4", "W4A4KV4")
-    assert [clips("auto", scheme) for scheme in schemes] == [False] * 4 + [True] * 4
+    assert [clips("auto", scheme) for scheme in schemes] == [False] * 5 + [True] * 3
+    assert [clips("auto", scheme, True) for scheme in schemes] == [False] * 4 + [True] * 4
     assert [clips("always", scheme) for scheme in schemes] == [False] + [True] * 7
     assert not any(clips("never", scheme) for scheme in schemes)
     for name, method in METHODS.items():
         for scheme in ("W4A4KV4", "W4A16KV4"):
             settings = method.settings_for(Scheme.parse(scheme))
-            found = isinstance(settings, Settings) and settings.clips_activations(Scheme.parse(scheme))
+            found = isinstance(settings, Settings) and settings.clips_activations(Scheme.parse(scheme), False)
             assert found == (name == "sliderquant-best" and scheme == "W4A4KV4"), name

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from sliderquant.allocation import bits_by_kind
 from sliderquant.methods import OneShotSettings, Settings
 from sliderquant.planning import Plan
-from sliderquant.schemes import Scheme, attention_in_words
+from sliderquant.schemes import attention_in_words
 
 __all__ = ["print_bits", "print_plan"]
 
@@ -51,7 +51,7 @@ def print_plan(plan: Plan) -> None:
         print(f"windows     {' '.join(map(str, plan.windows))}")
         print(f"stages      {shares} of the input channels; stage order: {settings.stage_order}")
         print(f"steps       {plan.steps}")
-        print("learned     " + ", ".join(_learned(settings, plan.scheme)))
+        print("learned     " + ", ".join(_learned(settings, plan)))
     print(
         f"memory      about {plan.memory_bytes / 1e9:.2f} GB where layers are refined, "
         f"{plan.host_memory_bytes / 1e9:.2f} GB of host memory"
@@ -69,14 +69,14 @@ def _seed_in_words(plan: Plan) -> str:
     return f"seed {choice.seed}, of {len(choice.trials)} tried on {choice.samples} calibration samples"
 
 
-def _learned(settings: Settings, scheme: Scheme) -> Iterator[str]:
+def _learned(settings: Settings, plan: Plan) -> Iterator[str]:
     if settings.weights:
         yield "an offset of every weight"
     if settings.rank:
         yield f"low-rank terms of rank {settings.rank}"
-    if settings.clips_activations(scheme):
+    if plan.clips_activations:
         yield f"clipping of activations from {settings.activation_clipping_start}"
     if settings.clipping:
         yield f"{'free ends of ranges' if settings.grid == 'free' else 'clipping'} from {settings.clipping_start}"
-    if settings.scales.used_with(scheme):
+    if settings.scales.used_with(plan.scheme):
         yield f"channel scales from {settings.scales.start}"
