@@ -83,9 +83,7 @@ def test_efforts_show_in_the_plan(tiny_llama):
     steps = []
     for effort in ("light", "default", "best"):
         shown = invoke(*arguments, "--effort", effort).stdout
-        assert re.search(
-            r"^learned +an offset of every weight, from nearest, free ends of ranges from search$", shown, re.M
-        )
+        assert re.search(r"^learned +an offset of every weight, free ends of ranges from search$", shown, re.M)
         assert re.search(r"^optimizer +0\.\d+ GB of these", shown, re.M)
         steps.append(int(re.search(r"^steps +(\d+)$", shown, re.M)[1]))
     assert steps == sorted(set(steps))
