@@ -2,9 +2,9 @@
 
 Random signs differ in how well they spread outliers, and at 4 bits a model shows it. For each seed the rotated model is
 rounded to nearest, weights and, as the scheme says, activations, queries, keys and values; its last hidden states on
-some calibration samples are held against those of its original. Their error orders the seeds alike on any part of the
-text; cross-entropy and KL divergence, which are measured too, do so only over many more tokens. One walk over the model
-a seed, a layer in memory at a time.
+some calibration samples are held against those of its original. Their error sums over all channels of all tokens;
+cross-entropy and KL divergence, which are measured too, are one number a token. One walk over the model a seed, a layer
+in memory at a time.
 """
 
 import torch
