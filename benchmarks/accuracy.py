@@ -34,8 +34,9 @@ from benchmarks.runs import (
     scheme_argument,
 )
 from sliderquant.errors import InputError
-from sliderquant.methods import METHODS, Settings, check_scheme, with_overrides
+from sliderquant.methods import METHODS, check_scheme, with_overrides
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 
 __all__ = ["MODELS", "ModelSpec", "material_texts", "plan"]
 

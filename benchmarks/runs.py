@@ -27,9 +27,11 @@ from benchmarks.outliers import inject_outliers
 from benchmarks.peer_runs import NOT_INSTALLED, Peer, PeerError, PeerSettings
 from sliderquant.calibration.text import NAMED_SOURCES, read_text
 from sliderquant.errors import InputError, SliderQuantError
-from sliderquant.methods import METHODS, OneShotSettings, Settings, with_overrides
+from sliderquant.methods import METHODS, with_overrides
 from sliderquant.models.source import open_model
+from sliderquant.one_shot_settings import OneShotSettings
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 
 __all__ = [
     "DEMO",

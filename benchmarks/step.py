@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import results
-from sliderquant.methods import METHODS, Settings
+from sliderquant.methods import METHODS
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning import make_plan
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 from sliderquant.train import WindowLayers, matmul_context
 from sliderquant.walk import refined_layer
 

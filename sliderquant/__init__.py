@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from sliderquant._version import __version__
 
 if TYPE_CHECKING:
+    from sliderquant.evaluating import evaluate
     from sliderquant.loading import load
-    from sliderquant.pipeline import evaluate, plan, quantize
+    from sliderquant.pipeline import plan, quantize
 
 __all__ = ["__version__", "evaluate", "load", "plan", "quantize"]
 
@@ -21,7 +22,11 @@ def __getattr__(name: str) -> Any:
         from sliderquant.loading import load
 
         return load
-    if name in ("evaluate", "plan", "quantize"):
+    if name == "evaluate":
+        from sliderquant.evaluating import evaluate
+
+        return evaluate
+    if name in ("plan", "quantize"):
         from sliderquant import pipeline
 
         return getattr(pipeline, name)

@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from sliderquant.allocation import Allocation, allocate, choices
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.clipping import search_clipping
+from sliderquant.memory import CHOOSING_STREAM_GB, CHOOSING_TOKENS_AT_ONCE
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource
 from sliderquant.modules.rotated import insert_rotation
-from sliderquant.planning import CHOOSING_STREAM_GB, CHOOSING_TOKENS_AT_ONCE, Plan
+from sliderquant.planning import Plan
 from sliderquant.progress import Progress
 from sliderquant.quantizer import clipped_grid, dequantize, quantize
 

@@ -1,6 +1,5 @@
 """From a model to a checkpoint: the functions that a user calls."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,10 @@ from sliderquant.checkpoint import CardInfo, CheckpointWriter
 from sliderquant.choosing import with_chosen_bits, with_chosen_rotation
 from sliderquant.devices import deterministic, machine, peak_memory, resolve_device, versions
 from sliderquant.errors import CheckpointError, InputError
+from sliderquant.evaluating import evaluation_dtype, original_perplexity
 from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
 from sliderquant.loading import load
-from sliderquant.methods import Method, Settings, method_named, with_overrides
+from sliderquant.methods import Method, method_named, with_overrides
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning import Plan, make_plan
@@ -33,10 +33,11 @@ from sliderquant.refine import merged_layer
 from sliderquant.reports.quantization import quantization_page
 from sliderquant.rotation import rotated
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 from sliderquant.train import matmul_dtype
 from sliderquant.walk import refine_model, stored_clips
 
-__all__ = ["QuantizeResult", "evaluate", "plan", "quantize"]
+__all__ = ["QuantizeResult", "plan", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def quantize(
         if perplexity_on:
             progress.message(f"perplexity of the original on {perplexity_on}")
             with _timed(times, "evaluate_before"):
-                measured["before"] = _original_perplexity(source, tokenizer, perplexity_on, seqlen, target, progress)
+                measured["before"] = original_perplexity(source, tokenizer, perplexity_on, seqlen, target, progress)
         if settled.chooses_rotation:
             assert blocks is not None
             with _timed(times, "choose_rotation"):
@@ -213,7 +214,7 @@ def quantize(
         if perplexity_on:
             progress.message(f"perplexity of the packed model on {perplexity_on}")
             with _timed(times, "evaluate_after"):
-                packed = load(folder, device=target, dtype=_evaluation_dtype(source.dtype, target))
+                packed = load(folder, device=target, dtype=evaluation_dtype(source.dtype, target))
                 measured["after"] = perplexity(packed, tokenizer, perplexity_on, seqlen, progress.evaluated)
                 del packed
         times["total"] = time.perf_counter() - started
@@ -241,49 +242,6 @@ def quantize(
         )
         path = writer.publish(report, card, quantization_page(report))
     return QuantizeResult(path, settled, report)
-
-
-def evaluate(
-    model: str | Path,
-    perplexity_on: str = "wikitext2",
-    seqlen: int | None = None,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    progress: Progress | None = None,
-) -> Perplexity:
-    """Perplexity of a checkpoint of ours, or of an original model.
-
-    Args:
-        model: folder of a quantized checkpoint; or folder or hub id of an original model.
-        perplexity_on: text, see `sliderquant.calibration.text`.
-        seqlen: tokens per block; None: 2048, or the model's maximum when that is shorter.
-        dtype: of the arithmetic; `"auto"`: the model's own on CUDA and float32 on the CPU.
-
-    Raises:
-        InputError: the model or the text is not usable.
-        CheckpointError: the checkpoint is damaged.
-    """
-    from transformers import AutoTokenizer
-
-    progress = progress or Progress()
-    check_source(perplexity_on)
-    target = resolve_device(device)
-    folder = Path(model).expanduser()
-    if is_quantized(folder):
-        stored = torch.float16 if target.type == "cuda" else torch.float32
-        packed = load(folder, device=target, dtype=_evaluation_dtype(stored, target) if dtype == "auto" else dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return perplexity(packed, tokenizer, perplexity_on, seqlen, progress.evaluated)
-    source = open_model(model)
-    return _original_perplexity(source, source.tokenizer(), perplexity_on, seqlen, target, progress, dtype)
-
-
-def is_quantized(folder: Path) -> bool:
-    """Whether the folder's config.json has a quantization configuration."""
-    try:
-        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _rotated(
@@ -391,34 +349,6 @@ def _copy_the_rest(settled: Plan, changed: Mapping[str, torch.Tensor], writer: C
                 raise CheckpointError(f"tensor {name}: its changed values are not ones that {tensor.dtype} holds")
             tensor = stored
         writer.add_tensor(name, tensor)
-
-
-def _original_perplexity(
-    source: ModelSource,
-    tokenizer: Any,
-    text: str,
-    seqlen: int | None,
-    device: torch.device,
-    progress: Progress,
-    dtype: str | torch.dtype = "auto",
-) -> Perplexity:
-    from transformers import AutoModelForCausalLM
-
-    wanted = _evaluation_dtype(source.dtype, device) if dtype == "auto" else _dtype(dtype)
-    original = AutoModelForCausalLM.from_pretrained(source.folder, dtype=wanted).to(device).eval()
-    return perplexity(original, tokenizer, text, seqlen, progress.evaluated)
-
-
-def _evaluation_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The model's own dtype on CUDA. float32 on the CPU, where half precision saves little and costs digits."""
-    return stored if device.type == "cuda" else torch.float32
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if found not in (torch.float32, torch.float16, torch.bfloat16):
-        raise InputError(f"dtype {dtype!r}: expected auto, float32, float16 or bfloat16")
-    return found
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from sliderquant.activation_clipping import ActivationClipping
 from sliderquant.fake_quantize import fake_quantize_activations
-from sliderquant.methods import Settings
 from sliderquant.quantizer import (
     Grid,
     QuantizedWeight,
@@ -39,6 +38,7 @@ from sliderquant.quantizer import (
 from sliderquant.refined_weights import LearnedWeight, effective_weights, refined_weight
 from sliderquant.scales import ChannelScale, ScaledNorm, Spread, rounded_to
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 
 __all__ = [
     "RefinedLinear",

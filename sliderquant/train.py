@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.errors import SliderQuantError
-from sliderquant.methods import Settings
 from sliderquant.modules.attention import AttentionRounding
 from sliderquant.refine import (
     RefinedLinear,
@@ -28,6 +27,7 @@ from sliderquant.refine import (
     restore_learned,
 )
 from sliderquant.scales import ScaledNorm
+from sliderquant.settings import Settings
 
 __all__ = ["Stage", "StageResult", "WindowLayers", "divergence", "matmul_context", "matmul_dtype", "train_stage"]
 

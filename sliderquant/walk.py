@@ -15,7 +15,6 @@ from sliderquant.calibration.streams import ActivationStream
 from sliderquant.checkpoint.packing import INPUT_CLIP
 from sliderquant.clipping import start_from_search
 from sliderquant.fake_quantize import can_compile
-from sliderquant.methods import Settings
 from sliderquant.models.decoder import Decoder
 from sliderquant.modules.attention import AttentionRounding, round_layer
 from sliderquant.modules.rotated import insert_rotation
@@ -32,6 +31,7 @@ from sliderquant.refine import (
 )
 from sliderquant.scales import Site, insert_scales, scale_sites, start_from_statistics
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 from sliderquant.train import Stage, WindowLayers, train_stage
 from sliderquant.windows import Window
 

@@ -7,7 +7,7 @@ from torch import nn
 from sliderquant.activation_clipping import ActivationClipping, clip_from, clip_tensor
 from sliderquant.errors import CheckpointError
 from sliderquant.fake_quantize import fake_quantize_activations
-from sliderquant.methods import METHODS, Settings
+from sliderquant.methods import METHODS
 from sliderquant.modules import AttentionRounding
 from sliderquant.refine import (
     RefinedLinear,
@@ -18,6 +18,7 @@ from sliderquant.refine import (
     restore_learned,
 )
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 from sliderquant_kernels import quantize_activations
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from sliderquant.clipping import search_clipping, start_from_search
-from sliderquant.methods import Settings
 from sliderquant.quantizer import clipped_grid, dequantize, in_groups, quantize, round_to_nearest
 from sliderquant.refine import RefinedLinear, generator_for
 from sliderquant.scales import ChannelScale, Spread
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 
 
 def normal(*shape, seed=0):

@@ -1,16 +1,9 @@
 import pytest
 
 from sliderquant.errors import InputError
-from sliderquant.methods import (
-    METHODS,
-    Settings,
-    check_scheme,
-    method_named,
-    parse_overrides,
-    setting_names,
-    with_overrides,
-)
+from sliderquant.methods import METHODS, check_scheme, method_named, parse_overrides, setting_names, with_overrides
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 from sliderquant.windows import schedule
 
 SCHEME = Scheme(4)

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from sliderquant.fake_quantize import fake_quantize, fake_quantize_activations
-from sliderquant.methods import Settings
 from sliderquant.quantizer import dequantize, round_to_nearest
 from sliderquant.refine import (
     RefinedLinear,
@@ -14,6 +13,7 @@ from sliderquant.refine import (
 )
 from sliderquant.refined_weights import refined_weight
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 
 
 def make(scheme="W3A16-g32", out_features=24, in_features=64, bias=True, **settings):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from sliderquant.methods import METHODS, Settings
+from sliderquant.methods import METHODS
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import open_model
 from sliderquant.planning import make_plan
@@ -17,6 +17,7 @@ from sliderquant.refined_weights import refined_weight
 from sliderquant.rotation import RotatedSource, Rotations
 from sliderquant.scales import ChannelScale, Spread, rounded_to, scale_sites
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 from sliderquant.train import WindowLayers
 from sliderquant.walk import refined_layer, starting
 

@@ -6,10 +6,10 @@ from torch import nn
 
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.errors import SliderQuantError
-from sliderquant.methods import Settings
 from sliderquant.modules import AttentionRounding
 from sliderquant.refine import RefinedLinear, generator_for, learned_state
 from sliderquant.schemes import Scheme
+from sliderquant.settings import Settings
 from sliderquant.train import Stage, WindowLayers, divergence, matmul_dtype, train_stage
 
 CPU = torch.device("cpu")

@@ -48,6 +48,7 @@ def command(
     from sliderquant import pipeline
     from sliderquant.checkpoint import describe
     from sliderquant.cli.progress import shown_progress
+    from sliderquant.evaluating import evaluate
 
     model = importlib.resources.files("sliderquant") / "assets" / "demo-llama-5m"
     table = Table(title="demo-llama-5m, perplexity on Python's help topics (lower is better)")
@@ -57,7 +58,7 @@ def command(
     with importlib.resources.as_file(model) as folder, shown_progress(quiet, verbose) as progress:
         progress.message("the original model: perplexity in 16 bits")
         start = time.perf_counter()
-        original = pipeline.evaluate(folder, _EVALUATION, seqlen=_SEQLEN, device=device, progress=progress)
+        original = evaluate(folder, _EVALUATION, seqlen=_SEQLEN, device=device, progress=progress)
         size = (folder / "model.safetensors").stat().st_size
         seconds = time.perf_counter() - start
         table.add_row("16 bits", "-", f"{original.value:.2f}", f"{size / 1e6:.2f}", "16.00", f"{seconds:.0f}")
@@ -79,7 +80,7 @@ def command(
                 overwrite=True,
                 progress=progress,
             )
-            measured = pipeline.evaluate(path, _EVALUATION, seqlen=_SEQLEN, device=device, progress=progress)
+            measured = evaluate(path, _EVALUATION, seqlen=_SEQLEN, device=device, progress=progress)
             _add_row(table, scheme, method, measured.value, describe(path), time.perf_counter() - start)
     console = Console()
     console.print(table)

@@ -30,11 +30,11 @@ def command(
     """Measure the perplexity of MODEL."""
     import json
 
-    from sliderquant import pipeline
+    from sliderquant import evaluating
     from sliderquant.cli.progress import shown_progress
 
     with shown_progress(quiet, verbose) as progress:
-        result = pipeline.evaluate(model, perplexity, seqlen=seqlen, device=device, dtype=dtype, progress=progress)
+        result = evaluating.evaluate(model, perplexity, seqlen=seqlen, device=device, dtype=dtype, progress=progress)
     if json_:
         print(json.dumps(result.as_dict(), indent=2))
         return

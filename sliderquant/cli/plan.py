@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from sliderquant.allocation import bits_by_kind
-from sliderquant.methods import OneShotSettings, Settings
+from sliderquant.one_shot_settings import OneShotSettings
 from sliderquant.planning import Plan
 from sliderquant.schemes import attention_in_words
+from sliderquant.settings import Settings
 
 __all__ = ["print_bits", "print_plan"]
 

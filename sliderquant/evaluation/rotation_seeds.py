@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sliderquant.evaluation.variants import Study, Variant, switched_kinds
+from sliderquant.memory import CHOOSING_STREAM_GB
 from sliderquant.models.decoder import Decoder
-from sliderquant.planning import CHOOSING_STREAM_GB, Plan
+from sliderquant.planning import Plan
 from sliderquant.progress import Progress
 from sliderquant.rotation import RotatedSource
 from sliderquant.rotation_choice import RotationChoice, SeedTrial

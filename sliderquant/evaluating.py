@@ -1,0 +1,88 @@
+"""Perplexity of a checkpoint, or of an original model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sliderquant.calibration.text import check_source
+from sliderquant.devices import resolve_device
+from sliderquant.errors import InputError
+from sliderquant.evaluation.perplexity import Perplexity, perplexity
+from sliderquant.loading import load
+from sliderquant.models.source import ModelSource, open_model
+from sliderquant.progress import Progress
+
+__all__ = ["evaluate", "evaluation_dtype", "is_quantized", "original_perplexity"]
+
+
+def evaluate(
+    model: str | Path,
+    perplexity_on: str = "wikitext2",
+    seqlen: int | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity of a checkpoint of ours, or of an original model.
+
+    Args:
+        model: folder of a quantized checkpoint; or folder or hub id of an original model.
+        perplexity_on: text, see `sliderquant.calibration.text`.
+        seqlen: tokens per block; None: 2048, or the model's maximum when that is shorter.
+        dtype: of the arithmetic; `"auto"`: the model's own on CUDA and float32 on the CPU.
+
+    Raises:
+        InputError: the model or the text is not usable.
+        CheckpointError: the checkpoint is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    progress = progress or Progress()
+    check_source(perplexity_on)
+    target = resolve_device(device)
+    folder = Path(model).expanduser()
+    if is_quantized(folder):
+        stored = torch.float16 if target.type == "cuda" else torch.float32
+        packed = load(folder, device=target, dtype=evaluation_dtype(stored, target) if dtype == "auto" else dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return perplexity(packed, tokenizer, perplexity_on, seqlen, progress.evaluated)
+    source = open_model(model)
+    return original_perplexity(source, source.tokenizer(), perplexity_on, seqlen, target, progress, dtype)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the folder's config.json has a quantization configuration."""
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def original_perplexity(
+    source: ModelSource,
+    tokenizer: Any,
+    text: str,
+    seqlen: int | None,
+    device: torch.device,
+    progress: Progress,
+    dtype: str | torch.dtype = "auto",
+) -> Perplexity:
+    from transformers import AutoModelForCausalLM
+
+    wanted = evaluation_dtype(source.dtype, device) if dtype == "auto" else _dtype(dtype)
+    original = AutoModelForCausalLM.from_pretrained(source.folder, dtype=wanted).to(device).eval()
+    return perplexity(original, tokenizer, text, seqlen, progress.evaluated)
+
+
+def evaluation_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The model's own dtype on CUDA. float32 on the CPU, where half precision saves little and costs digits."""
+    return stored if device.type == "cuda" else torch.float32
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if found not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(f"dtype {dtype!r}: expected auto, float32, float16 or bfloat16")
+    return found
