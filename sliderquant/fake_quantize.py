@@ -229,11 +229,17 @@ def grid_functions(
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # Without the option a scale that is rounded to 16 bits and widened again would not be rounded.
     optimized = torch.compile(function, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})
+    compiled_for: set[Any] = set()
 
     def call(*tensors: Tensor) -> Any:
-        # A square weight is none of a kind.
-        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        kind = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        if kind in compiled_for:
             return optimized(*tensors)
+        # A square weight is none of a kind. Entering this takes longer than a small weight.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            result = optimized(*tensors)
+        compiled_for.add(kind)
+        return result
 
     return call
 

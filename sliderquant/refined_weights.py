@@ -86,20 +86,25 @@ def effective_weights(
 @torch.no_grad()
 def refined_weight(weight: LearnedWeight) -> Tensor:
     """W~, fp32 `[out, in]`."""
-    return _refine(weight, slice(None), torch.empty_like(weight.weight))
+    return _refine(weight, None, torch.empty_like(weight.weight))
 
 
-def _refine(learned: LearnedWeight, rows: slice, out: Tensor) -> Tensor:
+def _of(tensor: Tensor, rows: slice | None) -> Tensor:
+    """Some rows; None: all. With small weights it is views without need that take the time."""
+    return tensor if rows is None else tensor[rows]
+
+
+def _refine(learned: LearnedWeight, rows: slice | None, out: Tensor) -> Tensor:
     """Some rows of W~."""
-    scaled = learned.weight[rows]
+    scaled = _of(learned.weight, rows)
     if learned.column is not None:
         scaled = torch.mul(scaled, learned.column, out=out)
     if learned.row is not None:
-        scaled = torch.div(scaled, learned.row[rows, None], out=out)
+        scaled = torch.div(scaled, _of(learned.row, rows)[:, None], out=out)
     if learned.offset is not None and learned.step is not None:
-        scaled = torch.addcmul(scaled, learned.offset[rows], learned.step[rows, None], out=out)
+        scaled = torch.addcmul(scaled, _of(learned.offset, rows), _of(learned.step, rows)[:, None], out=out)
     if learned.low_rank_a is not None and learned.low_rank_b is not None:
-        a, b = learned.low_rank_a, learned.low_rank_b[rows]
+        a, b = learned.low_rank_a, _of(learned.low_rank_b, rows)
         return torch.addmm(scaled, b, a, alpha=1 / len(a), out=out)
     return out if scaled is out else out.copy_(scaled)
 
@@ -116,25 +121,27 @@ class _Piece:
     """Some rows of the buffer: of one weight, of a part of one, or of several."""
 
     def __init__(self, weights: Sequence[LearnedWeight], start: int, stop: int) -> None:
-        self.start, self.stop, first = start, stop, 0
-        # Index of the weight, its rows, and where they are in the piece.
-        self.parts: list[tuple[int, slice, slice]] = []
+        first = 0
+        # Index of the weight and its rows, None for all; and how many these are.
+        self.parts: list[tuple[int, slice | None]] = []
+        self.sizes: list[int] = []
         for index, weight in enumerate(weights):
             rows = len(weight.weight)
             low, high = max(start, first), min(stop, first + rows)
             if low < high:
-                self.parts.append((index, slice(low - first, high - first), slice(low - start, high - start)))
+                self.parts.append((index, None if high - low == rows else slice(low - first, high - first)))
+                self.sizes.append(high - low)
             first += rows
 
     def refine(self, weights: Sequence[LearnedWeight]) -> Tensor:
-        out = weights[0].weight.new_empty(self.stop - self.start, weights[0].weight.shape[1])
-        for index, rows, here in self.parts:
-            _refine(weights[index], rows, out[here])
+        out = weights[0].weight.new_empty(sum(self.sizes), weights[0].weight.shape[1])
+        for (index, rows), here in zip(self.parts, out.split(self.sizes), strict=True):
+            _refine(weights[index], rows, here)
         return out
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """The rows of this piece, of tensors that lie one after the other."""
-        found = [tensors[index][rows] for index, rows, _ in self.parts]
+        found = [_of(tensors[index], rows) for index, rows in self.parts]
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -196,8 +203,9 @@ class _EffectiveWeights(torch.autograd.Function):
             elif settings.passed < grad.shape[1]:
                 of_refined[:, settings.passed :] += grad[:, settings.passed :]
             of_clips = [of_clip.view(len(refined), -1) for of_clip in of_clips]
-            for index, rows_of_weight, here in piece.parts:
-                gradients[index].add(rows_of_weight, of_refined[here], [of_clip[here] for of_clip in of_clips])
+            found = zip(*(of_rows.split(piece.sizes) for of_rows in (of_refined, *of_clips)), strict=True)
+            for (index, rows_of_weight), (here, *of_clips) in zip(piece.parts, found, strict=True):
+                gradients[index].add(rows_of_weight, here, of_clips)
         return None, *(tensor for found in gradients for tensor in found.tensors())
 
 
@@ -206,37 +214,46 @@ class _Gradients:
 
     def __init__(self, weight: LearnedWeight) -> None:
         self.weight = weight
-        summed = (weight.low_rank_a, weight.column)
-        self.of_a, self.of_column = (None if tensor is None else torch.zeros_like(tensor) for tensor in summed)
-        filled = (weight.low_rank_b, weight.clip_low, weight.clip_high, weight.row, weight.offset)
-        self.of_b, self.of_low, self.of_high, self.of_row, self.of_offset = (
-            None if tensor is None else torch.empty_like(tensor) for tensor in filled
-        )
+        self.of_a: Tensor | None = None
+        self.of_b: Tensor | None = None
+        self.of_low: Tensor | None = None
+        self.of_high: Tensor | None = None
+        self.of_column: Tensor | None = None
+        self.of_row: Tensor | None = None
+        self.of_offset: Tensor | None = None
 
-    def add(self, rows: slice, grad: Tensor, of_clips: Sequence[Tensor]) -> None:
+    def add(self, rows: slice | None, grad: Tensor, of_clips: Sequence[Tensor]) -> None:
         """grad: of these rows of W~."""
         weight = self.weight
-        if self.of_a is not None and self.of_b is not None:
-            assert weight.low_rank_a is not None
-            assert weight.low_rank_b is not None
-            share = 1 / len(self.of_a)
-            self.of_a.addmm_(weight.low_rank_b[rows].T, grad, alpha=share)
-            self.of_b[rows] = (grad @ weight.low_rank_a.T).mul_(share)
-        for found, of_clip in zip((self.of_low, self.of_high), of_clips, strict=False):
-            assert found is not None
-            found[rows] = of_clip
-        if self.of_offset is not None:
-            assert weight.step is not None
-            torch.mul(grad, weight.step[rows, None], out=self.of_offset[rows])
-        if self.of_column is None and self.of_row is None:
+        if weight.low_rank_a is not None and weight.low_rank_b is not None:
+            share = 1 / len(weight.low_rank_a)
+            b = _of(weight.low_rank_b, rows)
+            of_a = torch.empty_like(weight.low_rank_a) if self.of_a is None else self.of_a
+            self.of_a = of_a.addmm_(b.T, grad, beta=0 if self.of_a is None else 1, alpha=share)
+            self.of_b = self._fill(self.of_b, rows, (grad @ weight.low_rank_a.T).mul_(share))
+        if of_clips:
+            self.of_low = self._fill(self.of_low, rows, of_clips[0])
+            self.of_high = self._fill(self.of_high, rows, of_clips[1])
+        if weight.offset is not None and weight.step is not None:
+            self.of_offset = self._fill(self.of_offset, rows, grad * _of(weight.step, rows)[:, None])
+        if weight.column is None and weight.row is None:
             return
-        product = grad * weight.weight[rows]
-        if self.of_column is not None:
-            self.of_column += product.sum(0) if weight.row is None else (1 / weight.row[rows]) @ product
-        if self.of_row is not None:
-            assert weight.row is not None
+        product = grad * _of(weight.weight, rows)
+        if weight.column is not None:
+            of_column = product.sum(0) if weight.row is None else (1 / _of(weight.row, rows)) @ product
+            self.of_column = of_column if self.of_column is None else self.of_column.add_(of_column)
+        if weight.row is not None:
             sums = product.sum(1) if weight.column is None else product @ weight.column
-            self.of_row[rows] = sums.div_(weight.row[rows].square()).neg_()
+            self.of_row = self._fill(self.of_row, rows, sums.div_(_of(weight.row, rows).square()).neg_())
+
+    def _fill(self, whole: Tensor | None, rows: slice | None, values: Tensor) -> Tensor:
+        """The values, if they are of all rows; else the whole, made if need be, with these rows of it."""
+        if rows is None:
+            return values
+        if whole is None:
+            whole = values.new_empty(len(self.weight.weight), *values.shape[1:])
+        whole[rows] = values
+        return whole
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """In the order of a LearnedWeight's."""
