@@ -94,6 +94,7 @@ ABLATIONS: dict[str, Ablation] = {
         {
             "low-rank terms in place of offsets of weights": {
                 "weights": False,
+                "hardening": False,
                 "rank": 32,
                 "learning_rates": {"low_rank": 1e-3},
             },
@@ -103,6 +104,7 @@ ABLATIONS: dict[str, Ablation] = {
             "ranges from 0.982": {"clipping_start": 4.0},
             "offsets that do not decay": {"weights_decay": 0.0},
             "offsets that decay twice as fast": {"weights_decay": 1.0},
+            "offsets that do not harden": {"hardening": False},
             "hidden states to the end": {"last_loss": "hidden"},
             "two stages": {"gamma": 0.5},
             "block by block": _windows(0, 0, 1),
@@ -116,6 +118,12 @@ ABLATIONS: dict[str, Ablation] = {
             "one stage": {"gamma": 1.0},
             "ranges from a search": {"clipping_start": "search"},
             "offsets of weights": {"weights": True, "rank": 0, "learning_rates": {"weights": 4e-3}},
+            "offsets that harden": {
+                "weights": True,
+                "hardening": True,
+                "rank": 0,
+                "learning_rates": {"weights": 4e-3},
+            },
             "free grids": {"grid": "free", "learning_rates": {"clipping": 2e-3}},
             "logits at the end": {"last_loss": "logits"},
         },

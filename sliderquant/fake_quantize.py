@@ -177,7 +177,7 @@ def grid_functions(
             grad: Tensor, rows: Tensor, clip_low: Tensor, clip_high: Tensor, low: Tensor, high: Tensor, *of_rows: Tensor
         ) -> Any:
             bottom, top = free_ends(low, high, clip_low, clip_high)
-            grad_rows, _, grad_bottom, grad_top = _straight_through(grid, grad, rows, bottom, top, *of_rows)
+            grad_rows, grad_bottom, grad_top = _straight_through(grid, grad, rows, bottom, top, *of_rows)
             return grad_rows.to(rows.dtype), grad_bottom * bottom, grad_top * top
 
     elif ends == "clipped":
@@ -209,10 +209,10 @@ def grid_functions(
             high: Tensor,
         ) -> Any:
             bottom, top = _ends(low, high, None, None)
-            grad_rows, steps, grad_bottom, grad_top = _straight_through(
+            grad_rows, grad_bottom, grad_top = _straight_through(
                 grid, grad, rows, bottom * shrink_low, top * shrink_high, scale, zero_point
             )
-            found = _through_ends(grad_rows, steps, scale, low, high, grad_bottom * shrink_low, grad_top * shrink_high)
+            found = _through_ends(grad_rows, rows, low, high, grad_bottom * shrink_low, grad_top * shrink_high)
             return found.to(rows.dtype), (grad_bottom * bottom).sum(), (grad_top * top).sum()
 
     else:
@@ -282,43 +282,48 @@ def _gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of the rows and of the clipping."""
     bottom, top = _ends(low, high, clip_low, clip_high)
-    grad_rows, steps, grad_bottom, grad_top = _straight_through(grid, grad, rows, bottom, top, scale, zero_point)
+    grad_rows, grad_bottom, grad_top = _straight_through(grid, grad, rows, bottom, top, scale, zero_point)
     grad_low = grad_high = None
     if clip_low is not None and clip_high is not None:
         shrink_low, shrink_high = torch.sigmoid(clip_low), torch.sigmoid(clip_high)
         grad_low, grad_high = grad_bottom * bottom * (1 - shrink_low), grad_top * top * (1 - shrink_high)
         grad_bottom, grad_top = grad_bottom * shrink_low, grad_top * shrink_high
-    grad_rows = _through_ends(grad_rows, steps, scale, low, high, grad_bottom, grad_top)
+    grad_rows = _through_ends(grad_rows, rows, low, high, grad_bottom, grad_top)
     return grad_rows.to(rows.dtype), grad_low, grad_high
 
 
 def _through_ends(
-    grad_rows: Tensor, steps: Tensor, scale: Tensor, low: Tensor, high: Tensor, grad_low: Tensor, grad_high: Tensor
+    grad_rows: Tensor, rows: Tensor, low: Tensor, high: Tensor, grad_low: Tensor, grad_high: Tensor
 ) -> Tensor:
     """grad_rows with the gradients of minimum and maximum added to the elements that are these."""
     # The end of a range is the element at its minimum or maximum, unless the range was extended to hold 0.
     for end, grad_end in ((low, grad_low * (low < 0)), (high, grad_high * (high > 0))):
-        there = (steps - (end / scale)[:, None]).abs_().sign_().neg_().add_(1)
+        there = _same(rows.float(), end[:, None])
         grad_rows = grad_rows.addcmul_(there, (grad_end / there.sum(dim=-1))[:, None])
     return grad_rows
 
 
 def _straight_through(
     grid: Grid, grad: Tensor, rows: Tensor, bottom: Tensor, top: Tensor, scale: Tensor, zero_point: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the rows, fp32, without what they are to the ends of their range; rows / scale; gradients of the
-    ends."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the rows, fp32, without what they are to the ends of their range; and of the ends."""
     wide, steps = grad.float(), rows.float() / scale[:, None]
     centred = _centred(steps, zero_point, grid)
-    outside = torch.round(steps).sub_(centred).abs_().clamp_(max=1)  # 1 where the code was clamped
-    grad_rows = torch.addcmul(wide, wide, outside, value=-1)
+    grad_rows = wide * _same(torch.round(steps), centred)  # 0 where the code was clamped
     grad_scale = torch.linalg.vecdot(wide, centred) - torch.linalg.vecdot(grad_rows, steps)
     if grid.symmetric:
         per_end, high_wins = grad_scale / (grid.levels / 2), (top >= -bottom).float()
-        return grad_rows, steps, per_end * (high_wins - 1), per_end * high_wins
-    grad_steps = grad_rows.sum(dim=-1) - wide.sum(dim=-1)  # of z, divided by s
+        return grad_rows, per_end * (high_wins - 1), per_end * high_wins
+    grad_steps = (grad_rows - wide).sum(dim=-1)  # of z, divided by s
     grad_top = (grad_scale + grad_steps * bottom / scale) / grid.levels
-    return grad_rows, steps, -grad_top - grad_steps, grad_top
+    return grad_rows, -grad_top - grad_steps, grad_top
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """1 where a equals b, else 0, fp32: in the way that is faster, which on a CPU depends on the compiler."""
+    if torch.compiler.is_compiling() or a.is_cuda:
+        return (a == b).float()
+    return (a - b).abs_().sign_().neg_().add_(1)
 
 
 def _ends(low: Tensor, high: Tensor, clip_low: Tensor | None, clip_high: Tensor | None) -> tuple[Tensor, Tensor]:

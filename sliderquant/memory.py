@@ -55,9 +55,9 @@ def refining_memory(
 ) -> tuple[int, int]:
     """Bytes on the device and on the host. A layer that is refined holds, in fp32, its weights, their fake-quantized
     values and the gradients of these, and for a while two tensors more of the same size; where every weight is learned,
-    its offset and this one's gradient; the optimizer's state; and the activations of a batch that autograd keeps, some
-    16 hidden and 5 intermediate vectors a token. What is rounded on the way, once for
-    all that read it, is kept besides."""
+    its offset and this one's gradient, and with hardening the offsets that stay, and which; the optimizer's state; and
+    the activations of a batch that autograd keeps, some 16 hidden and 5 intermediate vectors a token. What is rounded
+    on the way, once for all that read it, is kept besides."""
     config = source.config
     if settings is None:
         return 4 * layer_weights * 4, 4 * layer_weights * 4
@@ -72,7 +72,8 @@ def refining_memory(
     if scheme.quantizes_attention:
         kept += 2 * sum(shapes[name][0] for name in (family.query, family.key, family.value))
     activations = settings.batch_size * seqlen * kept
-    device = largest * 4 * ((7 if settings.weights else 5) * layer_weights + activations)
+    tensors = 5 + 2 * settings.weights + 1.25 * settings.hardening
+    device = largest * 4 * (math.ceil(tensors * layer_weights) + activations)
     device += optimizer_bytes(source, scheme, settings, windows)
     stream = samples * seqlen * config.hidden_size * 4
     in_memory = 3 * stream if stream <= settings.stream_memory_gb * _GB / 3 else 0

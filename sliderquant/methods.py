@@ -101,6 +101,7 @@ _STRONGEST = {
     "gamma": 1,
     "rank": 0,
     "weights": True,
+    "hardening": True,
     "grid": "free",
     "last_loss": "logits",
     "learning_rates": {"weights": 4e-3, "clipping": 1e-4},

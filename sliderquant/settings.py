@@ -74,6 +74,9 @@ class Settings(_Frozen):
     weights_decay: float = Field(
         0.0, ge=0, description="weight decay of the offsets: against fitting the calibration text alone"
     )
+    hardening: bool = Field(
+        False, description="keep more and more offsets as they are while a stage goes on, those nearest to codes first"
+    )
     clipping: bool = Field(True, description="learn the clipping of every group's range")
     clipping_start: float | Literal["search"] = Field(
         4.0,
@@ -109,6 +112,8 @@ class Settings(_Frozen):
     def _what_starts_is_learned(self) -> "Settings":
         if self.grid == "free" and not self.clipping:
             raise ValueError("grid=free learns the ends of the ranges by their clipping: it needs clipping=true")
+        if self.hardening and not self.weights:
+            raise ValueError("hardening=true keeps offsets of weights as they are: it needs weights=true")
         return self
 
     def clips_activations(self, scheme: Scheme, rotates_online: bool) -> bool:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.errors import SliderQuantError
+from sliderquant.hardening import Hardening
 from sliderquant.modules.attention import AttentionRounding
 from sliderquant.refine import (
     RefinedLinear,
@@ -218,6 +219,7 @@ def _epochs(stage: Stage, rate_scale: float, on_epoch: Callable[[int, float], No
     steps = math.ceil(stage.samples / settings.batch_size)
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / (steps * stage.epochs), 0.0))
+    hardening = Hardening(stage.window.linears() if settings.hardening else [], steps * stage.epochs)
     order = generator_for(stage.seed, stage.label, "order")
     losses = []
     for _ in range(stage.epochs):
@@ -227,6 +229,7 @@ def _epochs(stage: Stage, rate_scale: float, on_epoch: Callable[[int, float], No
             optimizer.zero_grad(set_to_none=True)
             loss_of_batch.backward()
             optimizer.step()
+            hardening.after_step()
             schedule.step()
             total += loss_of_batch.detach() * len(rows)
         mean = (total / stage.samples).item()

@@ -43,6 +43,7 @@ def test_every_setting_is_reachable_by_name():
         "rank": 2,
         "weights": True,
         "weights_decay": 0.25,
+        "hardening": True,
         "clipping": True,
         "clipping_start": 3.5,
         "grid": "free",

@@ -94,8 +94,13 @@ def test_the_optimizer_holds_two_moments_of_what_is_learned_in_a_window(tiny_lla
     best = plan_for(tiny_llama, "W4A16", "sliderquant-best")
     assert best.optimizer_bytes == 8 * longest * (weights + 2 * outputs)
     assert best.memory_bytes - plain.memory_bytes == (
-        best.optimizer_bytes - plain.optimizer_bytes + 4 * longest * 2 * weights
+        best.optimizer_bytes - plain.optimizer_bytes + 4 * longest * 2 * weights + 5 * longest * weights
     )
+    # Without hardening no offset is kept in fp32, nor in a byte that it is.
+    method = METHODS["sliderquant-best"]
+    settings = method.settings.model_copy(update={"hardening": False})
+    soft = make_plan(open_model(tiny_llama), Scheme.parse("W4A16"), method, settings, 8, 32)
+    assert best.memory_bytes - soft.memory_bytes == 5 * longest * weights
     assert plan_for(tiny_llama, "W4A16", "rtn").optimizer_bytes == 0
 
 

@@ -13,7 +13,11 @@ from sliderquant.settings import Settings
 from sliderquant.train import Stage, WindowLayers, divergence, matmul_dtype, train_stage
 
 CPU = torch.device("cpu")
-LEARNABLES = [{}, {"weights": True, "grid": "free", "rank": 0}]
+LEARNABLES = [
+    {},
+    {"weights": True, "grid": "free", "rank": 0},
+    {"weights": True, "hardening": True, "grid": "free", "rank": 0},
+]
 SAMPLES, SEQLEN, HIDDEN = 7, 8, 32
 
 
@@ -77,6 +81,23 @@ def test_training_reduces_the_loss_and_reports_each_epoch():
     assert (result.retries, result.rate_scale, result.converged) == (0, 1.0, True)
 
 
+def test_offsets_harden_while_a_window_is_trained():
+    def share_that_stays(hardening):
+        settings = Settings(matmul="float32", weights=True, hardening=hardening, grid="free", rank=0)
+        layers, seen = window(settings), []
+
+        def kept(*_):
+            seen.append(torch.cat([layer.linear.offset.detach().flatten().clone() for layer in layers.layers]))
+
+        train_stage(stage(layers, settings, epochs=10), kept)  # 30 steps
+        return [(seen[epoch] == seen[-1]).float().mean() for epoch in (2, 3, 5, 7)]  # 4 after steps 12, 18 and 24
+
+    assert share_that_stays(False) == [0, 0, 0, 0]
+    before, *after = share_that_stays(True)
+    assert before < 0.01
+    assert all(share >= wanted for share, wanted in zip(after, (0.4, 0.7, 0.9), strict=True))
+
+
 def test_the_walk_without_the_quantizer_is_the_full_precision_window():
     layers = window(Settings(matmul="float32"))
     inputs, targets = streams(layers)
@@ -96,7 +117,7 @@ def test_attention_is_rounded_only_when_the_window_is_quantized():
         assert [torch.equal(layer.rounding.query(x), x) for layer in layers.layers] == [not quantized] * 2
 
 
-@pytest.mark.parametrize("learnables", LEARNABLES, ids=["low rank", "every weight"])
+@pytest.mark.parametrize("learnables", LEARNABLES, ids=["low rank", "every weight", "hardening"])
 def test_same_seed_same_bits_and_another_seed_others(learnables):
     settings = Settings(matmul="float32", **learnables)
     runs = []
@@ -108,7 +129,7 @@ def test_same_seed_same_bits_and_another_seed_others(learnables):
     assert not all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
 
 
-@pytest.mark.parametrize("learnables", LEARNABLES, ids=["low rank", "every weight"])
+@pytest.mark.parametrize("learnables", LEARNABLES, ids=["low rank", "every weight", "hardening"])
 def test_a_non_finite_loss_rolls_back_halves_the_rates_and_tries_again(learnables):
     settings = Settings(matmul="float32", retries=4, **learnables)
     layers = window(settings, layers=1, poison=lambda call: float("nan") if call in (2, 7) else 1.0)
