@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sliderquant.refine import RefinedLinear
 from sliderquant.refined_weights import refined_weight
@@ -49,13 +50,14 @@ class Hardening:
 
 
 def _nearest(linear: RefinedLinear, share: float) -> Tensor:
-    """Bool `[out, in]`: the share of every row's weights that are nearest to points of their grid, at least one each;
-    of several at the same distance all."""
+    """Bool `[out, in]`: of the weights of every row that pass through the quantizer the share that is nearest to points
+    of their grid, at least one each; of several at the same distance all."""
     refined = refined_weight(linear.learned_weight())
     scale = linear.grid(refined).scale
     steps = refined.view(len(refined), scale.shape[1], -1) / scale[..., None]
-    distance = (steps - steps.round()).abs_().view(refined.shape)
-    count = max(int(share * distance.shape[1]), 1)
-    rows = max(_SORTED_AT_ONCE // distance.shape[1], 1)
+    passed = round(linear.fraction * refined.shape[1])
+    distance = (steps - steps.round()).abs_().view(refined.shape)[:, :passed]
+    count = max(int(share * passed), 1)
+    rows = max(_SORTED_AT_ONCE // passed, 1)
     limits = [some.sort(dim=1).values[:, count - 1 : count] for some in distance.split(rows)]
-    return distance <= torch.cat(limits)
+    return F.pad(distance <= torch.cat(limits), (0, refined.shape[1] - passed))

@@ -64,6 +64,15 @@ def test_those_nearest_to_points_of_the_grid_stay():
     assert (distance.masked_fill(~stays, 0).amax(1) <= distance.masked_fill(stays, 1).amin(1) + 1e-6).all()
 
 
+def test_what_does_not_pass_through_the_quantizer_does_not_harden():
+    made = linear()
+    made.fraction = 0.5
+    history = torch.stack([offsets[0] for offsets in run([made], 20, torch.Generator().manual_seed(1))])
+    stays = (history[-5:] == history[-1]).all(0)
+    assert (stays.sum(1) == int(0.95 * 32)).all()
+    assert not stays[:, 32:].any()
+
+
 def test_linears_without_offsets_are_left_alone():
     plain = linear(settings=Settings())
     run([linear()], 5, torch.Generator().manual_seed(0))
