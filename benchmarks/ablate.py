@@ -2,7 +2,7 @@
 
 NAME is one of the ablations in benchmarks/ablations.py, or `all`. Needs a folder with `data/` (--material), unless
 --calibration and --evaluation name other texts. Every run goes into ablations.json as soon as it is there, the table
-into ablations.md and at the end into ablations.png; what two ablations have in common is run once.
+into ablations.md and at the end, drawn, into ablations-METHOD.png; what two ablations have in common is run once.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.ablation_plot import ablation_figure
+from benchmarks.ablation_plot import ablation_figures
 from benchmarks.ablations import ABLATIONS, BASE, tables_of
 from benchmarks.accuracy import MODELS, PURPOSES, SEQLEN, material_texts
 from benchmarks.accuracy_table import EPOCHS, SAMPLES
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         run_all(cases, {place.name: place}, file, arguments.resume, lambda: _write(file))
     _write(file, picture=True)
     print(file.beside(".md").read_text(encoding="utf-8"))
-    print(f"written to {file.path}, .md and .png")
+    print(f"written to {file.path}, .md and a picture for each method")
 
 
 def plan(
@@ -119,7 +119,8 @@ def _write(file: RunFile, picture: bool = False) -> None:
     rows = file.rows()
     file.beside(".md").write_text(markdown(rows), encoding="utf-8")
     if picture:
-        ablation_figure(summarize(rows)).savefig(file.beside(".png"), dpi=100)
+        for method, figure in ablation_figures(summarize(rows)).items():
+            figure.savefig(file.path.with_name(f"{file.path.stem}-{method}.png"), dpi=100)
 
 
 COLUMNS = ["row", "perplexity", "spread", "against as it is", "elsewhere", "seconds", "seeds"]

@@ -1,4 +1,4 @@
-"""The picture of the ablations: what each change does to the perplexity, against the method as it is."""
+"""The pictures of the ablations: what each change does to the perplexity, against the method as it is."""
 
 import math
 import statistics
@@ -14,34 +14,57 @@ from benchmarks.accuracy_plot import finish_bars
 from benchmarks.accuracy_table import figure_text
 from benchmarks.runs import Row
 
-__all__ = ["ablation_figure"]
+__all__ = ["ablation_figure", "ablation_figures"]
 
 BETTER, WORSE = "C0", "C1"
 FARTHEST = 8.0  # times as far off as the row in the middle: longer bars are cut
 CUT = 1.25  # and then this many times as long as the longest of the others
 WIDEST = 40  # letters of a line of a label
+SIDE_BY_SIDE = 2  # ablations of a panel each
+
+
+def ablation_figures(summary: Iterable[Row]) -> dict[str, Figure]:
+    """By the name of a method, the picture of its ablations.
+
+    `summary` is what `benchmarks.runs.summarize` makes.
+    """
+    rows = list(summary)
+    methods = dict.fromkeys(row["method"] for row in rows if "ablation" in row)
+    return {
+        method: ablation_figure(row for row in rows if "ablation" not in row or row["method"] == method)
+        for method in methods
+    }
 
 
 def ablation_figure(summary: Iterable[Row]) -> Figure:
-    """A panel for each model, scheme and budget of an ablation, side by side; the ablations one below the other.
+    """A panel for each model, scheme and budget of an ablation, side by side; the ablations one below the other, those
+    of a single panel in twos.
 
     `summary` is what `benchmarks.runs.summarize` makes.
     """
     rows = list(summary)
     originals = {row["model"]: row["perplexity"] for row in rows if "ablation" not in row and "perplexity" in row}
-    lines: dict[str, list[list[Row]]] = {}
+    panels: dict[str, list[tuple[str, list[Row]]]] = {}
     for (name, *_), found in tables_of(rows).items():
-        lines.setdefault(name, []).append(found)
-    width = max(map(len, lines.values()), default=1)
-    counts = [max(map(len, found)) for found in lines.values()] or [1]
+        panels.setdefault(name, []).append((name, found))
+    lines: list[list[tuple[str, list[Row]]]] = []
+    alone = False
+    for line in panels.values():
+        if len(line) == 1 and alone and len(lines[-1]) < SIDE_BY_SIDE:
+            lines[-1] += line
+        else:
+            lines.append(line)
+        alone = len(line) == 1
+    width = max(map(len, lines), default=1)
+    counts = [max(len(found) for _, found in line) for line in lines] or [1]
     heights = [1.5 + 0.36 * count for count in counts]
     figure = Figure(figsize=(8.5 * width, 0.4 + sum(heights)), layout="constrained")
     every = figure.subplots(len(counts), width, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes in every.flatten():
         axes.set_visible(False)
     cut = False
-    for line, count, (name, tables) in zip(every, counts, lines.items(), strict=False):
-        for axes, found in zip(line, tables, strict=False):
+    for row_of_axes, count, line in zip(every, counts, lines, strict=False):
+        for axes, (name, found) in zip(row_of_axes, line, strict=False):
             axes.set_visible(True)
             axes.set_title(_title(name, found[0], originals.get(found[0]["model"])), fontsize=9, loc="left")
             cut |= _bars(axes, found)

@@ -87,7 +87,7 @@ def test_a_real_run(parsed, tiny_llama, calibration_file, tmp_path, capsys):
     assert len({row["perplexity"] for row in rows}) == 5
     assert str(tiny_llama.parent) not in file.path.read_text()
     assert "## stage_order" in file.path.with_suffix(".md").read_text()
-    assert file.path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert (tmp_path / "cpu" / "ablations-sliderquant.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     capsys.readouterr()
     # What another ablation has in common with it is taken from the file.
     ablate.run(parsed(ablate, "clipping", *words, "--resume"))

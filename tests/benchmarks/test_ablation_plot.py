@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.ablation_plot import ablation_figure
+from benchmarks.ablation_plot import ablation_figure, ablation_figures
 from benchmarks.ablations import ABLATIONS, BASE, tables_of
 from benchmarks.runs import summarize
 
@@ -11,9 +11,9 @@ from benchmarks.runs import summarize
 def ablated(run_row):
     """`ablated(name, label, perplexity of each seed, ...)`: rows of one label."""
 
-    def make(name, label, *values, model="m", **more):
+    def make(name, label, *values, model="m", method="sliderquant", **more):
         more = {"ablation": name, "label": label, **more}
-        return [run_row(model, "W2A16", "sliderquant", value, seed=seed, **more) for seed, value in enumerate(values)]
+        return [run_row(model, "W2A16", method, value, seed=seed, **more) for seed, value in enumerate(values)]
 
     return make
 
@@ -80,6 +80,23 @@ def test_models_are_side_by_side_and_ablations_one_below_the_other(table, ablate
     places = [axes.get_subplotspec() for axes in panels_of(rows)]
     assert [(place.rowspan.start, place.colspan.start) for place in places] == [(0, 0), (1, 0), (1, 1), (2, 0)]
     assert "16 bits" not in panels_of(rows)[1].get_title("left")
+
+
+def test_ablations_of_a_single_panel_stand_in_twos(table, ablated):
+    alone = [row for name in ("windows", "ramps", "gamma") for row in ablated(name, BASE, 60.0)]
+    both = [*ablated("scales", BASE, 60.0), *ablated("scales", BASE, 30.0, model="n")]
+    places = [axes.get_subplotspec() for axes in panels_of([*alone, *both, *ablated("gone", BASE, 9.0)])]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [
+        (0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 0)
+    ]  # fmt: skip
+
+
+def test_every_method_has_a_picture(table, ablated):
+    best = ablated("best", BASE, 44.0, method="sliderquant-best")
+    figures = ablation_figures(summarize([*table, *best]))
+    assert {method: len(figure.axes) for method, figure in figures.items()} == {"sliderquant": 1, "sliderquant-best": 1}
+    # The 16-bit perplexity is of the model, not of a method.
+    assert all("16 bits: 40.00" in figure.axes[0].get_title("left") for figure in figures.values())
 
 
 def test_rows_without_a_figure_say_so(table, ablated):
