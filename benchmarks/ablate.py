@@ -8,6 +8,7 @@ into ablations.md and at the end, drawn, into ablations-METHOD.png; what two abl
 import argparse
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import results
@@ -24,6 +25,7 @@ from benchmarks.runs import (
     Text,
     kept_text,
     named_text,
+    outlier_model,
     positive,
     run_all,
     scheme_argument,
@@ -48,8 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     """The arguments that `place_of` reads."""
-    known = ", ".join(name for name, spec in MODELS.items() if not spec.outliers)
-    parser.add_argument("--model", default=DEMO.name, help=f"{known}, or a folder or hub id")
+    parser.add_argument("--model", default=DEMO.name, help=f"{', '.join(MODELS)}, or a folder or hub id")
     parser.add_argument("--material", type=Path, default=Path("../shared"), help="folder with data/ and models/")
     parser.add_argument("--calibration", help="text, in place of the model's; wikitext2 for others")
     parser.add_argument("--evaluation", help="text, in place of the model's; wikitext2 for others")
@@ -58,8 +59,8 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     file = RunFile("ablations", arguments.out)
-    with tempfile.TemporaryDirectory() as folder:
-        place = place_of(arguments, Path(folder))
+    with ExitStack() as stack:
+        place = place_of(arguments, stack)
         names = list(ABLATIONS) if arguments.name == "all" else [arguments.name]
         try:
             cases = plan(place.name, names, arguments.scheme, arguments.epochs, arguments.samples, arguments.seeds)
@@ -92,11 +93,11 @@ def plan(
     return cases
 
 
-def place_of(arguments: argparse.Namespace, folder: Path) -> Place:
-    """Where the model and the texts of the arguments are; texts that take long to put together go into `folder`."""
+def place_of(arguments: argparse.Namespace, stack: ExitStack) -> Place:
+    """Where the model and the texts of the arguments are; a model with outliers, and texts that take long to put
+    together, are there until the stack is left."""
     spec = MODELS.get(arguments.model)
-    if spec is not None and spec.outliers:
-        raise SystemExit(f"--model {arguments.model}: its outliers are of the accuracy table: use another model")
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     given = (arguments.calibration, arguments.evaluation)
     if spec is None:
         path = Path(arguments.model).expanduser()
@@ -106,6 +107,8 @@ def place_of(arguments: argparse.Namespace, folder: Path) -> Place:
     else:
         name, seqlen = arguments.model, arguments.seqlen or SEQLEN
         model = str(arguments.material / spec.folder) if spec.folder else str(DEMO)
+        if spec.outliers:
+            model = stack.enter_context(outlier_model(model))
         texts = [
             named_text(text, arguments.material) if text else material_texts([own], arguments.material)[0]
             for text, own in zip(given, spec.texts, strict=True)

@@ -10,6 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import sliderquant
@@ -42,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     file = RunFile("mixed", arguments.out)
-    with tempfile.TemporaryDirectory() as folder:
-        place = place_of(arguments, Path(folder))
+    with ExitStack() as stack:
+        place = place_of(arguments, stack)
         try:
             for seed in arguments.seeds:
                 _run_seed(arguments, place, seed, file)
