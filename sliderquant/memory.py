@@ -11,8 +11,8 @@ from sliderquant.windows import Window
 __all__ = [
     "CHOOSING_STREAM_GB",
     "CHOOSING_TOKENS_AT_ONCE",
+    "choosing_files",
     "choosing_memory",
-    "choosing_streams",
     "optimizer_bytes",
     "refining_memory",
     "trying_memory",
@@ -110,9 +110,15 @@ def choosing_memory(source: ModelSource, samples: int, seqlen: int, layer_weight
     activations = seqlen * (16 * config.hidden_size + 5 * config.intermediate_size)
     head = config.vocab_size * (config.hidden_size + 3 * min(seqlen, CHOOSING_TOKENS_AT_ONCE))
     device = 4 * max(2 * layer_weights + 8 * largest + activations, head)
-    streams = choosing_streams(source, samples, seqlen)
+    streams = _choosing_streams(source, samples, seqlen)
     embedding = config.vocab_size * config.hidden_size * 4
     return device, device + embedding + (streams if streams <= CHOOSING_STREAM_GB * _GB else 0)
+
+
+def choosing_files(source: ModelSource, samples: int, seqlen: int) -> int:
+    """Bytes of the hidden states meanwhile, where they are kept in temporary files; else 0."""
+    streams = _choosing_streams(source, samples, seqlen)
+    return streams if streams > CHOOSING_STREAM_GB * _GB else 0
 
 
 def trying_memory(source: ModelSource, samples: int, seqlen: int, layer_weights: int) -> tuple[int, int]:
@@ -130,6 +136,6 @@ def trying_memory(source: ModelSource, samples: int, seqlen: int, layer_weights:
     return device, device + streams + config.vocab_size * config.hidden_size * 4
 
 
-def choosing_streams(source: ModelSource, samples: int, seqlen: int) -> int:
+def _choosing_streams(source: ModelSource, samples: int, seqlen: int) -> int:
     """Bytes of the hidden states before every layer, and after the last."""
     return (source.num_layers + 1) * samples * seqlen * source.config.hidden_size * 4

@@ -10,9 +10,8 @@ import torch
 from sliderquant.allocation import Allocation, bits_by_kind, check_average_bits
 from sliderquant.errors import InputError
 from sliderquant.memory import (
-    CHOOSING_STREAM_GB,
+    choosing_files,
     choosing_memory,
-    choosing_streams,
     optimizer_bytes,
     refining_memory,
     trying_memory,
@@ -132,8 +131,7 @@ class Plan:
     @property
     def file_bytes(self) -> int:
         """Of temporary files, while it is measured which linear needs which bits."""
-        streams = choosing_streams(self.source, self.measured_samples, self.seqlen)
-        return streams if self.chooses_bits and streams > CHOOSING_STREAM_GB * 1e9 else 0
+        return choosing_files(self.source, self.measured_samples, self.seqlen) if self.chooses_bits else 0
 
     @property
     def largest_disk_bytes(self) -> int:

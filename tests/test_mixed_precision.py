@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import sliderquant
-from sliderquant import planning
+from sliderquant import memory, planning
 from sliderquant.allocation import Allocation
 from sliderquant.calibration.blocks import tokenize
 from sliderquant.checkpoint import describe, read_checkpoint
@@ -293,7 +293,7 @@ def test_memory_and_disk_before_the_bits_are_known(tiny_llama, monkeypatch):
     assert chosen.measured_samples == 3
     assert replace(chosen, samples=1000).measured_samples == planning.MEASURED_SAMPLES
     assert chosen.file_bytes == 0
-    monkeypatch.setattr(planning, "CHOOSING_STREAM_GB", 1e-6)
+    monkeypatch.setattr(memory, "CHOOSING_STREAM_GB", 1e-6)
     assert (chosen.file_bytes, settled.file_bytes) == (streams, 0)
     in_files = plan_for(source, average_bits=3.5)
     assert in_files.host_memory_bytes == chosen.host_memory_bytes - streams

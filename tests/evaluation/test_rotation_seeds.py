@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import sliderquant
-from sliderquant import planning
+from sliderquant import memory, planning
 from sliderquant.calibration.blocks import random_blocks
 from sliderquant.calibration.text import read_text
 from sliderquant.cli import app
@@ -270,9 +270,9 @@ def test_the_memory_of_trying(model, monkeypatch):
     single, several = (plan_for(model, rotation_seeds=seeds) for seeds in (1, 4))
     assert (single.chooses_rotation, several.chooses_rotation) == (False, True)
     # The head of the tiny model, and its logits, are more than a layer.
-    assert several.memory_bytes == 4 * 2048 * (64 + 5 * planning.CHOOSING_TOKENS_AT_ONCE) > single.memory_bytes
+    assert several.memory_bytes == 4 * 2048 * (64 + 5 * memory.CHOOSING_TOKENS_AT_ONCE) > single.memory_bytes
     assert several.host_memory_bytes - several.memory_bytes == 2048 * 64 * 4 + 3 * 4 * 32 * 64 * 4
-    monkeypatch.setattr(planning, "CHOOSING_STREAM_GB", 1e-6)
+    monkeypatch.setattr(memory, "CHOOSING_STREAM_GB", 1e-6)
     assert plan_for(model).host_memory_bytes - several.memory_bytes == 2048 * 64 * 4 + 1000
 
 
