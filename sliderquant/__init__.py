@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sliderquant._version import __version__
 
 if TYPE_CHECKING:
-    from sliderquant.evaluating import evaluate
+    from sliderquant.evaluation.models import evaluate
     from sliderquant.loading import load
     from sliderquant.pipeline import plan, quantize
 
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "evaluate":
-        from sliderquant.evaluating import evaluate
+        from sliderquant.evaluation.models import evaluate
 
         return evaluate
     if name in ("plan", "quantize"):

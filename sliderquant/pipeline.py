@@ -20,7 +20,7 @@ from sliderquant.checkpoint import CardInfo, CheckpointWriter
 from sliderquant.choosing import with_chosen_bits, with_chosen_rotation
 from sliderquant.devices import deterministic, machine, peak_memory, resolve_device, versions
 from sliderquant.errors import CheckpointError, InputError
-from sliderquant.evaluating import evaluation_dtype, original_perplexity
+from sliderquant.evaluation.models import evaluation_dtype, original_perplexity
 from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
 from sliderquant.loading import load
 from sliderquant.methods import Method, method_named, with_overrides

@@ -203,24 +203,22 @@ class _EffectiveWeights(torch.autograd.Function):
             elif settings.passed < grad.shape[1]:
                 of_refined[:, settings.passed :] += grad[:, settings.passed :]
             of_clips = [of_clip.view(len(refined), -1) for of_clip in of_clips]
-            found = zip(*(of_rows.split(piece.sizes) for of_rows in (of_refined, *of_clips)), strict=True)
-            for (index, rows_of_weight), (here, *of_clips) in zip(piece.parts, found, strict=True):
-                gradients[index].add(rows_of_weight, here, of_clips)
+            by_part = zip(*(part.split(piece.sizes) for part in (of_refined, *of_clips)), strict=True)
+            for (index, rows_of_weight), (here, *clips_here) in zip(piece.parts, by_part, strict=True):
+                gradients[index].add(rows_of_weight, here, clips_here)
         return None, *(tensor for found in gradients for tensor in found.tensors())
 
 
 class _Gradients:
-    """Of the tensors of one weight, piece by piece: those of its columns are summed, those of its rows filled in."""
+    """Of the tensors of one weight, piece by piece: those of its columns are summed, those of its rows filled in.
+
+    Attributes:
+        found: by the names of a LearnedWeight's attributes.
+    """
 
     def __init__(self, weight: LearnedWeight) -> None:
         self.weight = weight
-        self.of_a: Tensor | None = None
-        self.of_b: Tensor | None = None
-        self.of_low: Tensor | None = None
-        self.of_high: Tensor | None = None
-        self.of_column: Tensor | None = None
-        self.of_row: Tensor | None = None
-        self.of_offset: Tensor | None = None
+        self.found: dict[str, Tensor] = {}
 
     def add(self, rows: slice | None, grad: Tensor, of_clips: Sequence[Tensor]) -> None:
         """grad: of these rows of W~."""
@@ -228,45 +226,36 @@ class _Gradients:
         if weight.low_rank_a is not None and weight.low_rank_b is not None:
             share = 1 / len(weight.low_rank_a)
             b = _of(weight.low_rank_b, rows)
-            of_a = torch.empty_like(weight.low_rank_a) if self.of_a is None else self.of_a
-            self.of_a = of_a.addmm_(b.T, grad, beta=0 if self.of_a is None else 1, alpha=share)
-            self.of_b = self._fill(self.of_b, rows, (grad @ weight.low_rank_a.T).mul_(share))
-        if of_clips:
-            self.of_low = self._fill(self.of_low, rows, of_clips[0])
-            self.of_high = self._fill(self.of_high, rows, of_clips[1])
+            if "low_rank_a" in self.found:
+                self.found["low_rank_a"].addmm_(b.T, grad, alpha=share)
+            else:
+                self.found["low_rank_a"] = (b.T @ grad).mul_(share)
+            self._fill("low_rank_b", rows, (grad @ weight.low_rank_a.T).mul_(share))
+        for name, of_clip in zip(("clip_low", "clip_high"), of_clips, strict=False):
+            self._fill(name, rows, of_clip)
         if weight.offset is not None and weight.step is not None:
-            self.of_offset = self._fill(self.of_offset, rows, grad * _of(weight.step, rows)[:, None])
+            self._fill("offset", rows, grad * _of(weight.step, rows)[:, None])
         if weight.column is None and weight.row is None:
             return
         product = grad * _of(weight.weight, rows)
         if weight.column is not None:
             of_column = product.sum(0) if weight.row is None else (1 / _of(weight.row, rows)) @ product
-            self.of_column = of_column if self.of_column is None else self.of_column.add_(of_column)
+            self.found["column"] = self.found["column"].add_(of_column) if "column" in self.found else of_column
         if weight.row is not None:
             sums = product.sum(1) if weight.column is None else product @ weight.column
-            self.of_row = self._fill(self.of_row, rows, sums.div_(_of(weight.row, rows).square()).neg_())
+            self._fill("row", rows, sums.div_(_of(weight.row, rows).square()).neg_())
 
-    def _fill(self, whole: Tensor | None, rows: slice | None, values: Tensor) -> Tensor:
-        """The values, if they are of all rows; else the whole, made if need be, with these rows of it."""
+    def _fill(self, name: str, rows: slice | None, values: Tensor) -> None:
         if rows is None:
-            return values
-        if whole is None:
-            whole = values.new_empty(len(self.weight.weight), *values.shape[1:])
-        whole[rows] = values
-        return whole
+            self.found[name] = values
+            return
+        if name not in self.found:
+            self.found[name] = values.new_empty(len(self.weight.weight), *values.shape[1:])
+        self.found[name][rows] = values
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """In the order of a LearnedWeight's."""
-        found = {
-            "low_rank_a": self.of_a,
-            "low_rank_b": self.of_b,
-            "clip_low": self.of_low,
-            "clip_high": self.of_high,
-            "column": self.of_column,
-            "row": self.of_row,
-            "offset": self.of_offset,
-        }
-        return tuple(found.get(name) for name in _FIELDS)
+        return tuple(self.found.get(name) for name in _FIELDS)
 
 
 def _unflattened(tensors: Sequence[Any]) -> list[LearnedWeight]:

@@ -75,7 +75,6 @@ def test_what_does_not_pass_through_the_quantizer_does_not_harden():
 
 def test_linears_without_offsets_are_left_alone():
     plain = linear(settings=Settings())
-    run([linear()], 5, torch.Generator().manual_seed(0))
     hardening = Hardening([plain], 5)
     for _ in range(5):
         hardening.after_step()

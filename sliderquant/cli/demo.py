@@ -48,7 +48,7 @@ def command(
     from sliderquant import pipeline
     from sliderquant.checkpoint import describe
     from sliderquant.cli.progress import shown_progress
-    from sliderquant.evaluating import evaluate
+    from sliderquant.evaluation.models import evaluate
 
     model = importlib.resources.files("sliderquant") / "assets" / "demo-llama-5m"
     table = Table(title="demo-llama-5m, perplexity on Python's help topics (lower is better)")

@@ -30,11 +30,11 @@ def command(
     """Measure the perplexity of MODEL."""
     import json
 
-    from sliderquant import evaluating
     from sliderquant.cli.progress import shown_progress
+    from sliderquant.evaluation.models import evaluate
 
     with shown_progress(quiet, verbose) as progress:
-        result = evaluating.evaluate(model, perplexity, seqlen=seqlen, device=device, dtype=dtype, progress=progress)
+        result = evaluate(model, perplexity, seqlen=seqlen, device=device, dtype=dtype, progress=progress)
     if json_:
         print(json.dumps(result.as_dict(), indent=2))
         return
