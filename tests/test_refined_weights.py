@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sliderquant import refined_weights
 from sliderquant.fake_quantize import fake_quantize
 from sliderquant.quantizer import in_groups
 from sliderquant.refined_weights import LearnedWeight, effective_weights, refined_weight
@@ -91,12 +92,20 @@ def composed(learned, scheme, fraction):
     offset=st.booleans(),
     free=st.booleans(),
     fraction=st.sampled_from([0.25, 0.5, 2 / 3, 1.0]),
+    rows_at_once=st.integers(1, 40),
 )
-def test_values_and_gradients(sizes, groups, scheme, rank, clipped, scaled, offset, free, fraction):
+def test_values_and_gradients(sizes, groups, scheme, rank, clipped, scaled, offset, free, fraction, rows_at_once):
     clipped = clipped or free
     weights = [
         make(size, 32 * groups, scheme, rank, clipped, scaled, seed, offset, free) for seed, size in enumerate(sizes)
     ]
+    with pytest.MonkeyPatch.context() as patch:
+        # Pieces of a weight, of several, and of parts of both.
+        patch.setattr(refined_weights, "_ELEMENTS_AT_ONCE", rows_at_once * 32 * groups)
+        check_values_and_gradients(weights, scheme, fraction)
+
+
+def check_values_and_gradients(weights, scheme, fraction):
     got = effective_weights(weights, scheme, torch.bfloat16, fraction)
     want = [composed(weight, scheme, fraction) for weight in weights]
     inputs = [
