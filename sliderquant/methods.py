@@ -112,7 +112,7 @@ _ACTIVATION_BEST = _changed(_ACTIVATION_RECIPE, **_STRONGEST)
 _EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "light": {"epochs": 2, "windows": _NO_RAMPS},
     "default": {},
-    "best": {"epochs": 20},
+    "best": {"epochs": 10},
 }
 
 METHODS: Mapping[str, Method] = {
