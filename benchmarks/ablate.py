@@ -15,7 +15,7 @@ from benchmarks import results
 from benchmarks.ablation_plot import ablation_figures
 from benchmarks.ablations import ABLATIONS, BASE, tables_of
 from benchmarks.accuracy import MODELS, PURPOSES, SEQLEN, material_texts
-from benchmarks.accuracy_table import EPOCHS, SAMPLES
+from benchmarks.accuracy_table import EPOCHS, SAMPLES, usual_epochs
 from benchmarks.runs import (
     DEMO,
     Case,
@@ -32,7 +32,6 @@ from benchmarks.runs import (
     summarize,
 )
 from sliderquant.errors import InputError
-from sliderquant.methods import METHODS
 
 __all__ = ["add_place", "markdown", "place_of", "plan"]
 
@@ -82,7 +81,7 @@ def plan(
     for name in names:
         ablation = ABLATIONS[name]
         method = ablation.method
-        own = epochs or (None if METHODS[method].efforts else EPOCHS)
+        own = epochs or usual_epochs(method)
         for label, changes in {BASE: {}, **ablation.rows}.items():
             chosen = scheme or ablation.scheme
             settings = {**base, **changes}

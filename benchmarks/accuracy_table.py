@@ -10,7 +10,17 @@ from benchmarks.runs import Row, summarize
 from sliderquant.methods import METHODS
 from sliderquant.schemes import Scheme
 
-__all__ = ["EPOCHS", "SAMPLES", "SCHEMES", "column_of", "figure_text", "markdown", "order_sentences", "summary_of"]
+__all__ = [
+    "EPOCHS",
+    "SAMPLES",
+    "SCHEMES",
+    "column_of",
+    "figure_text",
+    "markdown",
+    "order_sentences",
+    "summary_of",
+    "usual_epochs",
+]
 
 SCHEMES = ("W4A16", "W3A16", "W2A16", "W2A16-g64", "W4A4KV4")
 # The budget of the goals and references.
@@ -43,6 +53,11 @@ REFERENCES: dict[tuple[str, str], dict[str, float]] = {
 }
 ORDER = ("sliderquant", "cbq", "omniquant", "rtn")
 OUTLIER_ORDER = ("sliderquant+", "sliderquant")
+
+
+def usual_epochs(method: str) -> int | None:
+    """Of a learned method, if no others are asked for; None: its own, because it has efforts."""
+    return None if METHODS[method].efforts else EPOCHS
 
 
 def summary_of(rows: Iterable[Row]) -> list[Row]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import sliderquant
 from benchmarks import results
 from benchmarks.ablate import add_place, place_of
-from benchmarks.accuracy_table import EPOCHS, SAMPLES
+from benchmarks.accuracy_table import EPOCHS, SAMPLES, usual_epochs
 from benchmarks.runs import Case, Place, Row, RunFile, positive, scheme_argument
 from sliderquant.allocation import Allocation
 from sliderquant.errors import InputError
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--average-bits", type=float, default=2.5)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "gptq"])
     parser.add_argument("--samples", type=positive, default=SAMPLES, help="calibration samples")
-    parser.add_argument("--epochs", type=positive, default=EPOCHS, help="of learned methods")
+    parser.add_argument("--epochs", type=positive, help=f"{EPOCHS}, or the method's own where it has efforts")
     parser.add_argument("--seeds", nargs="+", type=int, default=[2])
     parser.add_argument("--resume", action="store_true", help="do not repeat what is in the result file")
     parser.add_argument("--out", type=Path, help="folder for the result files")
@@ -85,7 +85,8 @@ def _run_seed(arguments: argparse.Namespace, place: Place, seed: int, file: RunF
 
 
 def _described(arguments: argparse.Namespace, place: Place, method: str, label: str, seed: int) -> Row:
-    case = Case.of(place.name, arguments.scheme, method, {}, arguments.epochs, seed=seed, samples=arguments.samples)
+    epochs = arguments.epochs or usual_epochs(method)
+    case = Case.of(place.name, arguments.scheme, method, {}, epochs, seed=seed, samples=arguments.samples)
     # Rounding to nearest needs no text, but its bits are chosen on one.
     texts = {"calibration": place.calibration.name, "samples": arguments.samples}
     return {**case.described(place), "label": f"{label}, {arguments.average_bits:g} bits", "bits": label, **texts}
