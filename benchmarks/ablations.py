@@ -103,7 +103,7 @@ ABLATIONS: dict[str, Ablation] = {
             "grids that are not learned": {"learning_rates": {"clipping": 0.0}},
             "ranges from 0.982": {"clipping_start": 4.0},
             "offsets that do not decay": {"weights_decay": 0.0},
-            "offsets that decay twice as fast": {"weights_decay": 1.0},
+            "offsets that decay twice as fast": {"weights_decay": 0.666},
             "offsets that do not harden": {"hardening": False},
             "hidden states to the end": {"last_loss": "hidden"},
             "two stages": {"gamma": 0.5},

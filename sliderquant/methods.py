@@ -107,7 +107,7 @@ _STRONGEST = {
     "learning_rates": {"weights": 4e-3, "clipping": 1e-4},
 }
 # At few bits offsets go far enough to fit the calibration text alone; next to rounded activations decay does not pay.
-_BEST = _changed(_RECIPE, **_STRONGEST, weights_decay=0.5)
+_BEST = _changed(_RECIPE, **_STRONGEST, weights_decay=0.333)
 _ACTIVATION_BEST = _changed(_ACTIVATION_RECIPE, **_STRONGEST)
 _EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "light": {"epochs": 2, "windows": _NO_RAMPS},

@@ -72,7 +72,9 @@ class Settings(_Frozen):
     rank: int = Field(4, ge=0, description="rank of the low-rank term; 0: none")
     weights: bool = Field(False, description="learn an offset of every weight, counted in quantization steps")
     weights_decay: float = Field(
-        0.0, ge=0, description="weight decay of the offsets: against fitting the calibration text alone"
+        0.0,
+        ge=0,
+        description="by exp(-x) offsets decay over a stage, however long: against fitting the calibration text alone",
     )
     hardening: bool = Field(
         False, description="keep more and more offsets as they are while a stage goes on, those nearest to codes first"

@@ -204,22 +204,21 @@ def _epochs(stage: Stage, rate_scale: float, on_epoch: Callable[[int, float], No
     """One attempt: the mean loss of each epoch; None: one was not finite."""
     settings, rates = stage.settings, stage.settings.learning_rates
     kinds = stage.window.learned_parameters()
-    groups = [
-        {
-            "params": found,
-            "lr": getattr(rates, kind) * settings.batch_size * rate_scale,
-            "weight_decay": settings.weights_decay if kind == "weights" else 0.0,
-        }
-        for kind, found in kinds.items()
-        if found
-    ]
+    steps = math.ceil(stage.samples / settings.batch_size)
+    total_steps = steps * stage.epochs
+    groups = []
+    for kind, found in kinds.items():
+        rate = getattr(rates, kind) * settings.batch_size * rate_scale
+        # AdamW decays by rate x weight_decay in a step, and the rates of all steps sum up to rate x (steps + 1) / 2.
+        decay = 2 * settings.weights_decay / (rate * (total_steps + 1)) if kind == "weights" and rate > 0 else 0.0
+        if found:
+            groups.append({"params": found, "lr": rate, "weight_decay": decay})
     if not groups:
         loss = _loss_without_learning(stage)
         return [loss] * stage.epochs if math.isfinite(loss) else None
-    steps = math.ceil(stage.samples / settings.batch_size)
     optimizer = torch.optim.AdamW(groups)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / (steps * stage.epochs), 0.0))
-    hardening = Hardening(stage.window.linears() if settings.hardening else [], steps * stage.epochs)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / total_steps, 0.0))
+    hardening = Hardening(stage.window.linears() if settings.hardening else [], total_steps)
     order = generator_for(stage.seed, stage.label, "order")
     losses = []
     for _ in range(stage.epochs):

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -206,16 +207,26 @@ def test_a_window_may_match_what_is_made_of_its_output():
     assert of_logits < of_hidden
 
 
-def test_offsets_alone_decay():
-    """With nothing to learn from, an offset goes back towards 0, and the clipping stays where it is."""
-    settings = Settings(matmul="float32", weights=True, weights_decay=2.0, rank=0)
+@pytest.mark.parametrize(("epochs", "batch_size"), [(10, 3), (40, 3), (20, 1)])
+def test_offsets_alone_decay(epochs, batch_size):
+    """With nothing to learn from, an offset goes back towards 0, equally far in however many steps, and the clipping
+    stays where it is."""
+    settings = Settings(matmul="float32", weights=True, weights_decay=0.7, rank=0, batch_size=batch_size)
     layers = window(settings, layers=1)
     linear = layers.layers[0].linear
-    job = dataclasses.replace(stage(layers, settings, epochs=10), output=lambda hidden: hidden * 0)
+    job = dataclasses.replace(stage(layers, settings, epochs=epochs), output=lambda hidden: hidden * 0)
     with torch.no_grad():
         linear.offset.fill_(0.5)
     clipping = linear.clip_low.detach().clone()
     train_stage(job, lambda steps, loss: None)
-    assert (linear.offset < 0.45).all()
-    assert (linear.offset > 0).all()
+    torch.testing.assert_close(linear.offset, torch.full_like(linear.offset, 0.5 * math.exp(-0.7)), rtol=0.02, atol=0)
     assert torch.equal(linear.clip_low, clipping)
+
+
+def test_offsets_with_a_rate_of_zero_do_not_decay():
+    settings = Settings(matmul="float32", weights=True, weights_decay=0.7, rank=0, learning_rates={"weights": 0})
+    layers = window(settings, layers=1)
+    with torch.no_grad():
+        layers.layers[0].linear.offset.fill_(0.5)
+    assert train_stage(stage(layers, settings, epochs=2), lambda steps, loss: None).converged
+    assert (layers.layers[0].linear.offset == 0.5).all()
