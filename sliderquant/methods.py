@@ -36,6 +36,7 @@ class Method:
         rotations: what it rotates by if nothing is asked for; R3 only where queries and keys are quantized.
         rotates: with any scheme, or only where activations have 4 bits.
         efforts: by name, the settings that differ where minutes are traded for accuracy; none: it has one effort.
+        weight_only_efforts: what differs further with schemes that leave activations as they are.
     """
 
     name: str
@@ -46,11 +47,17 @@ class Method:
     rotations: tuple[str, ...] = ()
     rotates: Literal["any scheme", "4-bit activations"] = "any scheme"
     efforts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    weight_only_efforts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def settings_for(self, scheme: Scheme) -> Settings | OneShotSettings | None:
         """The settings with a scheme."""
         quantized = scheme.quantizes_activations and self.activation_settings is not None
         return self.activation_settings if quantized else self.settings
+
+    def effort_for(self, scheme: Scheme, effort: str) -> dict[str, Any]:
+        """The settings of an effort that differ with a scheme."""
+        further = {} if scheme.quantizes_activations else self.weight_only_efforts.get(effort, {})
+        return {**self.efforts[effort], **further}
 
     def rotations_for(self, scheme: Scheme) -> tuple[str, ...]:
         """The rotations with a scheme."""
@@ -114,6 +121,8 @@ _EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "best": {"epochs": 10},
 }
+# Fewer steps have less to hold against.
+_WEIGHT_ONLY_EFFORTS: Mapping[str, Mapping[str, Any]] = {"light": {"weights_decay": 0.135}}
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -173,6 +182,7 @@ METHODS: Mapping[str, Method] = {
             rotations=("R1", "R2", "R3", "R4"),
             rotates="4-bit activations",
             efforts=_EFFORTS,
+            weight_only_efforts=_WEIGHT_ONLY_EFFORTS,
         ),
     )
 }
@@ -249,7 +259,7 @@ def with_overrides(
         if effort not in method.efforts:
             offered = ", ".join(method.efforts) or "none: use --method sliderquant-best, or the setting epochs"
             raise InputError(f"effort {effort!r}: method {method.name} has {offered}")
-        overrides = _merged(dict(method.efforts[effort]), overrides)
+        overrides = _merged(method.effort_for(scheme, effort), overrides)
     settings = method.settings_for(scheme)
     if settings is None:
         if overrides:

@@ -209,6 +209,14 @@ def test_efforts_trade_minutes_for_accuracy():
         "shallow": 0, "deep": 3, "size": 2, "stride": 1,
     }  # fmt: skip
     assert with_overrides(method, SCHEME, {"epochs": 7}, "best").epochs == 7
+    assert with_overrides(method, SCHEME, {"weights_decay": 0.5}, "light").weights_decay == 0.5
+
+
+def test_offsets_decay_with_weight_only_schemes_alone_and_less_in_fewer_steps():
+    method = METHODS["sliderquant-best"]
+    for scheme, decays in (("W2A16", [0.135, 0.333, 0.333]), ("W4A16KV4", [0.135, 0.333, 0.333]), ("W4A4KV4", [0] * 3)):
+        found = [with_overrides(method, Scheme.parse(scheme), {}, effort) for effort in ("light", None, "best")]
+        assert [settings.weights_decay for settings in found] == decays, scheme
 
 
 @pytest.mark.parametrize(
