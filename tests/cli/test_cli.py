@@ -213,7 +213,15 @@ def test_a_signal_in_the_middle_leaves_nothing(tiny_llama, calibration_file, tmp
     command += ["-o", str(tmp_path / "out"), "--scheme", "W4A16-g32", "--calibration", str(calibration_file)]
     command += ["--samples", "64", "--seqlen", "128", "--set", "epochs=2000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # What runs in the background of a shell ignores interrupts, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     line = process.stderr.readline()  # the first line of progress: refining has begun
     assert line.startswith("window 1 of "), line
     assert [path.name.startswith(".out.partial-") for path in tmp_path.iterdir()] == [True]
