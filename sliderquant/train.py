@@ -209,8 +209,11 @@ def _epochs(stage: Stage, rate_scale: float, on_epoch: Callable[[int, float], No
     groups = []
     for kind, found in kinds.items():
         rate = getattr(rates, kind) * settings.batch_size * rate_scale
-        # AdamW decays by rate x weight_decay in a step, and the rates of all steps sum up to rate x (steps + 1) / 2.
-        decay = 2 * settings.weights_decay / (rate * (total_steps + 1)) if kind == "weights" and rate > 0 else 0.0
+        decay = 0.0
+        if kind == "weights" and rate > 0:
+            # AdamW takes rate x decay of an offset in a step, and the rates of all steps sum up to
+            # rate x (steps + 1) / 2. With hardly any steps no more than all of it, or it would change its sign.
+            decay = min(2 * settings.weights_decay / (total_steps + 1), 1.0) / rate
         if found:
             groups.append({"params": found, "lr": rate, "weight_decay": decay})
     if not groups:

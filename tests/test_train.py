@@ -223,6 +223,16 @@ def test_offsets_alone_decay(epochs, batch_size):
     assert torch.equal(linear.clip_low, clipping)
 
 
+def test_offsets_do_not_decay_beyond_zero():
+    settings = Settings(matmul="float32", weights=True, weights_decay=50.0, rank=0, batch_size=64)
+    layers = window(settings, layers=1)
+    job = dataclasses.replace(stage(layers, settings, epochs=1), output=lambda hidden: hidden * 0)
+    with torch.no_grad():
+        layers.layers[0].linear.offset.fill_(0.5)
+    train_stage(job, lambda steps, loss: None)
+    assert layers.layers[0].linear.offset.abs().max() < 1e-6
+
+
 def test_offsets_with_a_rate_of_zero_do_not_decay():
     settings = Settings(matmul="float32", weights=True, weights_decay=0.7, rank=0, learning_rates={"weights": 0})
     layers = window(settings, layers=1)
