@@ -13,13 +13,13 @@ Rounding of x, of the scale and of the zero-point passes gradients straight thro
 row, activations one for all rows: a factor is what is stored of it, so the sigmoid is taken once, outside.
 
 All of it is bound by memory. The backward pass keeps x and what there is per row, and computes t and q again. Masks are
-numbers, because on a CPU PyTorch's operations with booleans are slow. What compiling brings (`can_compile`) shows
-`python -m benchmarks step`, with and without `--compile never`.
+numbers, because on a CPU PyTorch's operations with booleans are slow. What compiling brings, `python -m benchmarks step`
+shows, with and without `--compile never`.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,9 +29,7 @@ from torch import Tensor
 from sliderquant.quantizer import find_grid, free_ends, in_groups
 from sliderquant.schemes import Scheme
 
-__all__ = ["Grid", "can_compile", "fake_quantize", "fake_quantize_activations", "grid_functions"]
-
-_logger = logging.getLogger(__name__)
+__all__ = ["Grid", "compiled_function", "fake_quantize", "fake_quantize_activations", "grid_functions"]
 
 
 def fake_quantize(
@@ -51,7 +49,7 @@ def fake_quantize(
         weight: fp32 `[out, in]`.
         clip_low, clip_high: fp32 `[out, groups]` before the sigmoid; None: no clipping.
         dtype: in which the scale is stored.
-        compiled: by torch.compile; of use where the same shapes come many times, see `can_compile`.
+        compiled: by torch.compile; of use where the same shapes come many times, see `compiling.can_compile`.
     """
     rows = in_groups(weight, scheme).flatten(0, 1)
     clips = (None, None) if clip_low is None or clip_high is None else (clip_low.flatten(), clip_high.flatten())
@@ -77,38 +75,6 @@ def fake_quantize_activations(
     grid = Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, symmetric, None)
     low, high = (None, None) if clip is None else clip
     return _FakeQuantize.apply(x.reshape(-1, x.shape[-1]), low, high, grid, compiled).view(x.shape)
-
-
-@lru_cache(maxsize=16)
-def can_compile(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether fake quantization compiles here and computes, bit for bit, what it does uncompiled: tried once, which
-    takes some seconds. On CPUs with a C++ compiler only: on CUDA, compiled division may round otherwise.
-
-    Args:
-        dtype: in which scales are stored.
-    """
-    if device_type != "cpu":
-        return False
-    generator = torch.Generator().manual_seed(0)
-    weight, clip = torch.randn(48, 96, generator=generator), torch.rand(48, 1, generator=generator) * 4
-    factors = torch.tensor(0.93), torch.tensor(0.87)
-    try:
-        for x, function in (
-            (weight, lambda compiled: fake_quantize(weight, clip, clip / 2, Scheme(3), dtype, compiled)),
-            (weight, lambda compiled: fake_quantize_activations(weight, 4, False, compiled)),
-            (weight, lambda compiled: fake_quantize_activations(weight, 4, False, compiled, factors)),
-        ):
-            x.requires_grad_()
-            plain, compiled = function(False), function(True)
-            if not torch.equal(plain, compiled):
-                _logger.warning("compiled fake quantization does not compute the same bits: it runs uncompiled")
-                return False
-            torch.autograd.grad(compiled.sum(), x)
-    except Exception as error:  # whatever a compiler that is missing or broken raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        _logger.warning("fake quantization runs uncompiled: %s: %s", type(error).__name__, reason)
-        return False
-    return True
 
 
 class Grid(NamedTuple):
@@ -152,7 +118,7 @@ def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @lru_cache(maxsize=64)
 def grid_functions(
-    grid: Grid, ends: Literal["range", "clipped", "shrunk", "free"], compiled: bool
+    grid: Grid, ends: Literal["range", "clipped", "shrunk", "free"], compiled: bool, dtype: torch.dtype | None = None
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What fake quantization is made of, on this grid.
 
@@ -165,13 +131,13 @@ def grid_functions(
             arguments `[rows]`. `shrunk`: these times two further arguments `[]`. `free`: whatever the rows, the
             exponentials of two further arguments times two more, which stand in the places of minimum and maximum; they
             get no gradients.
+        dtype: of the rounded rows; None: that of the rows.
     """
-    # A function of its own each, because what is compiled is looked up, and limited in number, by the code.
     if ends == "free":
 
         def forward(rows: Tensor, clip_low: Tensor, clip_high: Tensor, low: Tensor, high: Tensor) -> Any:
             bottom, top = free_ends(low, high, clip_low, clip_high)
-            return _rounded(rows, rows.float(), bottom, top, grid)
+            return _rounded(rows.float(), bottom, top, grid, dtype or rows.dtype)
 
         def gradients(
             grad: Tensor, rows: Tensor, clip_low: Tensor, clip_high: Tensor, low: Tensor, high: Tensor, *of_rows: Tensor
@@ -183,7 +149,7 @@ def grid_functions(
     elif ends == "clipped":
 
         def forward(rows: Tensor, clip_low: Tensor, clip_high: Tensor) -> Any:  # type: ignore[misc]
-            return _forward(rows, clip_low, clip_high, grid)
+            return _forward(rows, clip_low, clip_high, grid, dtype)
 
         def gradients(  # type: ignore[misc]
             grad: Tensor, rows: Tensor, clip_low: Tensor, clip_high: Tensor, *of_rows: Tensor
@@ -196,7 +162,7 @@ def grid_functions(
             x = rows.float()
             low, high = x.amin(dim=-1), x.amax(dim=-1)
             bottom, top = _ends(low, high, None, None)
-            return *_rounded(rows, x, bottom * shrink_low, top * shrink_high, grid), low, high
+            return *_rounded(x, bottom * shrink_low, top * shrink_high, grid, dtype or rows.dtype), low, high
 
         def gradients(  # type: ignore[misc]
             grad: Tensor,
@@ -218,26 +184,30 @@ def grid_functions(
     else:
 
         def forward(rows: Tensor) -> Any:  # type: ignore[misc]
-            return _forward(rows, None, None, grid)
+            return _forward(rows, None, None, grid, dtype)
 
         def gradients(grad: Tensor, rows: Tensor, *of_rows: Tensor) -> Any:  # type: ignore[misc]
             return _gradients(grid, grad, rows, None, None, *of_rows)[:1]
 
-    return (_compiled(forward), _compiled(gradients)) if compiled else (forward, gradients)
+    return (compiled_function(forward), compiled_function(gradients)) if compiled else (forward, gradients)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of tensors, and of integers, compiled for any shapes and values of them, on a CPU."""
+    # What is compiled is looked up, and limited in number, by the code: every function gets its own.
+    code = function.__code__.replace()
+    function = FunctionType(code, function.__globals__, closure=function.__closure__)
     # Without the option a scale that is rounded to 16 bits and widened again would not be rounded.
     optimized = torch.compile(function, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})
     compiled_for: set[Any] = set()
 
-    def call(*tensors: Tensor) -> Any:
-        kind = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+    def call(*arguments: Any) -> Any:
+        kind = tuple(x if isinstance(x, int) else (x.shape, x.dtype) for x in arguments)
         if kind in compiled_for:
-            return optimized(*tensors)
+            return optimized(*arguments)
         # A square weight is none of a kind. Entering this takes longer than a small weight.
         with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            result = optimized(*tensors)
+            result = optimized(*arguments)
         compiled_for.add(kind)
         return result
 
@@ -245,17 +215,17 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forward(
-    rows: Tensor, clip_low: Tensor | None, clip_high: Tensor | None, grid: Grid
+    rows: Tensor, clip_low: Tensor | None, clip_high: Tensor | None, grid: Grid, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The rounded rows, and per row scale, zero-point, minimum and maximum."""
     x = rows.float()
     low, high = x.amin(dim=-1), x.amax(dim=-1)
     bottom, top = _ends(low, high, clip_low, clip_high)
-    return *_rounded(rows, x, bottom, top, grid), low, high
+    return *_rounded(x, bottom, top, grid, dtype or rows.dtype), low, high
 
 
-def _rounded(rows: Tensor, x: Tensor, bottom: Tensor, top: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """The rounded rows, and per row scale and zero-point; x: the rows in fp32."""
+def _rounded(x: Tensor, bottom: Tensor, top: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The rounded rows, in this dtype, and per row scale and zero-point; x: the rows in fp32."""
     if grid.stored is not None:
         scale, zero_point = find_grid(bottom, top, *grid.stored)
     else:
@@ -266,7 +236,7 @@ def _rounded(rows: Tensor, x: Tensor, bottom: Tensor, top: Tensor, grid: Grid) -
         zero_point = torch.zeros_like(scale) if grid.symmetric else zero_point
     centred = _centred(x / scale[:, None], zero_point, grid)
     # torch.addcmul and the like would save a pass, but not the bits: keep x^ = (q - z) * s.
-    return centred.mul_(scale[:, None]).to(rows.dtype), scale, zero_point
+    return centred.mul_(scale[:, None]).to(dtype), scale, zero_point
 
 
 def _gradients(
@@ -299,7 +269,10 @@ def _through_ends(
     # The end of a range is the element at its minimum or maximum, unless the range was extended to hold 0.
     for end, grad_end in ((low, grad_low * (low < 0)), (high, grad_high * (high > 0))):
         there = _same(rows.float(), end[:, None])
-        grad_rows = grad_rows.addcmul_(there, (grad_end / there.sum(dim=-1))[:, None])
+        share = grad_end / there.sum(dim=-1)
+        if torch.compiler.is_compiling():  # or it is computed again for every few elements of a row
+            share = share.as_strided(share.shape, share.stride())
+        grad_rows = grad_rows.addcmul_(there, share[:, None])
     return grad_rows
 
 

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from sliderquant.activation_clipping import ActivationClipping
 from sliderquant.fake_quantize import fake_quantize_activations
+from sliderquant.fused_weights import adjacent
 from sliderquant.quantizer import (
     Grid,
     QuantizedWeight,
@@ -113,6 +114,8 @@ class WeightGroup:
         """W^ of a linear of the group, fp32 `[out, in]`."""
         if id(linear) not in self._kept:
             first = linear
+            if first.compiled:
+                self._lay_together()
             weights = effective_weights(
                 [other.learned_weight() for other in self.linears],
                 first.scheme,
@@ -122,6 +125,14 @@ class WeightGroup:
             )
             self._kept = {id(other): weight for other, weight in zip(self.linears, weights, strict=True)}
         return self._kept.pop(id(linear))
+
+    def _lay_together(self) -> None:
+        """The weights as they were, one after the other in memory: they are read as one in every step."""
+        weights = [linear.weight for linear in self.linears]
+        if not adjacent(weights):
+            parts = torch.cat(weights).split([len(weight) for weight in weights])
+            for linear, part in zip(self.linears, parts, strict=True):
+                linear.weight = part
 
 
 class RefinedLinear(nn.Module):
@@ -141,7 +152,7 @@ class RefinedLinear(nn.Module):
             are to be divided by the other; or None.
         quantized: whether `forward` uses the quantizers; False: the original layer.
         fraction: the share of the input channels that passes through the quantizers.
-        compiled: whether the quantizers are, see `fake_quantize.can_compile`.
+        compiled: whether the quantizers are, see `compiling.can_compile`.
     """
 
     column: Spread | None = None

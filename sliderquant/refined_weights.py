@@ -7,7 +7,7 @@ Weights with equally many inputs are taken as one that lie one after the other, 
 layers it is the number of calls that takes the time, with large ones every pass over memory that no cache holds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sliderquant.fake_quantize import Grid, grid_functions
+from sliderquant.fused_weights import fused_functions, joined, low_rank_sum, owners
 from sliderquant.schemes import Scheme
 
 __all__ = ["LearnedWeight", "effective_weights", "refined_weight"]
@@ -59,6 +60,7 @@ class LearnedWeight:
 
 _FIELDS = tuple(field.name for field in fields(LearnedWeight))
 _ELEMENTS_AT_ONCE = 1 << 20
+_TERMS = 8
 
 
 def effective_weights(
@@ -67,19 +69,20 @@ def effective_weights(
     """W^ of each weight, `[out, in]` in fp32 or the dtype of autocast, differentiable in what is learned.
 
     Args:
-        weights: of the same number of inputs, and with the same things learned.
+        weights: of the same number of inputs, and with the same things learned. Compiled, what they were is best
+            adjacent in memory, see `fused_weights.joined`.
         dtype: in which scales are stored.
         fraction: the share of the columns that passes through the quantizer. Per channel, the range is that of the
             columns that pass; a group keeps its own.
         compiled: as in `fake_quantize`.
     """
+    first = weights[0]
     grid = Grid(0, scheme.levels, scheme.symmetric, (scheme, dtype))
-    passed = round(fraction * weights[0].weight.shape[1])
-    functions = grid_functions(grid, weights[0].ends, compiled)
+    passed = round(fraction * first.weight.shape[1])
     # Within autocast they would be cast first of all.
-    device = weights[0].weight.device.type
+    device = first.weight.device.type
     result = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    settings = _Settings(scheme, passed, functions, result)
+    settings = _Settings(scheme, passed, grid, first.ends, compiled, result)
     return _EffectiveWeights.apply(settings, *(tensor for weight in weights for tensor in weight.tensors()))
 
 
@@ -105,15 +108,27 @@ def _refine(learned: LearnedWeight, rows: slice | None, out: Tensor) -> Tensor:
         scaled = torch.addcmul(scaled, _of(learned.offset, rows), _of(learned.step, rows)[:, None], out=out)
     if learned.low_rank_a is not None and learned.low_rank_b is not None:
         a, b = learned.low_rank_a, _of(learned.low_rank_b, rows)
+        if _by_terms(learned):
+            return torch.add(scaled, low_rank_sum(b, a), out=out)
         return torch.addmm(scaled, b, a, alpha=1 / len(a), out=out)
     return out if scaled is out else out.copy_(scaled)
+
+
+def _by_terms(learned: LearnedWeight) -> bool:
+    """Whether B A is summed up term by term, because what is compiled computes it so. Many terms, and what nothing
+    fuses, a product of matrices sums faster."""
+    a = learned.low_rank_a
+    others = learned.column is not None or learned.row is not None or learned.offset is not None
+    return a is not None and a.device.type == "cpu" and len(a) <= _TERMS and not others
 
 
 @dataclass(frozen=True)
 class _Settings:
     scheme: Scheme
     passed: int
-    functions: tuple[Callable[..., Any], Callable[..., Any]]
+    grid: Grid
+    ends: Literal["range", "clipped", "free"]
+    compiled: bool
     dtype: torch.dtype  # of the result
 
 
@@ -121,6 +136,7 @@ class _Piece:
     """Some rows of the buffer: of one weight, of a part of one, or of several."""
 
     def __init__(self, weights: Sequence[LearnedWeight], start: int, stop: int) -> None:
+        self.rows = slice(start, stop)
         first = 0
         # Index of the weight and its rows, None for all; and how many these are.
         self.parts: list[tuple[int, slice | None]] = []
@@ -133,11 +149,8 @@ class _Piece:
                 self.sizes.append(high - low)
             first += rows
 
-    def refine(self, weights: Sequence[LearnedWeight]) -> Tensor:
-        out = weights[0].weight.new_empty(sum(self.sizes), weights[0].weight.shape[1])
-        for (index, rows), here in zip(self.parts, out.split(self.sizes), strict=True):
-            _refine(weights[index], rows, here)
-        return out
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """The rows of this piece, of tensors that lie one after the other."""
@@ -152,6 +165,93 @@ def _pieces(weights: Sequence[LearnedWeight]) -> list[_Piece]:
     return [_Piece(weights, start, min(start + rows, total)) for start in range(0, total, rows)]
 
 
+class _Fused:
+    """Refines, rounds, and computes gradients, in one pass each."""
+
+    def __init__(self, settings: _Settings, weights: Sequence[LearnedWeight]) -> None:
+        whole = settings.passed == weights[0].weight.shape[1]
+        group_size = settings.scheme.group_size
+        self.functions = fused_functions(settings.grid, settings.ends, settings.dtype, group_size, whole)
+        self.before = () if whole else (settings.passed,)
+        weight, b = joined([w.weight for w in weights]), joined([w.low_rank_b for w in weights])  # type: ignore[misc]
+        self.of_rows = (weight, owners(tuple(len(w.weight) for w in weights), weight.device), b)
+        self.a = torch.stack([w.low_rank_a for w in weights])  # type: ignore[misc]
+
+    def _inputs(self, piece: _Piece, clips: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        weight, which, b = (tensor[piece.rows] for tensor in self.of_rows)
+        return weight, which, self.a, b, *clips
+
+    def round(self, piece: _Piece, clips: Sequence[Tensor], out: Tensor) -> list[Tensor]:
+        """Rows of W^ to `out`; what the gradients need besides the clips."""
+        value, *kept = self.functions[0](*self.before, *self._inputs(piece, clips))
+        out.copy_(value)
+        return kept
+
+    def gradients(
+        self, piece: _Piece, clips: Sequence[Tensor], kept: Sequence[Tensor], grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
+        """Of rows of W~, of B if it is known, and of the clips."""
+        found = self.functions[1](*self.before, grad.contiguous(), *self._inputs(piece, clips), *kept)
+        return found[0], found[1], found[2:]
+
+
+class _Stepwise:
+    """As `_Fused`, one thing after the other."""
+
+    def __init__(self, settings: _Settings, weights: Sequence[LearnedWeight], pieces: int) -> None:
+        self.settings, self.weights, self.pieces = settings, weights, pieces
+        self.functions = grid_functions(settings.grid, settings.ends, settings.compiled, settings.dtype)
+        self.buffer: Tensor | None = None
+
+    def _refined(self, piece: _Piece) -> Tensor:
+        """Of several pieces one after the other is in the same memory."""
+        if self.buffer is None or len(self.buffer) < len(piece):
+            self.buffer = self.weights[0].weight.new_empty(len(piece), self.weights[0].weight.shape[1])
+        out = self.buffer[: len(piece)]
+        for (index, rows), here in zip(piece.parts, out.split(piece.sizes), strict=True):
+            _refine(self.weights[index], rows, here)
+        return out
+
+    def _rows(self, refined: Tensor) -> Tensor:
+        """What is quantized of rows of W~: a group whole, also where only its first columns pass."""
+        scheme = self.settings.scheme
+        part = refined[:, : self.settings.passed].contiguous() if scheme.group_size is None else refined
+        return part.view(-1, part.shape[1] // scheme.groups(part.shape[1]))
+
+    def round(self, piece: _Piece, clips: Sequence[Tensor], out: Tensor) -> list[Tensor]:
+        refined, passed = self._refined(piece), self.settings.passed
+        value, *kept = self.functions[0](self._rows(refined), *clips)
+        value = value.view(len(refined), -1)
+        out[:, : value.shape[1]] = value
+        if passed < out.shape[1]:
+            out[:, passed:] = refined[:, passed:]
+        # Of one piece W~ is kept, of several it is computed again: it would come from memory either way.
+        return [*kept, *([refined] if self.pieces == 1 else [])]
+
+    def gradients(
+        self, piece: _Piece, clips: Sequence[Tensor], kept: Sequence[Tensor], grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
+        passed, grouped = self.settings.passed, self.settings.scheme.group_size is not None
+        if self.pieces == 1:
+            *kept, refined = kept
+        else:
+            refined = self._refined(piece)
+        of_part = grad
+        if passed < grad.shape[1]:
+            grad = grad.float()
+            of_part = grad[:, :passed].contiguous()
+            if grouped:
+                of_part = torch.cat((of_part, torch.zeros_like(grad[:, passed:])), dim=1)
+        rows = self._rows(refined)
+        of_refined, *of_clips = self.functions[1](of_part.view(rows.shape), rows, *clips, *kept)
+        of_refined = of_refined.view(of_part.shape)
+        if of_refined.shape[1] < grad.shape[1]:
+            of_refined = torch.cat((of_refined, grad[:, passed:]), dim=1)
+        elif passed < grad.shape[1]:
+            of_refined[:, passed:] += grad[:, passed:]
+        return of_refined, None, of_clips
+
+
 class _EffectiveWeights(torch.autograd.Function):
     """With G the gradient of W~: dA = B^T G / r, dB = G A^T / r, dV = step * G, d column = sum over rows of
     G * W / row, d row = minus the sum over columns of G * W * column / row^2. Neither W~ nor G is ever there as a
@@ -160,53 +260,35 @@ class _EffectiveWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, *tensors):
         weights = _unflattened([None if tensor is None else tensor.detach() for tensor in tensors])
-        sizes, inputs = [len(weight.weight) for weight in weights], weights[0].weight.shape[1]
-        pieces, values, stored = _pieces(weights), [], []
+        sizes, pieces = [len(weight.weight) for weight in weights], _pieces(weights)
+        method, stored = _method(settings, weights, pieces), []
+        result = weights[0].weight.new_empty(sum(sizes), weights[0].weight.shape[1], dtype=settings.dtype)
         for piece in pieces:
-            refined = piece.refine(weights)
-            value, *of_rows = settings.functions[0](_rows(refined, settings), *_clips(weights, piece))
-            value = value.view(len(refined), -1).to(settings.dtype)
-            if value.shape[1] < inputs:
-                value = torch.cat((value, refined[:, settings.passed :].to(settings.dtype)), dim=1)
-            elif settings.passed < inputs:
-                value[:, settings.passed :] = refined[:, settings.passed :]
-            values.append(value)
-            # Of one piece W~ is kept, of several it is computed again: it would come from memory either way.
-            stored.append([*of_rows, *([refined] if len(pieces) == 1 else [])])
-        ctx.settings, ctx.count, ctx.of_rows = settings, len(tensors), len(of_rows)
+            stored.append(method.round(piece, _clips(weights, piece), result[piece.rows]))
+        ctx.settings, ctx.count, ctx.kept = settings, len(tensors), len(stored[0])
         ctx.save_for_backward(*tensors, *(tensor for kept in stored for tensor in kept))
-        return tuple((values[0] if len(values) == 1 else torch.cat(values)).split(sizes))
+        return result.split(sizes)
 
     @staticmethod
     def backward(ctx, *grads):
-        settings = ctx.settings
         saved: list[Any] = [None if tensor is None else tensor.detach() for tensor in ctx.saved_tensors]
-        weights, of_rows = _unflattened(saved[: ctx.count]), saved[ctx.count :]
+        weights, stored = _unflattened(saved[: ctx.count]), saved[ctx.count :]
         gradients, pieces = [_Gradients(weight) for weight in weights], _pieces(weights)
+        method = _method(ctx.settings, weights, pieces)
         for number, piece in enumerate(pieces):
-            grad, clips = piece.gather(grads), _clips(weights, piece)
-            if len(pieces) == 1:
-                refined, statistics = of_rows[-1], of_rows[:-1]
-            else:
-                refined, statistics = piece.refine(weights), of_rows[ctx.of_rows * number :][: ctx.of_rows]
-            of_part = grad
-            if settings.passed < grad.shape[1]:
-                grad = grad.float()
-                of_part = grad[:, : settings.passed].contiguous()
-                if settings.scheme.group_size is not None:
-                    of_part = torch.cat((of_part, torch.zeros_like(grad[:, settings.passed :])), dim=1)
-            rows = _rows(refined, settings)
-            of_refined, *of_clips = settings.functions[1](of_part.view(rows.shape), rows, *clips, *statistics)
-            of_refined = of_refined.view(of_part.shape)
-            if of_refined.shape[1] < grad.shape[1]:
-                of_refined = torch.cat((of_refined, grad[:, settings.passed :]), dim=1)
-            elif settings.passed < grad.shape[1]:
-                of_refined[:, settings.passed :] += grad[:, settings.passed :]
-            of_clips = [of_clip.view(len(refined), -1) for of_clip in of_clips]
-            by_part = zip(*(part.split(piece.sizes) for part in (of_refined, *of_clips)), strict=True)
-            for (index, rows_of_weight), (here, *clips_here) in zip(piece.parts, by_part, strict=True):
-                gradients[index].add(rows_of_weight, here, clips_here)
+            kept = stored[ctx.kept * number :][: ctx.kept]
+            of_refined, of_b, of_clips = method.gradients(piece, _clips(weights, piece), kept, piece.gather(grads))
+            found = [of_refined, *([] if of_b is None else [of_b]), *(part.view(len(piece), -1) for part in of_clips)]
+            by_part = zip(*(part.split(piece.sizes) for part in found), strict=True)
+            for (index, rows_of_weight), (here, *others) in zip(piece.parts, by_part, strict=True):
+                gradients[index].add(rows_of_weight, here, None if of_b is None else others.pop(0), others)
         return None, *(tensor for found in gradients for tensor in found.tensors())
+
+
+def _method(settings: _Settings, weights: Sequence[LearnedWeight], pieces: Sequence[_Piece]) -> _Fused | _Stepwise:
+    if settings.compiled and all(map(_by_terms, weights)):
+        return _Fused(settings, weights)
+    return _Stepwise(settings, weights, len(pieces))
 
 
 class _Gradients:
@@ -220,8 +302,8 @@ class _Gradients:
         self.weight = weight
         self.found: dict[str, Tensor] = {}
 
-    def add(self, rows: slice | None, grad: Tensor, of_clips: Sequence[Tensor]) -> None:
-        """grad: of these rows of W~."""
+    def add(self, rows: slice | None, grad: Tensor, of_b: Tensor | None, of_clips: Sequence[Tensor]) -> None:
+        """grad: of these rows of W~; of_b: of these of B, None: to be computed."""
         weight = self.weight
         if weight.low_rank_a is not None and weight.low_rank_b is not None:
             share = 1 / len(weight.low_rank_a)
@@ -230,7 +312,7 @@ class _Gradients:
                 self.found["low_rank_a"].addmm_(b.T, grad, alpha=share)
             else:
                 self.found["low_rank_a"] = (b.T @ grad).mul_(share)
-            self._fill("low_rank_b", rows, (grad @ weight.low_rank_a.T).mul_(share))
+            self._fill("low_rank_b", rows, (grad @ weight.low_rank_a.T).mul_(share) if of_b is None else of_b)
         for name, of_clip in zip(("clip_low", "clip_high"), of_clips, strict=False):
             self._fill(name, rows, of_clip)
         if weight.offset is not None and weight.step is not None:
@@ -260,13 +342,6 @@ class _Gradients:
 
 def _unflattened(tensors: Sequence[Any]) -> list[LearnedWeight]:
     return [LearnedWeight(*tensors[i : i + len(_FIELDS)]) for i in range(0, len(tensors), len(_FIELDS))]
-
-
-def _rows(refined: Tensor, settings: _Settings) -> Tensor:
-    """What is quantized of rows of W~: a group whole, also where only its first columns pass."""
-    part = refined[:, : settings.passed].contiguous() if settings.scheme.group_size is None else refined
-    groups = settings.scheme.groups(part.shape[1])
-    return part.view(-1, part.shape[1] // groups)
 
 
 def _clips(weights: Sequence[LearnedWeight], piece: _Piece) -> list[Tensor]:

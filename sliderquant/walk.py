@@ -14,7 +14,7 @@ from sliderquant.activation_clipping import ActivationClipping
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.checkpoint.packing import INPUT_CLIP
 from sliderquant.clipping import start_from_search
-from sliderquant.fake_quantize import can_compile
+from sliderquant.compiling import can_compile
 from sliderquant.models.decoder import Decoder
 from sliderquant.modules.attention import AttentionRounding, round_layer
 from sliderquant.modules.rotated import insert_rotation

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sliderquant import refined_weights
+from sliderquant.compiling import can_compile
 from sliderquant.fake_quantize import fake_quantize
 from sliderquant.quantizer import in_groups
 from sliderquant.refined_weights import LearnedWeight, effective_weights, refined_weight
@@ -129,3 +130,48 @@ def test_refined_weight(scheme):
     torch.testing.assert_close(refined_weight(weight), want)
     plain = make(6, 64, scheme, rank=0, scaled=False)
     assert torch.equal(refined_weight(plain), plain.weight)
+
+
+@pytest.fixture
+def _compiler():
+    if not can_compile("cpu", torch.bfloat16):
+        pytest.skip("no C++ compiler that PyTorch can use")
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("scheme", "clipped", "free", "dtype"),
+    [
+        (Scheme(2), True, False, torch.float32),
+        (Scheme(4, symmetric=True), False, False, torch.float32),
+        (Scheme(3, 32), True, True, torch.bfloat16),
+        (Scheme(4, 32, symmetric=True), True, False, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_compiled(scheme, clipped, free, dtype, fraction, monkeypatch):
+    monkeypatch.setattr(refined_weights, "_ELEMENTS_AT_ONCE", 11 * 64)  # parts of weights
+    weights = [make(size, 64, scheme, 4, clipped, False, size, False, free) for size in (9, 5, 16)]
+    inputs = [tensor for weight in weights for tensor in weight.tensors() if tensor is not None]
+    inputs = [tensor for tensor in inputs if tensor.requires_grad]
+    results = []
+    for compiled in (False, True):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = effective_weights(weights, scheme, torch.bfloat16, fraction, compiled)
+        upstream = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype) for x in found]
+        results.append((found, torch.autograd.grad(found, inputs, upstream)))
+    (plain, gradients), (values, others) = results
+    for got, want in zip(values, plain, strict=True):
+        assert got.dtype == dtype
+        assert torch.equal(got, want)
+    for got, want in zip(others, gradients, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_compiled_columns_that_do_not_pass():
+    """They are the refined weight that is merged."""
+    weight = make(9, 64, Scheme(2), 4, True, False)
+    (value,) = effective_weights([weight], Scheme(2), torch.bfloat16, 0.5, compiled=True)
+    assert torch.equal(value[:, 32:], refined_weight(weight)[:, 32:])

@@ -42,7 +42,7 @@ class AttentionRounding(nn.Module):
         bits: of the grid of each head of each token, with zero-points: 4 or 8; 16: not rounded.
         rotation: R3, of size head_dim, for queries and keys; or None.
         enabled: False: everything passes as it is.
-        compiled: whether rounding with gradients is, see `fake_quantize.can_compile`.
+        compiled: whether rounding with gradients is, see `compiling.can_compile`.
         clips: of `query`, `key` and `value`, the factors on the ends of their ranges; empty: they are not clipped.
         learned_clips: the same while they are learned; empty: they are not.
     """
