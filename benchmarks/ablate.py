@@ -82,13 +82,19 @@ def plan(
         ablation = ABLATIONS[name]
         method = ablation.method
         own = epochs or usual_epochs(method)
+        chosen = scheme or ablation.scheme
+        budget = Case.of(model, chosen, method, base, own).epochs
         for label, changes in {BASE: {}, **ablation.rows}.items():
-            chosen = scheme or ablation.scheme
             settings = {**base, **changes}
+            if label in ablation.longer:
+                settings["epochs"] = round(ablation.longer[label] * budget)
             cases += [
-                Case.of(model, chosen, method, settings, own, seed=seed, samples=samples, label=label, ablation=name)
+                Case.of(
+                    model, chosen, method, settings, own, seed=seed, samples=samples, label=label, ablation=name,
+                    budget=budget,
+                )
                 for seed in seeds
-            ]
+            ]  # fmt: skip
     return cases
 
 

@@ -1,7 +1,7 @@
 """What `python -m benchmarks ablate` varies: settings of a method that differ from its own."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,12 +21,14 @@ class Ablation:
         rows: label -> the settings that differ; that of the method as it is comes by itself.
         scheme: the scheme unless another is asked for.
         method: whose settings differ.
+        longer: label -> how many times the epochs a row has that takes less time for each: as much time as the others.
     """
 
     question: str
     rows: dict[str, dict[str, Any]]
     scheme: str = "W2A16"
     method: str = "sliderquant"
+    longer: dict[str, float] = field(default_factory=dict)
 
 
 def _windows(shallow: int, deep: int, size: int) -> dict[str, Any]:
@@ -109,9 +111,12 @@ ABLATIONS: dict[str, Ablation] = {
             "hidden states to the end": {"last_loss": "hidden"},
             "two stages": {"gamma": 0.5},
             "block by block": _windows(0, 0, 1),
+            "block by block, 2.5 times the epochs": _windows(0, 0, 1),
             "size 2, no ramps": _windows(0, 0, 2),
+            "size 2, no ramps, 1.5 times the epochs": _windows(0, 0, 2),
         },
         method="sliderquant-best",
+        longer={"block by block, 2.5 times the epochs": 2.5, "size 2, no ramps, 1.5 times the epochs": 1.5},
     ),
     "best_alone": Ablation(
         "what each ingredient of the strongest recipe brings alone, on top of the published settings",

@@ -94,6 +94,7 @@ class Case:
         label: tells apart runs of one method with different settings.
         ablation: the name of the ablation that it belongs to.
         peer: another package, which does it in a process of its own.
+        budget: the epochs that its table is about; None: its own.
     """
 
     model: str
@@ -106,6 +107,12 @@ class Case:
     label: str = ""
     ablation: str = ""
     peer: Peer | None = None
+    budget: int | None = None
+
+    @property
+    def epochs(self) -> int | None:
+        """Its own, if it has any."""
+        return self.settings.epochs if isinstance(self.settings, Settings) else None
 
     @classmethod
     def of(
@@ -149,7 +156,7 @@ class Case:
             **({"label": self.label} if self.label else {}),
             "rotation": ",".join(self.rotation),
             "seed": self.seed,
-            "epochs": self.settings.epochs if isinstance(self.settings, Settings) else None,
+            "epochs": self.epochs if self.budget is None else self.budget,
             "samples": self.samples if self.settings is not None else None,
             "seqlen": place.seqlen,
             "calibration": place.calibration.name if self.settings is not None else None,

@@ -13,8 +13,8 @@ Rounding of x, of the scale and of the zero-point passes gradients straight thro
 row, activations one for all rows: a factor is what is stored of it, so the sigmoid is taken once, outside.
 
 All of it is bound by memory. The backward pass keeps x and what there is per row, and computes t and q again. Masks are
-numbers, because on a CPU PyTorch's operations with booleans are slow. What compiling brings, `python -m benchmarks step`
-shows, with and without `--compile never`.
+numbers, because on a CPU PyTorch's operations with booleans are slow. `python -m benchmarks step` shows what compiling
+brings, with and without `--compile never`.
 """
 
 from collections.abc import Callable, Sequence

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from benchmarks import ablate
 from benchmarks.ablations import ABLATIONS, BASE
-from benchmarks.runs import RunFile
+from benchmarks.runs import Place, RunFile, Text
 from sliderquant.methods import METHODS
 from sliderquant.schemes import Scheme
 
@@ -21,6 +21,7 @@ def flat(settings, prefix=""):
     return found
 
 
+PLACE = Place("a-model", "a-model", Text("a", "a"), Text("b", "b"), seqlen=32)
 ONE_THING = [name for name in ABLATIONS if not name.startswith("best")]
 
 
@@ -32,8 +33,13 @@ def test_rows_of_the_strongest_recipe_are_runs_of_their_own(name):
     assert len({case.settings for case in cases}) == len(cases) == len(ablation.rows) + 1
     # A method with efforts keeps its epochs, the others have those of the table.
     own = METHODS[ablation.method].settings_for(Scheme.parse(ablation.scheme)).epochs
-    assert {case.settings.epochs for case in cases} == {own if METHODS[ablation.method].efforts else 10}
-    assert {case.settings.epochs for case in ablate.plan("a-model", [name], None, 3, 64, [2])[1:]} == {3}
+    for epochs in (None, 4):
+        budget = epochs or (own if METHODS[ablation.method].efforts else 10)
+        for case in ablate.plan("a-model", [name], None, epochs, 64, [2])[1:]:
+            assert case.epochs == round(budget * ablation.longer.get(case.label, 1))
+            # All of them are rows of one table.
+            assert case.described(PLACE)["epochs"] == budget
+    assert set(ablation.longer) <= set(ablation.rows)
 
 
 @pytest.mark.parametrize("name", ONE_THING)
