@@ -1,11 +1,14 @@
 import pytest
 import torch
 
+from sliderquant.compiling import can_compile
 from sliderquant.fake_quantize import fake_quantize, fake_quantize_activations
+from sliderquant.fused_weights import adjacent
 from sliderquant.quantizer import dequantize, round_to_nearest
 from sliderquant.refine import (
     RefinedLinear,
     SharedInput,
+    WeightGroup,
     generator_for,
     learned_state,
     refined_linears,
@@ -16,7 +19,7 @@ from sliderquant.schemes import Scheme
 from sliderquant.settings import Settings
 
 
-def make(scheme="W3A16-g32", out_features=24, in_features=64, bias=True, **settings):
+def make(scheme="W3A16-g32", out_features=24, in_features=64, bias=True, group=None, **settings):
     weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(3))
     return RefinedLinear(
         weight,
@@ -25,6 +28,7 @@ def make(scheme="W3A16-g32", out_features=24, in_features=64, bias=True, **setti
         torch.bfloat16,
         Settings(**settings),
         generator_for(2, "layer"),
+        group=group,
     )
 
 
@@ -96,6 +100,24 @@ def test_the_merge_is_what_was_trained(scheme):
     stored, trained = linear.merge()
     assert torch.equal(trained, linear.effective_weight())
     assert torch.equal(dequantize(stored, linear.scheme), trained)
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_what_a_compiled_group_computes_is_merged(rank):
+    if not can_compile("cpu", torch.bfloat16):
+        pytest.skip("no C++ compiler that PyTorch can use")
+    group = WeightGroup()
+    linears = [make("W2A16", out_features, group=group, rank=rank) for out_features in (24, 8, 16)]
+    originals = [linear.weight.clone() for linear in linears]
+    for linear in linears:
+        linear.compiled = True
+        with torch.no_grad():
+            for parameter in linear.parameters():
+                parameter.normal_()
+    for linear, original in zip(linears, originals, strict=True):
+        assert torch.equal(linear.effective_weight(), linear.merge()[1])
+        assert torch.equal(linear.weight, original)
+    assert adjacent([linear.weight for linear in linears])
 
 
 def test_everything_learned_gets_a_gradient_and_the_weight_none():
