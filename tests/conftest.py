@@ -32,6 +32,18 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def compiler(caplog: pytest.LogCaptureFixture) -> None:
+    """Skips where nothing compiles; what does has to compute the same bits."""
+    from sliderquant.compiling import can_compile  # not before Triton has decided
+
+    if not can_compile("cpu", torch.bfloat16):
+        caplog.clear()
+        can_compile.__wrapped__("cpu", torch.bfloat16)
+        assert "does not compute the same bits" not in caplog.text
+        pytest.skip(f"no C++ compiler that PyTorch can use: {caplog.text}")
+
+
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     return DEMO_MODEL

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from sliderquant import fake_quantize as module
-from sliderquant.compiling import can_compile
 from sliderquant.fake_quantize import fake_quantize, fake_quantize_activations
 from sliderquant.schemes import Scheme
 
@@ -15,12 +14,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiler():
-    if not can_compile("cpu", torch.bfloat16):
-        pytest.skip("no C++ compiler that PyTorch can use")
-
-
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("scheme", [Scheme(2), Scheme(4, 32, symmetric=True)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_weights(scheme, dtype):
@@ -38,6 +32,7 @@ def test_compiled_weights(scheme, dtype):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("scheme", [Scheme(2), Scheme(4, symmetric=True)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_free_ends(scheme, dtype):
@@ -55,6 +50,7 @@ def test_compiled_free_ends(scheme, dtype):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_activations(symmetric, dtype):
@@ -72,6 +68,7 @@ def test_compiled_activations(symmetric, dtype):
         )
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_clipped_activations(symmetric, dtype):

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from sliderquant.compiling import can_compile
 from sliderquant.fake_quantize import fake_quantize, fake_quantize_activations
 from sliderquant.fused_weights import adjacent
 from sliderquant.quantizer import dequantize, round_to_nearest
@@ -103,9 +102,8 @@ def test_the_merge_is_what_was_trained(scheme):
 
 
 @pytest.mark.parametrize("rank", [4, 32])
+@pytest.mark.usefixtures("compiler")
 def test_what_a_compiled_group_computes_is_merged(rank):
-    if not can_compile("cpu", torch.bfloat16):
-        pytest.skip("no C++ compiler that PyTorch can use")
     group = WeightGroup()
     linears = [make("W2A16", out_features, group=group, rank=rank) for out_features in (24, 8, 16)]
     originals = [linear.weight.clone() for linear in linears]

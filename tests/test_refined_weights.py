@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sliderquant import refined_weights
-from sliderquant.compiling import can_compile
 from sliderquant.fake_quantize import fake_quantize
 from sliderquant.quantizer import in_groups
 from sliderquant.refined_weights import LearnedWeight, effective_weights, refined_weight
@@ -132,13 +131,7 @@ def test_refined_weight(scheme):
     assert torch.equal(refined_weight(plain), plain.weight)
 
 
-@pytest.fixture
-def _compiler():
-    if not can_compile("cpu", torch.bfloat16):
-        pytest.skip("no C++ compiler that PyTorch can use")
-
-
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize(
     ("scheme", "clipped", "free", "dtype"),
@@ -169,7 +162,7 @@ def test_compiled(scheme, clipped, free, dtype, fraction, monkeypatch):
         assert (got - want).norm() <= 1e-5 * want.norm()
 
 
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("compiler")
 def test_compiled_columns_that_do_not_pass():
     """They are the refined weight that is merged."""
     weight = make(9, 64, Scheme(2), 4, True, False)
