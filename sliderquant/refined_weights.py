@@ -60,7 +60,7 @@ class LearnedWeight:
 
 _FIELDS = tuple(field.name for field in fields(LearnedWeight))
 _ELEMENTS_AT_ONCE = 1 << 20
-_TERMS = 8
+_TERMS = 8  # of B A, at most, that are summed up one by one
 
 
 def effective_weights(
