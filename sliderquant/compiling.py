@@ -17,18 +17,18 @@ _logger = logging.getLogger(__name__)
 @lru_cache(maxsize=16)
 def can_compile(device_type: str, dtype: torch.dtype) -> bool:
     """Whether fake quantization compiles here and computes, bit for bit, what it does uncompiled: tried once, which
-    takes some seconds. On CPUs with a C++ compiler only: on CUDA, compiled division may round otherwise.
+    takes some seconds. A CPU needs a C++ compiler, CUDA a release of torch that can divide exactly.
 
     Args:
         dtype: in which scales are stored.
     """
-    if device_type != "cpu":
-        return False
     generator = torch.Generator().manual_seed(0)
-    weight, clip = torch.randn(48, 96, generator=generator), torch.rand(48, 1, generator=generator) * 4
-    factors = torch.tensor(0.93), torch.tensor(0.87)
-    a, b = torch.randn(4, 96, generator=generator), torch.randn(48, 4, generator=generator)
     try:
+        weight, a, b = (
+            torch.randn(shape, generator=generator).to(device_type) for shape in ((48, 96), (4, 96), (48, 4))
+        )
+        clip = torch.rand(48, 1, generator=generator).to(device_type) * 4
+        factors = torch.tensor(0.93, device=device_type), torch.tensor(0.87, device=device_type)
         for x, function in (
             (weight, lambda compiled: fake_quantize(weight, clip, clip / 2, Scheme(3), dtype, compiled)),
             (weight, lambda compiled: fake_quantize_activations(weight, 4, False, compiled)),

@@ -19,17 +19,16 @@ brings, with and without `--compile never`.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.fx.experimental._config
 from torch import Tensor
 
+from sliderquant.compiled_function import compiled_function
 from sliderquant.quantizer import find_grid, free_ends, in_groups
 from sliderquant.schemes import Scheme
 
-__all__ = ["Grid", "compiled_function", "fake_quantize", "fake_quantize_activations", "grid_functions"]
+__all__ = ["Grid", "fake_quantize", "fake_quantize_activations", "grid_functions"]
 
 
 def fake_quantize(
@@ -97,13 +96,13 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, rows, clip_low, clip_high, grid, compiled):
         forward, ctx.gradients = grid_functions(grid, _kind(clip_low), compiled)
         inputs = [tensor for tensor in (rows, clip_low, clip_high) if tensor is not None]
-        value, *of_rows = forward(*_plain(inputs))
-        ctx.save_for_backward(*inputs, *of_rows)
+        value, *ctx.of_rows = forward(*_plain(inputs))
+        ctx.save_for_backward(*inputs)
         return value
 
     @staticmethod
     def backward(ctx, grad):
-        gradients = ctx.gradients(*_plain((grad, *ctx.saved_tensors)))
+        gradients = ctx.gradients(*_plain((grad, *ctx.saved_tensors)), *ctx.of_rows)
         return *gradients, *[None] * (5 - len(gradients))
 
 
@@ -190,28 +189,6 @@ def grid_functions(
             return _gradients(grid, grad, rows, None, None, *of_rows)[:1]
 
     return (compiled_function(forward), compiled_function(gradients)) if compiled else (forward, gradients)
-
-
-def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of tensors, and of integers, compiled for any shapes and values of them, on a CPU."""
-    # What is compiled is looked up, and limited in number, by the code: every function gets its own.
-    code = function.__code__.replace()
-    function = FunctionType(code, function.__globals__, closure=function.__closure__)
-    # Without the option a scale that is rounded to 16 bits and widened again would not be rounded.
-    optimized = torch.compile(function, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})
-    compiled_for: set[Any] = set()
-
-    def call(*arguments: Any) -> Any:
-        kind = tuple(x if isinstance(x, int) else (x.shape, x.dtype) for x in arguments)
-        if kind in compiled_for:
-            return optimized(*arguments)
-        # A square weight is none of a kind. Entering this takes longer than a small weight.
-        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            result = optimized(*arguments)
-        compiled_for.add(kind)
-        return result
-
-    return call
 
 
 def _forward(

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sliderquant.fake_quantize import Grid, compiled_function, grid_functions
+from sliderquant.compiled_function import compiled_function
+from sliderquant.fake_quantize import Grid, grid_functions
 
 __all__ = ["adjacent", "fused_functions", "joined", "low_rank_sum", "owners"]
 

@@ -9,7 +9,8 @@ layers it is the number of calls that takes the time, with large ones every pass
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class LearnedWeight:
 
 
 _FIELDS = tuple(field.name for field in fields(LearnedWeight))
-_ELEMENTS_AT_ONCE = 1 << 20
+_LEARNED = tuple(name for name in _FIELDS if name not in ("weight", "step", "low", "high"))
+_ELEMENTS_AT_ONCE = 1 << 20  # few enough to stay in a cache while they are refined, rounded, and turned into gradients
 _TERMS = 8  # of B A, at most, that are summed up one by one
 
 
@@ -83,7 +85,8 @@ def effective_weights(
     device = first.weight.device.type
     result = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
     settings = _Settings(scheme, passed, grid, first.ends, compiled, result)
-    return _EffectiveWeights.apply(settings, *(tensor for weight in weights for tensor in weight.tensors()))
+    learned = [tensor for weight in weights for name in _LEARNED if (tensor := getattr(weight, name)) is not None]
+    return _EffectiveWeights.apply(settings, weights, *learned)
 
 
 @torch.no_grad()
@@ -110,7 +113,7 @@ def _refine(learned: LearnedWeight, rows: slice | None, out: Tensor) -> Tensor:
         a, b = learned.low_rank_a, _of(learned.low_rank_b, rows)
         if _by_terms(learned):
             return torch.add(scaled, low_rank_sum(b, a), out=out)
-        return torch.addmm(scaled, b, a, alpha=1 / len(a), out=out)
+        return torch.addmm(scaled, b, a, alpha=1 / a.shape[0], out=out)
     return out if scaled is out else out.copy_(scaled)
 
 
@@ -119,7 +122,7 @@ def _by_terms(learned: LearnedWeight) -> bool:
     fuses, a product of matrices sums faster."""
     a = learned.low_rank_a
     others = learned.column is not None or learned.row is not None or learned.offset is not None
-    return a is not None and a.device.type == "cpu" and len(a) <= _TERMS and not others
+    return a is not None and a.device.type == "cpu" and a.shape[0] <= _TERMS and not others
 
 
 @dataclass(frozen=True)
@@ -135,14 +138,13 @@ class _Settings:
 class _Piece:
     """Some rows of the buffer: of one weight, of a part of one, or of several."""
 
-    def __init__(self, weights: Sequence[LearnedWeight], start: int, stop: int) -> None:
+    def __init__(self, sizes: Sequence[int], start: int, stop: int) -> None:
         self.rows = slice(start, stop)
         first = 0
         # Index of the weight and its rows, None for all; and how many these are.
         self.parts: list[tuple[int, slice | None]] = []
         self.sizes: list[int] = []
-        for index, weight in enumerate(weights):
-            rows = len(weight.weight)
+        for index, rows in enumerate(sizes):
             low, high = max(start, first), min(stop, first + rows)
             if low < high:
                 self.parts.append((index, None if high - low == rows else slice(low - first, high - first)))
@@ -158,11 +160,11 @@ class _Piece:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _pieces(weights: Sequence[LearnedWeight]) -> list[_Piece]:
-    """Few enough rows that they stay in a cache while they are refined, quantized, and turned into gradients."""
-    total = sum(len(weight.weight) for weight in weights)
-    rows = max(_ELEMENTS_AT_ONCE // weights[0].weight.shape[1], 1)
-    return [_Piece(weights, start, min(start + rows, total)) for start in range(0, total, rows)]
+@lru_cache(maxsize=64)
+def _pieces(sizes: tuple[int, ...], rows: int) -> list[_Piece]:
+    """Of weights of so many rows each, as many rows at once."""
+    total = sum(sizes)
+    return [_Piece(sizes, start, min(start + rows, total)) for start in range(0, total, rows)]
 
 
 class _Fused:
@@ -174,18 +176,17 @@ class _Fused:
         self.functions = fused_functions(settings.grid, settings.ends, settings.dtype, group_size, whole)
         self.before = () if whole else (settings.passed,)
         weight, b = joined([w.weight for w in weights]), joined([w.low_rank_b for w in weights])  # type: ignore[misc]
-        self.of_rows = (weight, owners(tuple(len(w.weight) for w in weights), weight.device), b)
+        self.of_rows = (weight, owners(tuple([w.weight.shape[0] for w in weights]), weight.device), b)
         self.a = torch.stack([w.low_rank_a for w in weights])  # type: ignore[misc]
 
     def _inputs(self, piece: _Piece, clips: Sequence[Tensor]) -> tuple[Tensor, ...]:
         weight, which, b = (tensor[piece.rows] for tensor in self.of_rows)
         return weight, which, self.a, b, *clips
 
-    def round(self, piece: _Piece, clips: Sequence[Tensor], out: Tensor) -> list[Tensor]:
-        """Rows of W^ to `out`; what the gradients need besides the clips."""
+    def round(self, piece: _Piece, clips: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Rows of W^; what the gradients need besides the clips."""
         value, *kept = self.functions[0](*self.before, *self._inputs(piece, clips))
-        out.copy_(value)
-        return kept
+        return value, kept
 
     def gradients(
         self, piece: _Piece, clips: Sequence[Tensor], kept: Sequence[Tensor], grad: Tensor
@@ -218,15 +219,14 @@ class _Stepwise:
         part = refined[:, : self.settings.passed].contiguous() if scheme.group_size is None else refined
         return part.view(-1, part.shape[1] // scheme.groups(part.shape[1]))
 
-    def round(self, piece: _Piece, clips: Sequence[Tensor], out: Tensor) -> list[Tensor]:
+    def round(self, piece: _Piece, clips: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         refined, passed = self._refined(piece), self.settings.passed
         value, *kept = self.functions[0](self._rows(refined), *clips)
-        value = value.view(len(refined), -1)
-        out[:, : value.shape[1]] = value
-        if passed < out.shape[1]:
-            out[:, passed:] = refined[:, passed:]
+        value = value.view(refined.shape[0], -1)
+        if passed < refined.shape[1]:
+            value = torch.cat((value[:, :passed], refined[:, passed:].to(value.dtype)), dim=1)
         # Of one piece W~ is kept, of several it is computed again: it would come from memory either way.
-        return [*kept, *([refined] if self.pieces == 1 else [])]
+        return value, [*kept, *([refined] if self.pieces == 1 else [])]
 
     def gradients(
         self, piece: _Piece, clips: Sequence[Tensor], kept: Sequence[Tensor], grad: Tensor
@@ -258,31 +258,45 @@ class _EffectiveWeights(torch.autograd.Function):
     whole."""
 
     @staticmethod
-    def forward(ctx, settings, *tensors):
-        weights = _unflattened([None if tensor is None else tensor.detach() for tensor in tensors])
-        sizes, pieces = [len(weight.weight) for weight in weights], _pieces(weights)
-        method, stored = _method(settings, weights, pieces), []
-        result = weights[0].weight.new_empty(sum(sizes), weights[0].weight.shape[1], dtype=settings.dtype)
-        for piece in pieces:
-            stored.append(method.round(piece, _clips(weights, piece), result[piece.rows]))
-        ctx.settings, ctx.count, ctx.kept = settings, len(tensors), len(stored[0])
-        ctx.save_for_backward(*tensors, *(tensor for kept in stored for tensor in kept))
+    def forward(ctx, settings, weights, *learned):
+        ctx.weights = weights = [_detached(weight) for weight in weights]
+        sizes, columns = [weight.weight.shape[0] for weight in weights], weights[0].weight.shape[1]
+        ctx.pieces = pieces = _pieces(tuple(sizes), max(_elements_at_once(settings, weights[0]) // columns, 1))
+        ctx.method = method = _method(settings, weights, pieces)
+        ctx.clips = [_clips(weights, piece) for piece in pieces]
+        if len(pieces) == 1:
+            result, stored = method.round(pieces[0], ctx.clips[0])
+        else:
+            result, stored = weights[0].weight.new_empty(sum(sizes), columns, dtype=settings.dtype), []
+            for piece, clips in zip(pieces, ctx.clips, strict=True):
+                result[piece.rows], kept = method.round(piece, clips)
+                stored += kept
+        ctx.learned = len(learned)
+        # What is learned, so that autograd notices when it was changed in between.
+        ctx.save_for_backward(*learned, *stored)
         return result.split(sizes)
 
     @staticmethod
     def backward(ctx, *grads):
-        saved: list[Any] = [None if tensor is None else tensor.detach() for tensor in ctx.saved_tensors]
-        weights, stored = _unflattened(saved[: ctx.count]), saved[ctx.count :]
-        gradients, pieces = [_Gradients(weight) for weight in weights], _pieces(weights)
-        method = _method(ctx.settings, weights, pieces)
-        for number, piece in enumerate(pieces):
-            kept = stored[ctx.kept * number :][: ctx.kept]
-            of_refined, of_b, of_clips = method.gradients(piece, _clips(weights, piece), kept, piece.gather(grads))
+        stored = ctx.saved_tensors[ctx.learned :]
+        gradients, each = [_Gradients(weight) for weight in ctx.weights], len(stored) // len(ctx.pieces)
+        for number, (piece, clips) in enumerate(zip(ctx.pieces, ctx.clips, strict=True)):
+            kept = stored[each * number :][:each]
+            of_refined, of_b, of_clips = ctx.method.gradients(piece, clips, kept, piece.gather(grads))
             found = [of_refined, *([] if of_b is None else [of_b]), *(part.view(len(piece), -1) for part in of_clips)]
             by_part = zip(*(part.split(piece.sizes) for part in found), strict=True)
             for (index, rows_of_weight), (here, *others) in zip(piece.parts, by_part, strict=True):
                 gradients[index].add(rows_of_weight, here, None if of_b is None else others.pop(0), others)
-        return None, *(tensor for found in gradients for tensor in found.tensors())
+        return None, None, *(tensor for found in gradients for tensor in found.tensors())
+
+
+def _elements_at_once(settings: _Settings, weight: LearnedWeight) -> int:
+    """On a GPU what is compiled reads and writes them once, so that it is calls that are to be few."""
+    return _ELEMENTS_AT_ONCE * (16 if settings.compiled and weight.weight.is_cuda else 1)
+
+
+def _detached(weight: LearnedWeight) -> LearnedWeight:
+    return LearnedWeight(*[None if tensor is None else tensor.detach() for tensor in weight.tensors()])  # type: ignore[arg-type]
 
 
 def _method(settings: _Settings, weights: Sequence[LearnedWeight], pieces: Sequence[_Piece]) -> _Fused | _Stepwise:
@@ -306,7 +320,7 @@ class _Gradients:
         """grad: of these rows of W~; of_b: of these of B, None: to be computed."""
         weight = self.weight
         if weight.low_rank_a is not None and weight.low_rank_b is not None:
-            share = 1 / len(weight.low_rank_a)
+            share = 1 / weight.low_rank_a.shape[0]
             b = _of(weight.low_rank_b, rows)
             if "low_rank_a" in self.found:
                 self.found["low_rank_a"].addmm_(b.T, grad, alpha=share)
@@ -332,16 +346,12 @@ class _Gradients:
             self.found[name] = values
             return
         if name not in self.found:
-            self.found[name] = values.new_empty(len(self.weight.weight), *values.shape[1:])
+            self.found[name] = values.new_empty(self.weight.weight.shape[0], *values.shape[1:])
         self.found[name][rows] = values
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of a LearnedWeight's."""
-        return tuple(self.found.get(name) for name in _FIELDS)
-
-
-def _unflattened(tensors: Sequence[Any]) -> list[LearnedWeight]:
-    return [LearnedWeight(*tensors[i : i + len(_FIELDS)]) for i in range(0, len(tensors), len(_FIELDS))]
+    def tensors(self) -> list[Tensor | None]:
+        """Of what is learned, in the order of a LearnedWeight's attributes."""
+        return [self.found.get(name) for name in _LEARNED if getattr(self.weight, name) is not None]
 
 
 def _clips(weights: Sequence[LearnedWeight], piece: _Piece) -> list[Tensor]:

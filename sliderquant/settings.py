@@ -103,7 +103,7 @@ class Settings(_Frozen):
         "auto", description="dtype of matrix products while learning; auto: bfloat16 on GPUs that have it, else float32"
     )
     compile: Literal["auto", "always", "never"] = Field(
-        "auto", description="compile the quantizers on a CPU; auto: where the run is long enough to gain by it"
+        "auto", description="compile the quantizers; auto: on a CPU, where the run is long enough to gain by it"
     )
     retries: int = Field(
         4, ge=0, description="restarts of a window after a non-finite loss, the rates halved each time"

@@ -156,13 +156,16 @@ def _sites(plan: Plan) -> dict[str, Site]:
 
 def _compiles(plan: Plan, device: torch.device) -> bool:
     """Whether the quantizers are compiled: it takes some 10 s, and is taken to save, in every step and for every
-    layer, 0.15 ms a linear and 3 ns a weight: an estimate, which only has to tell long runs from short ones."""
+    layer, 0.15 ms a linear and 3 ns a weight: an estimate, which only has to tell long runs from short ones. On a GPU
+    it has not been tried yet: there it is when it is asked for."""
     assert isinstance(plan.settings, Settings)
-    if plan.settings.compile == "never":
+    if plan.settings.compile == "always":
+        return can_compile(device.type, plan.source.dtype)
+    if plan.settings.compile == "never" or device.type != "cpu":
         return False
     weights = sum(math.prod(plan.source.shapes[f"{name}.weight"][0]) for name in plan.source.linear_names(0))
     saved = plan.work * (1.5e-4 * len(plan.source.family.linears) + 3e-9 * weights)
-    return (plan.settings.compile == "always" or saved > 10) and can_compile(device.type, plan.source.dtype)
+    return saved > 10 and can_compile(device.type, plan.source.dtype)
 
 
 class _Sweep:

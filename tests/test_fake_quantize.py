@@ -84,20 +84,6 @@ def test_compiled_clipped_activations(symmetric, dtype):
         torch.testing.assert_close(got, want, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("compiler")
-def test_functions_do_not_share_the_limit_of_compilations():
-    def made(name):
-        def function(x):
-            return getattr(torch, name)(x)
-
-        return module.compiled_function(function)
-
-    x = normal(4, 8)
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for name in ("neg", "square", "abs"):
-            assert torch.equal(made(name)(x), getattr(torch, name)(x))
-
-
 def test_equal_ends_share_the_gradient():
     """Of the minimum: as that of `torch.amin`."""
     x = torch.tensor([[-2.0, -2.0, 1.0, 0.5]], requires_grad=True)
