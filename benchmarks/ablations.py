@@ -139,7 +139,8 @@ ABLATIONS: dict[str, Ablation] = {
 
 
 def tables_of(summary: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by ablation, model, scheme, epochs and samples, in the order of ABLATIONS and of their rows.
+    """Rows by ablation, model, scheme, epochs and samples, in the order of ABLATIONS, then by name and number; and in
+    that of an ablation's rows.
 
     `summary` is what `benchmarks.runs.summarize` makes.
     """
@@ -152,7 +153,7 @@ def tables_of(summary: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
         labels = [BASE, *(ABLATIONS[name].rows if name in ABLATIONS else ())]
         found.sort(key=partial(_place, labels, "label"))
     names = list(ABLATIONS)
-    return {key: tables[key] for key in sorted(tables, key=partial(_place, names, 0))}
+    return {key: tables[key] for key in sorted(tables, key=lambda key: (_place(names, 0, key), *key[1:]))}
 
 
 def _place(known: list[str], column: Any, row: Any) -> int:

@@ -97,13 +97,13 @@ def fused_functions(
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors one after the other, `[rows, ...]`; if they lie so, without a copy."""
+    """The tensors one after the other, `[rows, ...]`, without gradient; if they lie so, without a copy."""
     if len(tensors) == 1:
-        return tensors[0]
+        return tensors[0].detach()
     if not adjacent(tensors):
-        return torch.cat(list(tensors))
-    rows = sum(len(tensor) for tensor in tensors)
-    return tensors[0].as_strided((rows, *tensors[0].shape[1:]), tensors[0].stride())
+        return torch.cat(list(tensors)).detach()
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return tensors[0].detach().as_strided((rows, *tensors[0].shape[1:]), tensors[0].stride())
 
 
 def adjacent(tensors: Sequence[Tensor]) -> bool:

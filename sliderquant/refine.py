@@ -109,6 +109,7 @@ class WeightGroup:
     def __init__(self) -> None:
         self.linears: list[RefinedLinear] = []
         self._kept: dict[int, Tensor] = {}
+        self._laid: Tensor | None = None
 
     def take(self, linear: "RefinedLinear") -> Tensor:
         """W^ of a linear of the group, fp32 `[out, in]`."""
@@ -128,11 +129,14 @@ class WeightGroup:
 
     def _lay_together(self) -> None:
         """The weights as they were, one after the other in memory: they are read as one in every step."""
+        if self.linears[0].weight is self._laid:
+            return
         weights = [linear.weight for linear in self.linears]
         if not adjacent(weights):
             parts = torch.cat(weights).split([len(weight) for weight in weights])
             for linear, part in zip(self.linears, parts, strict=True):
                 linear.weight = part
+        self._laid = self.linears[0].weight
 
 
 class RefinedLinear(nn.Module):

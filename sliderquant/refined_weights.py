@@ -259,7 +259,7 @@ class _EffectiveWeights(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings, weights, *learned):
-        ctx.weights = weights = [_detached(weight) for weight in weights]
+        ctx.weights = weights
         sizes, columns = [weight.weight.shape[0] for weight in weights], weights[0].weight.shape[1]
         ctx.pieces = pieces = _pieces(tuple(sizes), max(_elements_at_once(settings, weights[0]) // columns, 1))
         ctx.method = method = _method(settings, weights, pieces)
@@ -293,10 +293,6 @@ class _EffectiveWeights(torch.autograd.Function):
 def _elements_at_once(settings: _Settings, weight: LearnedWeight) -> int:
     """On a GPU what is compiled reads and writes them once, so that it is calls that are to be few."""
     return _ELEMENTS_AT_ONCE * (16 if settings.compiled and weight.weight.is_cuda else 1)
-
-
-def _detached(weight: LearnedWeight) -> LearnedWeight:
-    return LearnedWeight(*[None if tensor is None else tensor.detach() for tensor in weight.tensors()])  # type: ignore[arg-type]
 
 
 def _method(settings: _Settings, weights: Sequence[LearnedWeight], pieces: Sequence[_Piece]) -> _Fused | _Stepwise:
