@@ -48,6 +48,11 @@ class StraightThrough(torch.autograd.Function):
         return grad
 
 
+def clamped(x, low, high):
+    """With a gradient also at the ends, which `torch.clamp` has before 2.14 alone."""
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
 def free_grid(refined, learned, scheme):
     """Rounding to a grid whose ends are parameters, from operations that autograd knows."""
     rows = in_groups(refined, scheme)
@@ -58,8 +63,8 @@ def free_grid(refined, learned, scheme):
     else:
         scale = (top - bottom) / scheme.levels
         scale = scale + (scale.detach().bfloat16().float() - scale.detach())
-        zero = StraightThrough.apply(-bottom / scale).clamp(0, scheme.levels)[..., None]
-    codes = (StraightThrough.apply(rows / scale[..., None]) + zero).clamp(0, scheme.levels)
+        zero = clamped(StraightThrough.apply(-bottom / scale), 0, scheme.levels)[..., None]
+    codes = clamped(StraightThrough.apply(rows / scale[..., None]) + zero, 0, scheme.levels)
     return ((codes - zero) * scale[..., None]).view_as(refined)
 
 
