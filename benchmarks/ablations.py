@@ -88,6 +88,7 @@ ABLATIONS: dict[str, Ablation] = {
             "from ones, log": _scales("always", "ones", "log"),
             "from statistics, direct": _scales("always", "statistics", "direct"),
             "from statistics, log": _scales("always", "statistics", "log"),
+            "outliers from statistics, log": _scales("always", "outliers", "log"),
         },
         scheme="W4A4KV4",
     ),

@@ -96,7 +96,7 @@ _RECIPE = _changed(
 _ACTIVATION_RECIPE = _changed(
     _PUBLISHED_ACTIVATIONS,
     clipping_start="search",
-    scales={"start": "statistics", "space": "log"},
+    scales={"start": "outliers", "space": "log"},
     rank=32,
     learning_rates={"low_rank": 1e-3},
     activation_clipping="auto",
@@ -115,7 +115,7 @@ _STRONGEST = {
 }
 # At few bits offsets go far enough to fit the calibration text alone; next to rounded activations decay does not pay.
 _BEST = _changed(_RECIPE, **_STRONGEST, weights_decay=0.333)
-_ACTIVATION_BEST = _changed(_ACTIVATION_RECIPE, **_STRONGEST)
+_ACTIVATION_BEST = _changed(_ACTIVATION_RECIPE, **_STRONGEST, scales={"start": "statistics"})
 _EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "light": {"epochs": 2, "windows": _NO_RAMPS},
     "default": {},
@@ -170,7 +170,7 @@ METHODS: Mapping[str, Method] = {
             "sliderquant+",
             "sliderquant on a rotated model",
             _RECIPE,
-            # Statistics are against outliers, which the rotation has spread already.
+            # There are no outliers: the rotation has spread them already.
             _changed(_ACTIVATION_RECIPE, scales={"start": "ones"}),
             rotations=("R1", "R2", "R3", "R4"),
         ),

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _SMALLEST = 1e-4
+_OUTLIER = 4.0  # times the median of a site
 
 
 class ChannelScale(nn.Module):
@@ -195,11 +196,16 @@ def insert_scales(
 
 
 @contextmanager
-def start_from_statistics(layer: nn.Module, sites: Mapping[str, Site], linears: Mapping[str, Any]) -> Iterator[None]:
+def start_from_statistics(
+    layer: nn.Module, sites: Mapping[str, Site], linears: Mapping[str, Any], outliers_only: bool = False
+) -> Iterator[None]:
     """Within it the layer, unquantized, sees its calibration inputs; afterwards every alpha starts with
 
     sqrt(max |x_j| / max |w_j|)       x what the columns read, w the columns (SmoothQuant, arXiv 2211.10438, eq. 4)
     sqrt(max |q_j| / max |k_j|)       for queries and keys, of the norms of rotary pairs
+
+    Args:
+        outliers_only: divide by the median of the site, and start with 1 where no more than 4 is left.
     """
     seen: dict[str, Tensor] = {}
     hooks = []
@@ -219,13 +225,18 @@ def start_from_statistics(layer: nn.Module, sites: Mapping[str, Site], linears: 
             if site.columns:
                 weights = torch.stack([linears[column].weight.abs().amax(0) for column in site.columns]).amax(0)
                 index = next(iter(site.columns.values())).index
-                scale.start((_reduced(seen[name], index, site.size) / _reduced(weights, index, site.size)).sqrt())
+                found = _reduced(seen[name], index, site.size) / _reduced(weights, index, site.size)
             else:
                 queries, keys = (
                     _reduced(seen[pair], pattern.index, site.size)
                     for pair, pattern in {**site.rows, **site.norms}.items()
                 )
-                scale.start((queries / keys).sqrt())
+                found = queries / keys
+            alpha = found.sqrt()
+            if outliers_only:
+                alpha = alpha / alpha[alpha.isfinite()].median()
+                alpha = torch.where(alpha > _OUTLIER, alpha, 1.0)
+            scale.start(alpha)
 
 
 def _largest_input(seen: dict[str, Tensor], name: str) -> Any:

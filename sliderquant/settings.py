@@ -51,7 +51,9 @@ class ScaleSettings(_Frozen):
     use: Literal["auto", "always", "never"] = Field(
         "auto", description="auto: with schemes that quantize activations, or queries, keys and values"
     )
-    start: Literal["ones", "statistics"] = Field("ones", description="1, or from calibration activations and weights")
+    start: Literal["ones", "statistics", "outliers"] = Field(
+        "ones", description="1, or from calibration activations and weights: of every channel, or of outliers alone"
+    )
     space: Literal["direct", "log"] = Field("direct", description="learn them, or their logarithms")
 
     def used_with(self, scheme: Scheme) -> bool:

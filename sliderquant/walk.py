@@ -142,8 +142,9 @@ def starting(plan: Plan, layer: nn.Module) -> Iterator[None]:
         if settings.clipping and settings.clipping_start == "search":
             stack.enter_context(start_from_search(linears))
         # Left first: the clipping is searched for scaled weights.
-        if settings.scales.used_with(plan.scheme) and settings.scales.start == "statistics":
-            stack.enter_context(start_from_statistics(layer, _sites(plan), linears))
+        if settings.scales.used_with(plan.scheme) and settings.scales.start != "ones":
+            outliers_only = settings.scales.start == "outliers"
+            stack.enter_context(start_from_statistics(layer, _sites(plan), linears, outliers_only))
         yield
     for linear in linears.values():
         linear.start()

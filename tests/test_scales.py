@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from benchmarks.outliers import inject_outliers
 from sliderquant.methods import METHODS
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import open_model
@@ -185,6 +186,29 @@ def test_start_from_statistics(random_model, tmp_path, family):
     else:
         pairs = [pair.flatten(0, 1).unflatten(1, (2, -1)).amax((0, 2)).flatten() for pair in pairs]
     close(alpha["self_attn-q_proj"], (pairs[0] / pairs[1]).sqrt())
+
+
+def test_start_with_outliers_alone(random_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(random_model(tmp_path / "model"), dtype=torch.float32)
+    inject_outliers(model, open_model(tmp_path / "model").family, channels=2, factor=32.0)
+    model.save_pretrained(tmp_path / "outliers")
+    source, started = open_model(tmp_path / "outliers"), []
+    for start in ("statistics", "outliers"):
+        plan, (layer, *_) = refined_layers(source, scales={"start": start})
+        samples, inputs = Decoder(source, CPU).embed(IDS)
+        window = WindowLayers([layer], inputs.arguments[:1])
+        window.set(quantized=False)
+        with torch.no_grad(), starting(plan, layer):
+            window(torch.cat(list(samples)))
+        started.append({name: scale().detach() for name, scale in layer.channel_scales.items()})
+    everywhere, alone = started
+    for name, alpha in everywhere.items():
+        ratio = alpha / alpha.median()
+        torch.testing.assert_close(alone[name], torch.where(ratio > 4, ratio, 1.0))
+    chosen = model.model.layers[0].input_layernorm.weight.abs() > 4
+    assert torch.equal(alone["input_layernorm"] > 1, chosen)
+    assert chosen.sum() == 2
+    assert (alone["input_layernorm"][chosen] > 10).all()
 
 
 def test_spreads_and_rounding():

@@ -54,7 +54,7 @@ def _load_scales(scale_ptr, group, row_block, row_blocks, W: tl.constexpr, ROW_B
         if SYMMETRIC:
             row = row_block[None, :, None] * 16 + (tl.arange(0, 16) % 8 * 2 + tl.arange(0, 16) // 8)[None, None, :]
             scale = tl.load(scale_ptr + group[:, None, None] * (row_blocks * 16) + row)
-            zero = tl.full((W, ROW_BLOCKS, 16), ZERO, DTYPE)
+            zero = tl.full((W, ROW_BLOCKS, 16), ZERO, tl.float32).to(DTYPE)
         else:
             pair_ptrs = scale_ptr + (group[:, None, None] * (row_blocks * 16) + row) * 2
             scale, zero = tl.load(pair_ptrs), tl.load(pair_ptrs + 1)
@@ -68,7 +68,7 @@ def _load_scales(scale_ptr, group, row_block, row_blocks, W: tl.constexpr, ROW_B
             low, high = pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)
             scale = tl.permute(tl.join(low, high), (0, 1, 3, 2)).reshape(W, ROW_BLOCKS * 16)
             scale = scale.to(DTYPE, bitcast=True)
-            zero = tl.full((W, ROW_BLOCKS * 16), ZERO, DTYPE)
+            zero = tl.full((W, ROW_BLOCKS * 16), ZERO, tl.float32).to(DTYPE)
         else:
             inside = row_block[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
             pairs = tl.load(pairs_ptr + group[:, None, None] * (row_blocks * 16) + inside)

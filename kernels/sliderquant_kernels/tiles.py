@@ -8,12 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from .fragments import ROWS, block_inputs
 
 VARIANTS = ("warp_k", "rows", "dense")
+
+
+def _triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:  # not on every platform
+        return ""
+
+
+# Triton 3.8 alone moves the weights of `warp_k` through shared memory, and often more than there is.
+RULES_TAKE_WARP_K = not _triton_version().startswith("3.8.")
 # Streaming multiprocessors of the GPU that stands for an architecture where none is at hand: A100, RTX 3090, L40S,
 # H100, B200, RTX 5090.
 TYPICAL_SM_COUNT = {80: 108, 86: 82, 89: 142, 90: 132, 100: 148, 120: 170}
@@ -115,7 +127,7 @@ def choose(problem: Problem, device: Device, variant: str | None = None, batch_i
 
 
 def _variant(problem: Problem, device: Device) -> tuple[str, str]:
-    if problem.m <= 16:
+    if problem.m <= 16 and RULES_TAKE_WARP_K:
         return "warp_k", "up to 16 tokens: the weights' bytes decide, warps split K and share no fragment of x"
     if problem.m <= DENSE_FROM[family(device.arch)]:
         return "rows", "some tokens: still fewer instructions for dequantizing than for the product"

@@ -54,16 +54,32 @@ def test_every_choice_is_launchable_and_explained(problem, arch):
         assert choice.split <= k_blocks
 
 
-def test_variants_by_number_of_tokens():
+@pytest.fixture
+def rules_take(monkeypatch):
+    """Sets whether the rules take `warp_k`, which depends on the release of Triton."""
+
+    def set_it(value):
+        monkeypatch.setattr(tiles, "RULES_TAKE_WARP_K", value)
+        tiles.choose.cache_clear()
+
+    yield set_it
+    tiles.choose.cache_clear()
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_variants_by_number_of_tokens(takes, rules_take):
+    rules_take(takes)
     for arch in _ARCHITECTURES:
         device = Device.typical(arch)
         limit = tiles.DENSE_FROM[arch]
         found = [tiles.choose(_problem(m), device).variant for m in (1, 8, 16, 17, 64, limit, limit + 1, 8192)]
-        assert found == ["warp_k"] * 3 + ["rows"] * 3 + ["dense"] * 2
+        assert found == ["warp_k" if takes else "rows"] * 3 + ["rows"] * 3 + ["dense"] * 2
+        assert tiles.choose(_problem(), device, "warp_k").variant == "warp_k"
 
 
-def test_small_weights_fill_the_gpu():
+def test_small_weights_fill_the_gpu(rules_take):
     """4096 x 4096 is 64 tiles of 64 rows: fewer than multiprocessors. Lower tiles or a split make up for it."""
+    rules_take(True)
     device = Device.typical(90)
     for m in (1, 8, 16, 32, 64):
         choice = tiles.choose(_problem(m), device)
