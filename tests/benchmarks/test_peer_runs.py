@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -154,9 +155,7 @@ def test_groups(peer, quantized):
 
 
 def test_versions(peer):
-    import torch
-
-    assert peer().settings() == PeerSettings(package="torch", version=torch.__version__)
+    assert peer().settings() == PeerSettings(package="torch", version=version("torch"))
     assert peer(package="no-such-package").settings().version is None
 
 
