@@ -201,6 +201,7 @@ class _Stepwise:
 
     def __init__(self, settings: _Settings, weights: Sequence[LearnedWeight], pieces: int) -> None:
         self.settings, self.weights, self.pieces = settings, weights, pieces
+        self.total = sum(weight.weight.shape[0] for weight in weights)
         self.functions = grid_functions(settings.grid, settings.ends, settings.compiled, settings.dtype)
         self.buffer: Tensor | None = None
 
@@ -225,6 +226,8 @@ class _Stepwise:
         value = value.view(refined.shape[0], -1)
         if passed < refined.shape[1]:
             value = torch.cat((value[:, :passed], refined[:, passed:].to(value.dtype)), dim=1)
+        if piece.rows.stop == self.total:  # until the backward pass
+            self.buffer = None
         # Of one piece W~ is kept, of several it is computed again: it would come from memory either way.
         return value, [*kept, *([refined] if self.pieces == 1 else [])]
 
