@@ -221,7 +221,7 @@ def activations_oracle(x, bits, symmetric, clip=(1.0, 1.0)):
     scale = torch.maximum(-low, high) / ((2**bits - 1) / 2) if symmetric else (high - low) / (2**bits - 1)
     scale = torch.where(scale > 0, scale, 1.0)
     zero = torch.zeros_like(scale) if symmetric else straight_through(torch.round, least - low / scale)
-    zero = zero.clamp(least, most)
+    zero = clamped(zero, least, most)
     return (clamped(straight_through(torch.round, x / scale) + zero, least, most) - zero) * scale
 
 

@@ -127,7 +127,9 @@ def choose(problem: Problem, device: Device, variant: str | None = None, batch_i
 
 
 def _variant(problem: Problem, device: Device) -> tuple[str, str]:
-    if problem.m <= 16 and RULES_TAKE_WARP_K:
+    if problem.m <= 16:
+        if not RULES_TAKE_WARP_K:
+            return "rows", "up to 16 tokens: Triton 3.8 moves the weights of warp_k through shared memory"
         return "warp_k", "up to 16 tokens: the weights' bytes decide, warps split K and share no fragment of x"
     if problem.m <= DENSE_FROM[family(device.arch)]:
         return "rows", "some tokens: still fewer instructions for dequantizing than for the product"

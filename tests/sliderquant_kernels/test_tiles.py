@@ -74,6 +74,7 @@ def test_variants_by_number_of_tokens(takes, rules_take):
         limit = tiles.DENSE_FROM[arch]
         found = [tiles.choose(_problem(m), device).variant for m in (1, 8, 16, 17, 64, limit, limit + 1, 8192)]
         assert found == ["warp_k" if takes else "rows"] * 3 + ["rows"] * 3 + ["dense"] * 2
+        assert ("Triton 3.8" in tiles.choose(_problem(16), device).reason) is not takes
         assert tiles.choose(_problem(), device, "warp_k").variant == "warp_k"
 
 
