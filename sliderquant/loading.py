@@ -6,9 +6,11 @@ quantized weight is ever made: the peak is the packed model plus the codes of on
 """
 
 import ctypes
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -31,7 +33,10 @@ from sliderquant.quantizer import QuantizedWeight
 
 __all__ = ["load"]
 
+logger = logging.getLogger(__name__)
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load(
@@ -47,8 +52,9 @@ def load(
     Args:
         path: the checkpoint folder.
         device: `"auto"` (a GPU when there is one), `"cpu"`, `"cuda"`, `"cuda:1"`, ...
-        dtype: of scales, activations and all that is not quantized: `"auto"` (that of config.json), `"float32"`,
-            `"bfloat16"` or `"float16"`. The codes stay as they are.
+        dtype: of scales, activations and all that is not quantized: `"auto"`, `"float32"`, `"bfloat16"` or
+            `"float16"`. `"auto"` is the dtype of the original model, which config.json names; a float16 model runs in
+            bfloat16 on a CPU, where float16 is slow. The codes stay as they are.
         attn_implementation: as in transformers: `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...
         merge: pack q_proj, k_proj and v_proj as one weight, and gate_proj and up_proj: one kernel launch each. The
             modules keep their places and `state_dict` its tensors; `sliderquant.modules.split_linears` undoes it.
@@ -64,7 +70,7 @@ def load(
     checkpoint = read_checkpoint(path)
     where = str(checkpoint.path)
     config = plain_config(checkpoint.config, where)
-    wanted = _resolve_dtype(dtype, config.dtype)
+    wanted = _resolve_dtype(dtype, checkpoint, target)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = build_skeleton(config, where, wanted, **kwargs)
     absent = check_against_model(checkpoint, model)
@@ -97,13 +103,38 @@ def load(
     return model.requires_grad_(False).eval()
 
 
-def _resolve_dtype(dtype: str | torch.dtype, stored: torch.dtype | str | None) -> torch.dtype:
-    if dtype == "auto":
-        dtype = stored if stored is not None else torch.float32
+def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return _dtype_named(dtype)
+    stored = _stored_dtype(checkpoint)
+    if stored == torch.float16 and device.type == "cpu":
+        _say_once(
+            f"{checkpoint.path} is stored in float16, which has no fast kernels on a CPU: it runs in bfloat16; "
+            'dtype="float16" runs it in float16 all the same'
+        )
+        return torch.bfloat16
+    return stored
+
+
+def _dtype_named(dtype: str | torch.dtype) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise InputError(f"dtype {name!r} is not supported: expected auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that config.json names, by either name of the field; if it names none, that of the scales."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if named is not None:
+        return _dtype_named(named)
+    scale = checkpoint.tensors[f"{next(iter(checkpoint.schemes))}.weight_scale"]
+    return _SAFETENSORS_DTYPES[scale.dtype]
+
+
+@lru_cache(maxsize=64)
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _fill_dense(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:

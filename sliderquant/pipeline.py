@@ -210,7 +210,7 @@ def quantize(
         with _timed(times, "write"):
             _copy_the_rest(settled, changed, writer)
             kv_bits = settled.scheme.kv_bits
-            folder = writer.write_model(source.config, source.folder, settled.rotations, kv_bits)
+            folder = writer.write_model(source.stored_config, source.folder, settled.rotations, kv_bits)
         if perplexity_on:
             progress.message(f"perplexity of the packed model on {perplexity_on}")
             with _timed(times, "evaluate_after"):

@@ -254,6 +254,10 @@ class RotatedSource(ModelSource):
         config.tie_word_embeddings = False
         return cls(original.name, original.folder, config, original.family, original, rotations)
 
+    @property
+    def stored_config(self) -> dict[str, Any]:
+        return {**self.original.stored_config, "tie_word_embeddings": False}
+
     def with_seed(self, seed: int) -> "RotatedSource":
         """The same model with the same rotations, their signs from another seed."""
         return RotatedSource.of(self.original, replace(self.rotations, seed=seed))

@@ -54,7 +54,8 @@ class Decoder:
 
         self.source, self.device = source, device
         with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+            # from_config writes the dtype into the configuration that it is given.
+            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config), dtype=torch.float32)
         self.model.eval()
         self.layers: nn.ModuleList = self.model.get_submodule(source.family.layers)
 

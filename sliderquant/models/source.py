@@ -34,6 +34,12 @@ class ModelSource:
     config: Any
     family: Family
 
+    @property
+    def stored_config(self) -> dict[str, Any]:
+        """config.json as it is on disk: what a checkpoint carries over, whatever transformers made of it."""
+        stored: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return stored
+
     @cached_property
     def files(self) -> dict[str, Path]:
         """Tensor name -> the safetensors file that holds it."""
