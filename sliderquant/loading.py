@@ -26,6 +26,7 @@ from sliderquant.devices import resolve_device
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models import family_of
 from sliderquant.modules.attention import AttentionRounding, round_attention
+from sliderquant.modules.head import keep_head_fast
 from sliderquant.modules.linear import PackedLinear
 from sliderquant.modules.merged import MergedLinear, can_merge, concatenate, shared_inputs
 from sliderquant.modules.rotated import insert_rotations
@@ -78,6 +79,8 @@ def load(
     _fill_dense(model, checkpoint, target, wanted)
     _fill_packed(model, checkpoint, target, wanted, merge)
     _insert_what_runs(model, checkpoint, where)
+    if isinstance(head := model.get_output_embeddings(), nn.Linear):
+        keep_head_fast(head)
     packed = {f"{name}.weight" for name in checkpoint.schemes}
     if packed & model.all_tied_weights_keys.keys():
         # A packed output head is not the embedding, whatever the configuration says.

@@ -14,7 +14,7 @@ from .hadamard_matrix import HadamardTransform, factor_hadamard
 from .layout import PackedWeight, WeightLayout, choose_layout
 from .low_bit import low_bit_linear
 from .low_bit_layout import LowBitLayout, choose_low_bit_layout
-from .weight_only import dequantize, weight_only_linear
+from .weight_only import dequantize, direct_linear, weight_only_linear
 
 __all__ = [
     "HadamardTransform",
@@ -25,6 +25,7 @@ __all__ = [
     "choose_layout",
     "choose_low_bit_layout",
     "dequantize",
+    "direct_linear",
     "factor_hadamard",
     "hadamard",
     "hadamard_quantize",

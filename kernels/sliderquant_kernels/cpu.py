@@ -1,6 +1,7 @@
 """The ops on a CPU: torch's int4 and int8 matmuls where they are faster, dequantization otherwise.
 
-No second dense copy is kept: what must be dequantized is dequantized a few rows at a time on every call.
+bf16 weights that must be dequantized are so a few rows at a time on every call, and no dense copy is kept. With fp16
+and fp32, which torch's ops for packed weights compute in scalar loops, the layout holds the dense weight itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch.nn.functional import linear
 
 from . import bits as bitpack
 from . import cpu_int4
+from .cpu_scratch import scratch
 from .layout import WeightLayout
 
 # As in cpu_int4, for torch's int8 matmul: its time over the dequantizing path's is 0.23-0.31 for one token, 0.84-1.15
@@ -47,14 +49,51 @@ def weight_only_linear(
 
 def _matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: WeightLayout) -> Tensor:
     if layout.kind == "cpu_int4" and x.shape[0]:
-        return cpu_int4.matmul(x, weight, scale, layout.group_size, layout.symmetric)
+        return cpu_int4.matmul(x, weight, scale, layout.symmetric)
     if layout.kind == "cpu_int8" and 0 < x.shape[0] <= MAX_INT8_TOKENS:
         return torch.ops.aten._weight_int8pack_mm(x, weight, scale.view(-1))
+    if layout.kind == "cpu_dense":
+        return linear(x, weight)
     y = x.new_empty(x.shape[0], layout.n)
     if x.shape[0]:
         for rows, w in _dequantized_chunks(weight, scale, zero_point, layout, x.dtype):
             y[:, rows] = linear(x, w)
     return y
+
+
+class DirectLinear:
+    """`weight_only_linear` for one weight whose arguments were checked once, with the same bits as the op.
+
+    It skips the dispatcher and its checks, which take longer than the product of one token with a small weight. It
+    serves eager calls without gradients; tracing needs the op.
+    """
+
+    __slots__ = ("bias", "layout", "scale", "weight", "zero_point")
+
+    def __init__(
+        self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, layout: WeightLayout
+    ) -> None:
+        self.weight, self.scale, self.zero_point, self.bias, self.layout = weight, scale, zero_point, bias, layout
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether `x` is what the op would compute with these tensors, outside of gradients and tracing."""
+        return (
+            type(x) is Tensor
+            and x.dtype == self.scale.dtype
+            and x.ndim > 0
+            and x.shape[-1] == self.layout.k
+            and x.device.type == "cpu"
+            and not (x.requires_grad and torch.is_grad_enabled())
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x `[..., K]` -> `[..., N]`, contiguous."""
+        layout = self.layout
+        rows = x.reshape(-1, layout.k).contiguous()
+        y = _matmul(rows, self.weight, self.scale, self.zero_point, layout)
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y.view(*x.shape[:-1], layout.n)
 
 
 def _one_by_one(
@@ -76,6 +115,8 @@ def dequantize(
     """The weight `[N, K]` in `dtype`, rounded once. Arguments have been validated."""
     if layout.kind == "cpu_int4":
         return cpu_int4.dequantize(weight, scale, layout.symmetric, dtype)
+    if layout.kind == "cpu_dense" and dtype == weight.dtype:
+        return weight.clone()
     out = torch.empty(layout.n, layout.k, dtype=dtype)
     compute = dtype if dtype == scale.dtype else torch.float32
     for rows, w in _dequantized_chunks(weight, scale, zero_point, layout, compute):
@@ -86,18 +127,27 @@ def dequantize(
 def _dequantized_chunks(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: WeightLayout, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their weights `[rows, K]` in `dtype`). Every dtype holds the integer q - z: one rounding, by the scale."""
+    """(rows, their weights `[rows, K]` in `dtype`, valid until the next are asked for). Every dtype holds the integer
+    q - z: one rounding, by the scale."""
     half = 2 ** (layout.bits - 1)
     step = max(1, _CHUNK_WEIGHTS // layout.k)
     for start in range(0, layout.n, step):
         rows = slice(start, min(start + step, layout.n))
-        if layout.kind == "cpu_int8":
-            centred = weight[rows]
-        else:
+        shape = (rows.stop - rows.start, layout.groups, layout.k // layout.groups)
+        w = scratch("weights", dtype, *shape)
+        if layout.kind == "cpu_dense":
+            w.copy_(weight[rows].view(shape).float().div_(scale[rows].float().unsqueeze(-1)).round_())
+        elif layout.kind == "cpu_int8":
+            w.copy_(weight[rows].view(shape))
+        elif layout.bits == 8:
+            # q - 2^7: q - z would not fit int8.
             codes = bitpack.unpack_rows(weight[rows], layout.bits, layout.k)
-            # q - 2^(b-1) as int8: torch converts int8 to bf16 in vectors, uint8 it does not.
-            centred = (codes ^ 0x80).view(torch.int8) if layout.bits == 8 else codes.view(torch.int8).sub_(half)
-        w = centred.to(dtype).view(centred.shape[0], layout.groups, -1)
-        if zero_point is not None:
-            w.sub_(zero_point[rows].to(dtype).sub_(half).unsqueeze(-1))
-        yield rows, w.mul_(scale[rows].to(dtype).unsqueeze(-1)).view(centred.shape)
+            w.copy_((codes ^ 0x80).view(torch.int8).view(shape))
+            if zero_point is not None:
+                w.sub_(zero_point[rows].to(dtype).sub_(half).unsqueeze(-1))
+        else:
+            # As int8, which torch subtracts and converts some ten times as fast as it subtracts bf16.
+            codes = bitpack.unpack_rows(weight[rows], layout.bits, layout.k).view(torch.int8).view(shape)
+            w.copy_(codes.sub_(half if zero_point is None else zero_point[rows].view(torch.int8).unsqueeze(-1)))
+        w.mul_(scale[rows].to(dtype).unsqueeze(-1))
+        yield rows, w.view(-1, layout.k)

@@ -18,12 +18,15 @@ neighbours ("pairs": elsewhere, and always in a short last block). `row_order` f
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .cpu_scratch import scratch
 
 BITS = (2, 3, 4)
 ROW_MULTIPLE = 16
@@ -32,8 +35,7 @@ OP_GROUP_SIZES = (256, 128, 64, 32)
 # time over the dequantizing path's, on AVX512 and for N = 2048 to 8192, K = 2048: 0.05-0.08 for one token, 0.33-0.45
 # for 16, 0.56-0.77 for 32, 0.91-1.11 for 64 on one core, 1.2 for 64 on two.
 MAX_OP_TOKENS = 48
-# 2 M weights (4 MB of bf16) at a time: smaller chunks pay torch's per-op cost, larger ones fall out of the L3 cache and
-# would amount to a dense copy of the layer.
+# 2 M weights (4 MB of bf16) at a time: smaller chunks pay torch's per-op cost, larger ones fall out of the cache.
 _CHUNK_WEIGHTS = 1 << 21
 
 
@@ -96,11 +98,11 @@ def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, gro
     half = 2 ** (bits - 1)
     # Not torch's own packer: it takes int32 codes, which is most of the peak of loading a model, and longer.
     weight = torch.empty(n, k // 2, dtype=torch.uint8)
-    for start, rows, block, halves in _chunks(n, k):
-        for first in range(start, start + rows, block):
-            nibbles = planes((codes[first : first + block] + (8 - half)).t(), block, halves)
+    for chunk in _chunks(n, k):
+        for first in range(chunk.rows.start, chunk.rows.stop, chunk.block):
+            nibbles = planes((codes[first : first + chunk.block] + (8 - half)).t(), chunk.block, chunk.halves)
             # Turned a block at a time: torch's copy is fast for a transposed matrix only.
-            weight[first : first + block].view(k, block // 2).copy_(nibbles[:, 0, 0] | (nibbles[:, 1, 0] << 4))
+            weight[first : first + chunk.block].view(k, -1).copy_(nibbles[:, 0, 0] | (nibbles[:, 1, 0] << 4))
     zero = torch.zeros_like(scale) if zero_point is None else (half - zero_point.to(scale.dtype)) * scale
     group = op_group_size(k, group_size)
     assert group is not None
@@ -112,12 +114,8 @@ def unpack(weight: Tensor, fused: Tensor, bits: int, group_size: int | None) -> 
     """The inverse of `pack`: codes `[N, K]`, scale `[N, G]`, zero_point `[N, G]` (all 2^(b-1) if symmetric)."""
     n, k = weight.shape[0], weight.shape[1] * 2
     codes = torch.empty(n, k, dtype=torch.uint8)
-    for start, rows, block, halves in _chunks(n, k):
-        nibbles = torch.empty(k, 2, rows // 2, dtype=torch.uint8)
-        _nibbles_into(nibbles, weight, start, rows, block)
-        natural = torch.empty(k, rows, dtype=torch.uint8)
-        planes(natural, block, halves).copy_(nibbles.view(k, 2, -1, block // 2))
-        codes[start : start + rows] = natural.t()
+    for chunk in _chunks(n, k):
+        codes[chunk.rows] = _stored_codes(weight, chunk).t()
     half = 2 ** (bits - 1)
     if group_size is None:
         fused = fused[:1]
@@ -126,25 +124,23 @@ def unpack(weight: Tensor, fused: Tensor, bits: int, group_size: int | None) -> 
     return codes - (8 - half), scale, zero_point
 
 
-def matmul(x: Tensor, weight: Tensor, fused: Tensor, group_size: int | None, symmetric: bool) -> Tensor:
+def matmul(x: Tensor, weight: Tensor, fused: Tensor, symmetric: bool) -> Tensor:
     """x `[M, K]` bf16 -> `[M, N]` bf16, through the op for few tokens and chunk-wise dequantization for many."""
+    n, k = weight.shape[0], weight.shape[1] * 2
     if x.shape[0] <= MAX_OP_TOKENS:
-        group = weight.shape[1] * 2 // fused.shape[0]
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group, fused)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    for start, rows, block, halves, w in _dequantized_chunks(weight, fused, symmetric, torch.bfloat16):
-        part = torch.mm(x, w.view(-1, rows))
-        planes(y[:, start : start + rows], block, halves).copy_(part.view(-1, 2, rows // block, block // 2))
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, k // fused.shape[0], fused)
+    y = x.new_empty(x.shape[0], n)
+    for rows, w in _dequantized_chunks(weight, fused, symmetric, torch.bfloat16):
+        torch.mm(x, w, out=y[:, rows])
     return y
 
 
 def dequantize(weight: Tensor, fused: Tensor, symmetric: bool, dtype: torch.dtype) -> Tensor:
     """The weight `[N, K]` in `dtype`, rounded once."""
-    n, k = weight.shape[0], weight.shape[1] * 2
-    out = torch.empty(n, k, dtype=dtype)
+    out = torch.empty(weight.shape[0], weight.shape[1] * 2, dtype=dtype)
     compute = dtype if dtype == fused.dtype else torch.float32
-    for start, rows, block, halves, w in _dequantized_chunks(weight, fused, symmetric, compute):
-        planes(out[start : start + rows].t(), block, halves).copy_(w.view(k, 2, rows // block, block // 2))
+    for rows, w in _dequantized_chunks(weight, fused, symmetric, compute):
+        out[rows] = w.t()
     return out
 
 
@@ -154,46 +150,80 @@ def _convert(nibbles: Tensor) -> Tensor:
 
 def _zero_steps(fused: Tensor) -> Tensor:
     """2^(b-1) - z as an integral fp32 tensor; the stored zero is off by 2^-8 relative, so rounding restores it."""
-    return (fused[..., 1].float() / fused[..., 0].float()).round_()
+    scale, zero = _scale_and_zero(fused)
+    return zero.div_(scale).round_()
 
 
-def _chunks(n: int, k: int) -> Iterator[tuple[int, int, int, bool]]:
-    """(first row, rows, rows per block, halves) of runs of equally ordered blocks that are small enough at a time."""
+def _scale_and_zero(fused: Tensor) -> tuple[Tensor, Tensor]:
+    """Each as fp32 `[G', N]`, contiguous, in new memory: a bf16 is the upper half of an fp32."""
+    if sys.byteorder == "big":
+        return fused[..., 0].float(), fused[..., 1].float()
+    words = fused.view(torch.int32).squeeze(-1)
+    return (words << 16).view(torch.float32), (words & ~0xFFFF).view(torch.float32)
+
+
+class _Chunk(NamedTuple):
+    """A run of rows that are stored in blocks of the same size and order."""
+
+    rows: slice
+    block: int
+    halves: bool
+
+    @property
+    def size(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+def _chunks(n: int, k: int) -> Iterator[_Chunk]:
+    """The rows of a weight `[n, k]`, a few at a time."""
     order = row_order()
     if order is None:
         raise RuntimeError("this build of torch packs int4 weights in an order that is not known; use kind='cpu_bits'")
     full = n // order.block * order.block
     step = max(1, _CHUNK_WEIGHTS // (k * order.block)) * order.block
     for start in range(0, full, step):
-        yield start, min(step, full - start), order.block, order.halves
+        yield _Chunk(slice(start, min(start + step, full)), order.block, order.halves)
     if full < n:
-        yield full, n - full, n - full, False
+        yield _Chunk(slice(full, n), n - full, False)
 
 
-def _nibbles_into(out: Tensor, weight: Tensor, start: int, rows: int, block: int) -> None:
-    """Stored nibbles of some rows -> `[K, 2, rows / 2]` uint8, in stored order (long runs for what follows)."""
-    k = weight.shape[1] * 2
-    stored = weight[start : start + rows].reshape(rows // block, k, block // 2).transpose(0, 1).reshape(k, rows // 2)
-    torch.bitwise_and(stored, 15, out=out[:, 0])
-    torch.bitwise_right_shift(stored, 4, out=out[:, 1])
+def _stored_codes(weight: Tensor, chunk: _Chunk) -> Tensor:
+    """The codes c of some rows as `[K, rows]` uint8, rows in their natural order; valid until the next call."""
+    k, blocks = weight.shape[1] * 2, chunk.size // chunk.block
+    natural = scratch("codes", torch.uint8, k, blocks, 2, chunk.block // 2)
+    # Words of eight bytes: copying and joining runs of 32 bytes costs torch a step per element.
+    word = torch.int64 if chunk.block % 16 == 0 else torch.uint8
+    mask = 0x0F0F0F0F0F0F0F0F if word == torch.int64 else 15
+    packed = weight[chunk.rows].view(blocks, k, chunk.block // 2).view(word).transpose(0, 1)
+    low, high = (scratch(name, torch.uint8, k, blocks, chunk.block // 2).view(word) for name in ("low", "high"))
+    low.copy_(packed)
+    torch.bitwise_right_shift(low, 4, out=high)
+    low.bitwise_and_(mask)
+    high.bitwise_and_(mask)
+    if chunk.halves:
+        torch.stack((low, high), 2, out=natural.view(word))
+    else:
+        pairs = natural.view(k, blocks, chunk.block // 2, 2)
+        torch.stack((low.view(torch.uint8), high.view(torch.uint8)), 3, out=pairs)
+    return natural.view(k, chunk.size)
 
 
 def _dequantized_chunks(
     weight: Tensor, fused: Tensor, symmetric: bool, dtype: torch.dtype
-) -> Iterator[tuple[int, int, int, bool, Tensor]]:
-    """`_chunks` with their weights `[G', group, 2, rows / 2]`, that is `[K, rows]`, in stored order."""
-    n, k = weight.shape[0], weight.shape[1] * 2
-    groups = fused.shape[0]
-    scale = fused[..., 0]
-    steps = None if symmetric else _zero_steps(fused)
-    for start, rows, block, halves in _chunks(n, k):
-        nibbles = torch.empty(k, 2, rows // 2, dtype=torch.uint8)
-        _nibbles_into(nibbles, weight, start, rows, block)
-
-        shape = (groups, 1, 2, rows // 2)
-        # int8 because torch converts it to bf16 in vectors, uint8 it does not.
-        w = nibbles.view(torch.int8).sub_(8).to(dtype).view(groups, k // groups, 2, rows // 2)
-        if steps is not None:
-            w.add_(planes(steps[:, start : start + rows], block, halves).reshape(shape).to(dtype))
-        w.mul_(planes(scale[:, start : start + rows], block, halves).reshape(shape).to(dtype))
-        yield start, rows, block, halves, w
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their weights `[K, rows]` in `dtype`): each is valid until the next one is asked for."""
+    groups, n, k = fused.shape[0], weight.shape[0], weight.shape[1] * 2
+    scale, zero = _scale_and_zero(fused)
+    # c less this is q - z: integers of 8 bits, which torch subtracts some ten times as fast as bf16.
+    offset = None if symmetric else zero.div_(scale).round_().sub_(8).neg_().to(torch.int8)
+    scale = scale.to(dtype)
+    for chunk in _chunks(n, k):
+        codes = _stored_codes(weight, chunk).view(torch.int8).view(groups, k // groups, chunk.size)
+        if offset is None:
+            codes.sub_(8)
+        else:
+            codes.sub_(offset[:, None, chunk.rows])
+        w = scratch("weights", dtype, groups, k // groups, chunk.size)
+        # Not in one call: torch would convert the codes into new memory, page by page.
+        w.copy_(codes).mul_(scale[:, None, chunk.rows])
+        yield chunk.rows, w.view(k, chunk.size)

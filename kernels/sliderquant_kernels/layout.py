@@ -9,6 +9,7 @@ zero points, or another tool's format, and pack when loading.
 | `triton`   | cuda   | fragments of matrix instructions, see `fragments`                   | b               |
 | `cpu_int4` | cpu    | torch's int4 container, bf16 only, see `cpu_int4`                   | 4, b = 2, 3, 4  |
 | `cpu_int8` | cpu    | int8 rows for `_weight_int8pack_mm`, bf16, symmetric, per channel   | 8, b = 8        |
+| `cpu_dense`| cpu    | the dequantized weight, fp32 or fp16                                | 32 or 16        |
 | `cpu_bits` | cpu    | rows of planar bits, dequantized on every call                      | b               |
 """
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A kind's version changes whenever its bytes would be read differently.
-VERSIONS = {"triton": 2, "cpu_int4": 1, "cpu_int8": 1, "cpu_bits": 1}
+VERSIONS = {"triton": 2, "cpu_int4": 1, "cpu_int8": 1, "cpu_dense": 1, "cpu_bits": 1}
 INT8_MULTIPLE = 16
 
 
@@ -163,7 +164,10 @@ class WeightLayout(PackedLayout):
             shape = fragments.scale_shape(self.n, self.k, self.bits, self.group_size, self.symmetric)
             fused = fragments.pack_scales(scale, zero_point, self.bits, shape)
             return PackedWeight(fragments.pack_codes(codes, self.bits), fused, None)
-        weight = bitpack.pack_rows(codes, self.bits)
+        if self.kind == "cpu_dense":
+            weight = _dense(codes, scale, zero_point, self.bits)
+        else:
+            weight = bitpack.pack_rows(codes, self.bits)
         return PackedWeight(weight, scale.contiguous(), None if zero_point is None else zero_point.contiguous())
 
     def unpack(self, packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -178,7 +182,10 @@ class WeightLayout(PackedLayout):
         if self.kind == "triton":
             codes = fragments.unpack_codes(weight, self.bits, self.n, self.k)
             return codes, *fragments.unpack_scales(scale, self.bits, self.n, self.groups, self.symmetric)
-        codes = bitpack.unpack_rows(weight, self.bits, self.k)
+        if self.kind == "cpu_dense":
+            codes = _codes_of_dense(weight, scale, zero_point, self.bits)
+        else:
+            codes = bitpack.unpack_rows(weight, self.bits, self.k)
         return codes.contiguous(), scale, zero_point
 
     def specs(self) -> tuple[TensorSpec, TensorSpec, TensorSpec | None]:
@@ -204,6 +211,11 @@ class WeightLayout(PackedLayout):
                 f"scale: kind {self.kind!r} expects bfloat16, got {scale.dtype}; "
                 "pass the dtype of the activations to choose_layout, which then takes 'cpu_bits'"
             )
+        if self.kind == "cpu_dense" and scale.dtype == torch.bfloat16:
+            raise TypeError(
+                "scale: kind 'cpu_dense' expects float32 or float16, got bfloat16, which does not tell the codes of 8 "
+                "bits apart; pass the dtype of the activations to choose_layout"
+            )
         # The container stores up to 8 scales as the zero; a scale beyond this could not be restored.
         limit = torch.finfo(scale.dtype).max / (8 if self.kind == "cpu_int4" else 1)
         if not bool(((scale > 0) & (scale <= limit)).all()):
@@ -228,8 +240,9 @@ def choose_layout(
 
     A pure function of its arguments and, on a CPU, of its instruction set. On CUDA it is the Triton layout. On a CPU
     with bf16 activations, 2, 3 and 4 bits go into torch's int4 container wherever n is a multiple of 16 and k of 32
-    (2 and 3 bits then take the memory of 4) and symmetric per-channel 8 bits into its int8 matmul. The
-    rest, and all of it with fp16 or fp32 activations, keeps its own width and is dequantized on every call.
+    (2 and 3 bits then take the memory of 4) and symmetric per-channel 8 bits into its int8 matmul; the
+    rest keeps its own width and is dequantized on every call. With fp16 or fp32 activations no packed weight is
+    multiplied faster than a dense one there: it is dequantized once, and takes the memory of the original.
 
     Raises ValueError for an unsupported width, grouping, shape or device, TypeError for an unsupported dtype.
     """
@@ -249,9 +262,30 @@ def choose_layout(
         and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     ):
         kind = "cpu_int8"
+    elif dtype != torch.bfloat16:
+        kind = "cpu_dense"
     else:
         kind = "cpu_bits"
     return WeightLayout(kind, bits, n, k, group_size, symmetric)
+
+
+def _dense(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """(q - z) * scale, `[N, K]` in the dtype of the scales, rounded once."""
+    n, groups = scale.shape
+    dense = codes.view(n, groups, -1).to(scale.dtype)
+    dense.sub_(2 ** (bits - 1) if zero_point is None else zero_point.to(scale.dtype).unsqueeze(-1))
+    dense.mul_(scale.unsqueeze(-1))
+    if not bool(dense.isfinite().all()):
+        raise ValueError(f"scale: codes times scales overflow {scale.dtype}, up to {float(scale.max()):.3g}; use float32")
+    return dense.view(codes.shape)
+
+
+def _codes_of_dense(weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
+    """The inverse of `_dense`: what it rounded by is less than a tenth of a step."""
+    n, groups = scale.shape
+    steps = weight.view(n, groups, -1).float().div_(scale.float().unsqueeze(-1)).round_()
+    steps.add_(2 ** (bits - 1) if zero_point is None else zero_point.float().unsqueeze(-1))
+    return steps.to(torch.uint8).view(weight.shape)
 
 
 def _int8_fits(bits: int, n: int, k: int, group_size: int | None, symmetric: bool) -> bool:
@@ -320,4 +354,6 @@ def _specs(
     if kind == "cpu_int8":
         return TensorSpec((n, k), torch.int8), TensorSpec((n, 1), torch.bfloat16), None
     zero_point = None if symmetric else TensorSpec((n, groups), torch.uint8)
+    if kind == "cpu_dense":
+        return TensorSpec((n, k), None), TensorSpec((n, groups), None), zero_point
     return TensorSpec((n, bitpack.row_bytes(k, bits)), torch.uint8), TensorSpec((n, groups), None), zero_point

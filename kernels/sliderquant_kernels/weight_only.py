@@ -71,6 +71,22 @@ def weight_only_linear(
         return op(x, weight, scale, zero_point, bias, residual, *fields, *how)
 
 
+def direct_linear(packed: PackedWeight, layout: WeightLayout, bias: Tensor | None = None) -> cpu.DirectLinear | None:
+    """`weight_only_linear(x, packed, layout, bias)` as an object that checks its arguments once; None on CUDA.
+
+    The object computes only what its method `fits` accepts; everything else goes to `weight_only_linear`.
+
+    Raises ValueError or TypeError when the tensors do not fit the layout.
+    """
+    _check_types(packed, layout)
+    if layout.device_type != "cpu" or packed.weight.device.type != "cpu":
+        return None
+    weight, scale, zero_point = packed
+    checked = _checked_layout(weight, scale, zero_point, *_fields(layout))
+    _check_operands(scale.new_empty(0, layout.k), weight, scale, bias, None, checked, "")
+    return cpu.DirectLinear(weight, scale, zero_point, bias, checked)
+
+
 def dequantize(packed: PackedWeight, layout: WeightLayout, dtype: torch.dtype) -> Tensor:
     """The weight `[N, K]` as `dtype` (fp16, bf16, fp32): (codes - zero_point) * scale, rounded once.
 

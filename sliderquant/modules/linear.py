@@ -23,11 +23,13 @@ from sliderquant_kernels import (
     choose_layout,
     choose_low_bit_layout,
     dequantize,
+    direct_linear,
     low_bit_linear,
     quantize_activations,
     weight_only_linear,
 )
 from sliderquant_kernels.activations import MAX_K
+from sliderquant_kernels.cpu import DirectLinear
 
 __all__ = ["PackedLinear", "QuantizedLinear", "layout_for"]
 
@@ -150,6 +152,7 @@ class PackedLinear(QuantizedLinear):
     """
 
     layout: WeightLayout | LowBitLayout
+    _held: tuple[Tensor, Tensor | None, DirectLinear | None] | None = None
     packed_weight: Tensor
     packed_scale: Tensor
     packed_zero_point: Tensor | None
@@ -180,7 +183,7 @@ class PackedLinear(QuantizedLinear):
         self.out_features, self.in_features = quantized.codes.shape
         self.scheme, self.input_clip = scheme, input_clip
         self._store(quantized, quantized.scale.dtype if dtype is None else dtype)
-        self.bias = None
+        self.register_parameter("bias", None)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().to(self.device, self.dtype), requires_grad=False)
 
@@ -221,6 +224,9 @@ class PackedLinear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` in `dtype` -> `[..., out]`."""
         if not isinstance(self.layout, LowBitLayout):
+            direct = None if torch.compiler.is_compiling() else self._direct()
+            if direct is not None and direct.fits(x):
+                return direct(x)
             return weight_only_linear(x, self.packed, self.layout, self.bias)
         if x.dtype != self.dtype:
             raise TypeError(f"x: expected dtype {self.dtype} like the layer, got {x.dtype}; convert x or the layer")
@@ -231,6 +237,18 @@ class PackedLinear(QuantizedLinear):
         """`forward` for inputs that are rounded already; of a scheme that quantizes activations."""
         assert isinstance(self.layout, LowBitLayout)
         return low_bit_linear(activations, self.packed, self.layout, self.dtype, self.bias)
+
+    def _direct(self) -> DirectLinear | None:
+        """The product with the tensors that the module holds now; None: it has no short cut on this device."""
+        weight, bias = self._buffers["packed_weight"], self._parameters["bias"]
+        held = self._held
+        if held is None or held[0] is not weight or held[1] is not bias:
+            assert weight is not None and isinstance(self.layout, WeightLayout)
+            held = self._held = (weight, bias, direct_linear(self.packed, self.layout, bias))
+        return held[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
 
     def _replace(self, quantized: QuantizedWeight) -> None:
         self._store(quantized, self.dtype)
