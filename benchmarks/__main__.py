@@ -8,7 +8,7 @@ import sys
 COMMANDS = {
     "accuracy": ("benchmarks.accuracy", "perplexity of the methods on small trained models"),
     "ablate": ("benchmarks.ablate", "what each ingredient of sliderquant brings"),
-    "decode": ("benchmarks.decode", "one-token forward of a model, packed against bf16"),
+    "random-model": ("benchmarks.random_model", "write a model of random weights in the shapes of a known one"),
     "mixed": ("benchmarks.mixed", "bits chosen for every linear, against the first and last layers at more bits"),
     "kernels": ("benchmarks.kernels.command", "kernels against their floors and the best public kernels"),
     "load": ("benchmarks.load", "seconds per GB of loading a checkpoint, against plain reading"),

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from sliderquant._version import __version__
 
 if TYPE_CHECKING:
+    from sliderquant.evaluation.bench import bench
     from sliderquant.evaluation.models import evaluate
     from sliderquant.loading import load
     from sliderquant.pipeline import plan, quantize
 
-__all__ = ["__version__", "evaluate", "load", "plan", "quantize"]
+__all__ = ["__version__", "bench", "evaluate", "load", "plan", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +23,10 @@ def __getattr__(name: str) -> Any:
         from sliderquant.loading import load
 
         return load
+    if name == "bench":
+        from sliderquant.evaluation.bench import bench
+
+        return bench
     if name == "evaluate":
         from sliderquant.evaluation.models import evaluate
 

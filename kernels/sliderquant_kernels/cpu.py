@@ -6,7 +6,7 @@ and fp32, which torch's ops for packed weights compute in scalar loops, the layo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,19 @@ def weight_only_linear(
     return y if residual is None else y.add_(residual)
 
 
+def _weights_for(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: WeightLayout
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their weights `[K, rows]` in x's dtype), each valid until the next are asked for."""
+    if layout.kind == "cpu_dense":
+        yield slice(0, layout.n), weight.t()
+    elif layout.kind == "cpu_int4":
+        yield from cpu_int4.dequantized_chunks(weight, scale, layout.symmetric, x.dtype)
+    else:
+        for rows, w in _dequantized_chunks(weight, scale, zero_point, layout, x.dtype):
+            yield rows, w.t()
+
+
 def _matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: WeightLayout) -> Tensor:
     if layout.kind == "cpu_int4" and x.shape[0]:
         return cpu_int4.matmul(x, weight, scale, layout.symmetric)
@@ -85,6 +98,24 @@ class DirectLinear:
             and x.device.type == "cpu"
             and not (x.requires_grad and torch.is_grad_enabled())
         )
+
+    def parts(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """The first `sizes[0]` outputs, the next, and so on, each `[..., size]` and contiguous.
+
+        For many tokens: what reads a slice of one product, which is strided, takes up to twice as long.
+        """
+        rows = x.reshape(-1, self.layout.k).contiguous()
+        found = [rows.new_empty(rows.shape[0], size) for size in sizes]
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        for done, w in _weights_for(rows, self.weight, self.scale, self.zero_point, self.layout):
+            for part, start, size in zip(found, starts, sizes, strict=True):
+                low, high = max(done.start, start), min(done.stop, start + size)
+                if low < high:
+                    columns = w[:, low - done.start : high - done.start]
+                    torch.mm(rows, columns, out=part[:, low - start : high - start])
+                    if self.bias is not None:
+                        part[:, low - start : high - start].add_(self.bias[low:high])
+        return [part.view(*x.shape[:-1], size) for part, size in zip(found, sizes, strict=True)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`, contiguous."""
@@ -136,7 +167,7 @@ def _dequantized_chunks(
         shape = (rows.stop - rows.start, layout.groups, layout.k // layout.groups)
         w = scratch("weights", dtype, *shape)
         if layout.kind == "cpu_dense":
-            w.copy_(weight[rows].view(shape).float().div_(scale[rows].float().unsqueeze(-1)).round_())
+            w.copy_(torch.div(weight[rows].view(shape), scale[rows].float().unsqueeze(-1)).round_())
         elif layout.kind == "cpu_int8":
             w.copy_(weight[rows].view(shape))
         elif layout.bits == 8:

@@ -26,17 +26,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import cpu_native
 from .cpu_scratch import scratch
 
 BITS = (2, 3, 4)
 ROW_MULTIPLE = 16
 OP_GROUP_SIZES = (256, 128, 64, 32)
-# Beyond this, dequantizing once and multiplying in bf16 is faster than the op, whose time grows with the tokens. Its
-# time over the dequantizing path's, on AVX512 and for N = 2048 to 8192, K = 2048: 0.05-0.08 for one token, 0.33-0.45
-# for 16, 0.56-0.77 for 32, 0.91-1.11 for 64 on one core, 1.2 for 64 on two.
-MAX_OP_TOKENS = 48
-# 2 M weights (4 MB of bf16) at a time: smaller chunks pay torch's per-op cost, larger ones fall out of the cache.
-_CHUNK_WEIGHTS = 1 << 21
+# 1 M weights (2 MB of bf16) at a time: smaller chunks pay torch's per-op cost, larger ones fall out of the cache.
+_CHUNK_WEIGHTS = 1 << 20
 
 
 class RowOrder(NamedTuple):
@@ -55,6 +52,21 @@ def op_group_size(k: int, group_size: int | None) -> int | None:
 def fits(bits: int, n: int, k: int, group_size: int | None) -> bool:
     """Whether the container can hold such a weight."""
     return bits in BITS and n % ROW_MULTIPLE == 0 and op_group_size(k, group_size) is not None
+
+
+@lru_cache(maxsize=1)
+def max_op_tokens() -> int:
+    """Tokens beyond which dequantizing once and multiplying in bf16 is faster than the op, whose time grows with them.
+
+    Time of the op over that of dequantizing, on AVX512 without AMX, for N x K of 3072 x 576 and 11264 x 2048, two
+    threads: with the compiled loop 0.99, 0.93 for 32 tokens and 1.1, 1.2 for 48; with torch's ops 0.6, 0.6 for 48 and
+    1.0, 1.0 for 64. AMX multiplies bf16 some five times as fast; what that does to these figures has been reckoned,
+    not measured.
+    """
+    if not cpu_native.is_available():
+        return 48
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return 16 if has_amx is not None and has_amx() else 32
 
 
 @lru_cache(maxsize=1)
@@ -127,10 +139,10 @@ def unpack(weight: Tensor, fused: Tensor, bits: int, group_size: int | None) -> 
 def matmul(x: Tensor, weight: Tensor, fused: Tensor, symmetric: bool) -> Tensor:
     """x `[M, K]` bf16 -> `[M, N]` bf16, through the op for few tokens and chunk-wise dequantization for many."""
     n, k = weight.shape[0], weight.shape[1] * 2
-    if x.shape[0] <= MAX_OP_TOKENS:
+    if x.shape[0] <= max_op_tokens():
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, k // fused.shape[0], fused)
     y = x.new_empty(x.shape[0], n)
-    for rows, w in _dequantized_chunks(weight, fused, symmetric, torch.bfloat16):
+    for rows, w in dequantized_chunks(weight, fused, symmetric, torch.bfloat16):
         torch.mm(x, w, out=y[:, rows])
     return y
 
@@ -139,7 +151,7 @@ def dequantize(weight: Tensor, fused: Tensor, symmetric: bool, dtype: torch.dtyp
     """The weight `[N, K]` in `dtype`, rounded once."""
     out = torch.empty(weight.shape[0], weight.shape[1] * 2, dtype=dtype)
     compute = dtype if dtype == fused.dtype else torch.float32
-    for rows, w in _dequantized_chunks(weight, fused, symmetric, compute):
+    for rows, w in dequantized_chunks(weight, fused, symmetric, compute):
         out[rows] = w.t()
     return out
 
@@ -208,11 +220,19 @@ def _stored_codes(weight: Tensor, chunk: _Chunk) -> Tensor:
     return natural.view(k, chunk.size)
 
 
-def _dequantized_chunks(
+def dequantized_chunks(
     weight: Tensor, fused: Tensor, symmetric: bool, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their weights `[K, rows]` in `dtype`): each is valid until the next one is asked for."""
     groups, n, k = fused.shape[0], weight.shape[0], weight.shape[1] * 2
+    if cpu_native.is_available() and dtype in (torch.bfloat16, torch.float32):
+        for chunk in _chunks(n, k):
+            w = scratch("weights", dtype, k, chunk.size)
+            cpu_native.dequantize_int4(
+                weight[chunk.rows], fused[:, chunk.rows], chunk.block, chunk.halves, symmetric, w
+            )
+            yield chunk.rows, w
+        return
     scale, zero = _scale_and_zero(fused)
     # c less this is q - z: integers of 8 bits, which torch subtracts some ten times as fast as bf16.
     offset = None if symmetric else zero.div_(scale).round_().sub_(8).neg_().to(torch.int8)

@@ -276,14 +276,16 @@ def _dense(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -
     dense.sub_(2 ** (bits - 1) if zero_point is None else zero_point.to(scale.dtype).unsqueeze(-1))
     dense.mul_(scale.unsqueeze(-1))
     if not bool(dense.isfinite().all()):
-        raise ValueError(f"scale: codes times scales overflow {scale.dtype}, up to {float(scale.max()):.3g}; use float32")
+        raise ValueError(
+            f"scale: codes times scales overflow {scale.dtype}, up to {float(scale.max()):.3g}; use float32"
+        )
     return dense.view(codes.shape)
 
 
 def _codes_of_dense(weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """The inverse of `_dense`: what it rounded by is less than a tenth of a step."""
     n, groups = scale.shape
-    steps = weight.view(n, groups, -1).float().div_(scale.float().unsqueeze(-1)).round_()
+    steps = torch.div(weight.view(n, groups, -1), scale.float().unsqueeze(-1)).round_()
     steps.add_(2 ** (bits - 1) if zero_point is None else zero_point.float().unsqueeze(-1))
     return steps.to(torch.uint8).view(weight.shape)
 

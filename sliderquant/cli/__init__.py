@@ -5,7 +5,7 @@ import sys
 import typer
 
 from sliderquant._version import __version__
-from sliderquant.cli import demo, evaluate, generate, inspect, quantize, sensitivity
+from sliderquant.cli import bench, demo, evaluate, generate, inspect, quantize, sensitivity
 
 __all__ = ["app", "main"]
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("quantize", epilog=quantize.METHOD_LIST)(quantize.command)
 app.command("eval")(evaluate.command)
 app.command("generate")(generate.command)
+app.command("bench")(bench.command)
 app.command("inspect")(inspect.command)
 app.command("sensitivity")(sensitivity.command)
 app.command("demo")(demo.command)

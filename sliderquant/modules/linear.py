@@ -152,7 +152,7 @@ class PackedLinear(QuantizedLinear):
     """
 
     layout: WeightLayout | LowBitLayout
-    _held: tuple[Tensor, Tensor | None, DirectLinear | None] | None = None
+    _held: tuple[Tensor, Tensor | None, DirectLinear | None] | None
     packed_weight: Tensor
     packed_scale: Tensor
     packed_zero_point: Tensor | None
@@ -182,6 +182,7 @@ class PackedLinear(QuantizedLinear):
             raise InputError(f"input_clip {input_clip}: {scheme} does not round the input; expected None")
         self.out_features, self.in_features = quantized.codes.shape
         self.scheme, self.input_clip = scheme, input_clip
+        self._held = None
         self._store(quantized, quantized.scale.dtype if dtype is None else dtype)
         self.register_parameter("bias", None)
         if bias is not None:
@@ -243,7 +244,8 @@ class PackedLinear(QuantizedLinear):
         weight, bias = self._buffers["packed_weight"], self._parameters["bias"]
         held = self._held
         if held is None or held[0] is not weight or held[1] is not bias:
-            assert weight is not None and isinstance(self.layout, WeightLayout)
+            assert isinstance(weight, Tensor)
+            assert isinstance(self.layout, WeightLayout)
             held = self._held = (weight, bias, direct_linear(self.packed, self.layout, bias))
         return held[2]
 

@@ -31,8 +31,14 @@ from sliderquant.models import FAMILIES
 from sliderquant.modules.linear import PackedLinear, QuantizedLinear, layout_for
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.schemes import Scheme
+from sliderquant_kernels import LowBitLayout
 
 __all__ = ["LinearSlice", "MergedLinear", "can_merge", "concatenate", "merge_linears", "shared_inputs", "split_linears"]
+
+
+# With more tokens on a CPU each part is written to memory of its own: what reads strided parts, SiLU, products and
+# rotary embeddings, takes up to twice as long.
+MAX_STRIDED_TOKENS = 48
 
 
 class _Call:
@@ -121,19 +127,27 @@ class MergedLinear(PackedLinear):
         self._hooks = []
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """The outputs of linear `index` for x `[..., in]`: a view `[..., out_i]` of the product of all."""
+        """The outputs `[..., out_i]` of linear `index` for x `[..., in]`; for few tokens, strided."""
         call = self._traced_call if torch.compiler.is_compiling() else self._call
         if not call.open:
             return self(x).split(self.sizes, -1)[index]
         version = _version(x)
         if call.x is not x or call.version != version or call.parts[index] is None:
-            call.x, call.version, call.parts = x, version, list(self(x).split(self.sizes, -1))
+            call.x, call.version, call.parts = x, version, [*self._products(x)]
         part = call.parts[index]
         assert part is not None
         call.parts[index] = None
         if all(left is None for left in call.parts):
             call.drop()
         return part
+
+    def _products(self, x: Tensor) -> list[Tensor]:
+        """The outputs of every linear, `[..., out_i]`."""
+        if not torch.compiler.is_compiling() and x.numel() > MAX_STRIDED_TOKENS * self.in_features:
+            direct = None if isinstance(self.layout, LowBitLayout) else self._direct()
+            if direct is not None and direct.fits(x):
+                return direct.parts(x, self.sizes)
+        return list(self(x).split(self.sizes, -1))
 
     def _begin(self, parent: nn.Module, arguments: Any) -> None:
         self._set_open(True)

@@ -1,15 +1,14 @@
 """The study of sensitivity as files: JSON, a picture, and a page with both."""
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sliderquant.errors import InputError
 from sliderquant.evaluation.sensitivity import Part, Sensitivity
+from sliderquant.reports.files import check_free, write_files
 from sliderquant.reports.page import COLORS, render, spaced_ticks, svg
 
 __all__ = ["check_output", "sensitivity_figure", "sensitivity_page", "thirds", "write_sensitivity"]
@@ -31,33 +30,20 @@ _HEADINGS = (
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Raises InputError when the files of a study cannot be written into `folder`, or would replace others."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output {folder}: is a file, expected a folder")
-    present = [name for name in _NAMES if (folder / name).exists()]
-    if present and not overwrite:
-        raise InputError(f"output {folder}: holds {', '.join(present)}; choose another folder, or use --overwrite")
-    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"output {folder}: {parent} is not a folder that can be written to; choose another")
+    check_free(folder, _NAMES, overwrite)
 
 
 def write_sensitivity(result: Sensitivity, folder: Path) -> list[Path]:
     """Write sensitivity.json, .png and .html into `folder`, each under another name first; returns their paths."""
     text = json.dumps(result.as_dict(), indent=2) + "\n"
-    writers: dict[str, Callable[[Path], object]] = {
-        "sensitivity.json": lambda path: path.write_text(text, encoding="utf-8"),
-        "sensitivity.png": lambda path: sensitivity_figure(result).savefig(path, dpi=130, format="png"),
-        "sensitivity.html": lambda path: path.write_text(sensitivity_page(result), encoding="utf-8"),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, write in writers.items():
-        partial = folder / f".{name}.partial"
-        try:
-            write(partial)
-            partial.replace(folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
-    return [folder / name for name in writers]
+    return write_files(
+        folder,
+        {
+            "sensitivity.json": lambda path: path.write_text(text, encoding="utf-8"),
+            "sensitivity.png": lambda path: sensitivity_figure(result).savefig(path, dpi=130, format="png"),
+            "sensitivity.html": lambda path: path.write_text(sensitivity_page(result), encoding="utf-8"),
+        },
+    )
 
 
 def thirds(layers: int) -> dict[str, range]:

@@ -246,19 +246,47 @@ def test_repr() -> None:
 
 
 @pytest.mark.parametrize(("out", "inputs"), [(8192, 2048), (2048, 8192)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_weight_stays_packed_in_memory(out: int, inputs: int, dtype: torch.dtype) -> None:
+def test_the_weight_stays_packed_in_memory(out: int, inputs: int) -> None:
     """The layers of a model of a billion weights, W4A16-g128: less than 0.32 of bf16, before and after a forward."""
     codes = torch.randint(0, 16, (out, inputs), dtype=torch.uint8)
     zero_point = torch.full((out, inputs // 128), 7, dtype=torch.uint8)
-    scale = torch.ones(out, inputs // 128, dtype=dtype)
+    scale = torch.ones(out, inputs // 128, dtype=torch.bfloat16)
     linear = PackedLinear(QuantizedWeight(codes, scale, zero_point), Scheme(4, 128))
     held: dict[str, Any] = dict(linear.__dict__)
     for tokens in (1, 5):
         assert tensor_bytes(linear) < 0.32 * 2 * out * inputs
-        linear(torch.randn(tokens, inputs).to(dtype))
+        linear(torch.randn(tokens, inputs).bfloat16())
     assert linear.__dict__.keys() == held.keys()
     assert tensor_bytes(linear) < 0.32 * 2 * out * inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_on_a_cpu_other_dtypes_than_bf16_take_the_memory_of_the_original(dtype: torch.dtype) -> None:
+    linear, quantized = make("W4A16-g32", 512, 256, dtype, bias=False)
+    dense = linear.out_features * linear.in_features * dtype.itemsize
+    groups = quantized.scale.numel()
+    assert tensor_bytes(linear) == dense + groups * (dtype.itemsize + 1)
+    x = torch.randn(3, 256).to(dtype)
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, dequantize(quantized, linear.scheme).to(dtype)))
+
+
+def test_another_weight_or_bias_is_multiplied_at_once() -> None:
+    """What was checked for one weight is not used for another."""
+    linear, _ = make(dtype=torch.bfloat16)
+    other, _ = make("W4A16-g32", dtype=torch.bfloat16)
+    x = torch.randn(2, 64).bfloat16()
+    before = linear(x)
+    with torch.no_grad():
+        linear.bias.add_(1)
+    assert torch.allclose(linear(x).float(), before.float() + 1, atol=0.1)
+    linear.bias = nn.Parameter(torch.zeros(48, dtype=torch.bfloat16), requires_grad=False)
+    expected = x.double() @ linear.dequantize(torch.float32).double().T
+    assert (linear(x).double() - expected).norm() < 1e-2 * expected.norm()
+    state = {key: value * 2 if "scale" in key else value for key, value in other.state_dict().items()}
+    linear.load_state_dict(state)
+    other.load_state_dict(state)
+    assert torch.equal(linear(x), other(x))
+    assert torch.equal(copy.deepcopy(linear)(x), other(x))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

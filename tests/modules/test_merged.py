@@ -24,6 +24,7 @@ from sliderquant.modules.merged import can_merge
 from sliderquant.quantizer import QuantizedWeight, round_to_nearest
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import quantize_activations
+from sliderquant_kernels.cpu import DirectLinear
 
 IN, SIZES = 64, (64, 32, 48)
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -116,8 +117,16 @@ def _no_grad() -> Iterator[None]:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_same_bits_in_one_launch(scheme: str, dtype: torch.dtype, bias: bool) -> None:
-    pair = Pair(scheme, dtype, bias)
+def test_the_same_bits_in_one_launch(
+    scheme: str, dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, parts = Pair(scheme, dtype, bias), DirectLinear.parts
+
+    def counted(direct: DirectLinear, *arguments: Any) -> list[torch.Tensor]:
+        pair.launches += 1
+        return parts(direct, *arguments)
+
+    monkeypatch.setattr(DirectLinear, "parts", counted)
     assert pair.merged.layout.kind == pair.single.q_proj.layout.kind
     for launches, leading in enumerate([(1,), (3, 5), (60,), ()], 1):
         x = torch.randn(*leading, IN).to(dtype)

@@ -12,7 +12,7 @@ from sliderquant_kernels import WeightLayout, choose_layout, cpu, cpu_int4, dequ
 # N, K, group size: multiples of every block, of 16 only (a short last block), and of nothing.
 _SHAPES = [(128, 256, 128), (80, 192, 64), (48, 96, 32), (144, 160, None), (33, 77, None), (1, 32, 32)]
 # On both sides of where the int4 and the int8 matmul give way to dequantization.
-_TOKENS = (0, 1, 3, 17, cpu.MAX_INT8_TOKENS + 1, cpu_int4.MAX_OP_TOKENS, cpu_int4.MAX_OP_TOKENS + 1)
+_TOKENS = (0, 1, 3, 17, cpu.MAX_INT8_TOKENS + 1, cpu_int4.max_op_tokens(), cpu_int4.max_op_tokens() + 1)
 
 
 def _zero_rounding(x, weight, layout):

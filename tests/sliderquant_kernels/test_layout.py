@@ -13,10 +13,13 @@ _PATTERN = {
 }
 
 
+_NO_LAYOUT = ("cpu_dense", torch.bfloat16)
+
+
 @st.composite
 def packable(draw):
     """A layout of any kind with codes, scales and zero points that it must store exactly."""
-    kind = draw(st.sampled_from(["triton", "cpu_bits", "cpu_int4", "cpu_int8"]))
+    kind = draw(st.sampled_from(["triton", "cpu_bits", "cpu_dense", "cpu_int4", "cpu_int8"]))
     bits = {"cpu_int4": st.sampled_from([2, 3, 4]), "cpu_int8": st.just(8)}.get(kind, st.sampled_from([2, 3, 4, 8]))
     bits = draw(bits)
     aligned = kind in ("cpu_int4", "cpu_int8")
@@ -30,11 +33,15 @@ def packable(draw):
     layout = WeightLayout(kind, bits, n, k, group_size, symmetric)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=generator)
-    dtype = torch.bfloat16 if aligned else draw(st.sampled_from(list(_PATTERN)))
-    # Bit patterns rather than values, so that subnormal and huge scales occur; cpu_int4 holds scales up to max / 8.
+    dtypes = [torch.bfloat16] if aligned else [dtype for dtype in _PATTERN if (kind, dtype) != _NO_LAYOUT]
+    dtype = draw(st.sampled_from(dtypes))
+    # Bit patterns rather than values, so that subnormal and huge scales occur; cpu_int4 holds scales up to max / 8, and
+    # cpu_dense those whose product with a code is finite.
     integer, last = _PATTERN[dtype]
     if kind == "cpu_int4":
         last -= 3 << 7
+    if kind == "cpu_dense":
+        last -= 8 << (23 if dtype == torch.float32 else 10)
     scale = torch.randint(1, last + 1, (n, layout.groups), generator=generator).to(integer).view(dtype)
     zero_point = None
     if not symmetric:
@@ -98,8 +105,8 @@ def test_planar_rows_are_what_is_documented(bits, k, make_weight):
         (2, 64, 96, None, False, "cpu", torch.bfloat16, {"cpu_int4", "cpu_bits"}),
         (4, 65, 128, 128, True, "cpu", torch.bfloat16, {"cpu_bits"}),
         (4, 64, 33, None, True, "cpu", torch.bfloat16, {"cpu_bits"}),
-        (4, 64, 128, 128, True, "cpu", torch.float32, {"cpu_bits"}),
-        (4, 64, 128, 128, True, "cpu", torch.float16, {"cpu_bits"}),
+        (4, 64, 128, 128, True, "cpu", torch.float32, {"cpu_dense"}),
+        (4, 64, 128, 128, True, "cpu", torch.float16, {"cpu_dense"}),
         (8, 64, 128, None, True, "cpu", torch.bfloat16, {"cpu_int8", "cpu_bits"}),
         (8, 64, 128, None, False, "cpu", torch.bfloat16, {"cpu_bits"}),
         (8, 64, 100, None, True, "cpu", torch.bfloat16, {"cpu_bits"}),

@@ -1,0 +1,97 @@
+/* Dequantize rows of torch's int4 container, see cpu_int4.py: one pass over the packed bytes, vectorised by the compiler.
+ *
+ * w[k, row] = (c - 8 + steps) * scale, with steps = round(zero / scale), or 0 where the weight is symmetric. The integer
+ * is exact in fp32, and its product with a bf16 scale has at most 13 significant bits: the result is rounded once.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 64
+
+typedef struct {
+    const uint8_t *packed;  /* [blocks, k, block / 2] */
+    const uint16_t *fused;  /* scale and zero of each row, bf16 [groups, ., 2], of the first row */
+    void *out;              /* [k, .] bf16 or fp32, at the first row */
+    int64_t k, groups, block, blocks, fused_stride, out_stride;
+    int32_t halves, symmetric, as_float, threads;
+} Job;
+
+typedef struct {
+    const Job *job;
+    int (*number)(void), (*count)(void);
+} Shared;
+
+static inline float from_bf16(uint16_t bits) {
+    uint32_t word = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+static inline uint16_t to_bf16(float value) {
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+/* Rows of a block in their natural order: low nibbles are the first half of it, or every second row. */
+static void dequantize_group(const Job *job, int64_t block, int64_t group) {
+    const int64_t size = job->block, half = size / 2, per_group = job->k / job->groups;
+    float scale[BLOCK], offset[BLOCK];
+    const uint16_t *fused = job->fused + 2 * (group * job->fused_stride + block * size);
+    for (int64_t row = 0; row < size; row++) {
+        scale[row] = from_bf16(fused[2 * row]);
+        offset[row] = 8.0f - (job->symmetric ? 0.0f : rintf(from_bf16(fused[2 * row + 1]) / scale[row]));
+    }
+    for (int64_t k = group * per_group; k < (group + 1) * per_group; k++) {
+        const uint8_t *packed = job->packed + (block * job->k + k) * half;
+        float value[BLOCK];
+        if (job->halves && size == BLOCK) {
+            for (int row = 0; row < BLOCK / 2; row++) {
+                value[row] = ((float)(packed[row] & 15) - offset[row]) * scale[row];
+                value[row + BLOCK / 2] = ((float)(packed[row] >> 4) - offset[row + BLOCK / 2]) * scale[row + BLOCK / 2];
+            }
+        } else {
+            for (int64_t pair = 0; pair < half; pair++) {
+                const int64_t low = job->halves ? pair : 2 * pair, high = job->halves ? pair + half : 2 * pair + 1;
+                value[low] = ((float)(packed[pair] & 15) - offset[low]) * scale[low];
+                value[high] = ((float)(packed[pair] >> 4) - offset[high]) * scale[high];
+            }
+        }
+        if (job->as_float) {
+            memcpy((float *)job->out + k * job->out_stride + block * size, value, (size_t)size * sizeof(float));
+        } else {
+            uint16_t *out = (uint16_t *)job->out + k * job->out_stride + block * size;
+            if (size == BLOCK)
+                for (int row = 0; row < BLOCK; row++) out[row] = to_bf16(value[row]);
+            else
+                for (int64_t row = 0; row < size; row++) out[row] = to_bf16(value[row]);
+        }
+    }
+}
+
+static void dequantize_part(const Job *job, int64_t part, int64_t parts) {
+    const int64_t units = job->blocks * job->groups;
+    for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; unit++)
+        dequantize_group(job, unit % job->blocks, unit / job->blocks);
+}
+
+static void dequantize_thread(void *argument) {
+    const Shared *shared = argument;
+    dequantize_part(shared->job, shared->number(), shared->count());
+}
+
+/* The functions are GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the OpenMP runtime that torch has
+ * loaded: one of our own would compete with it for the cores. NULL: one thread. */
+int sliderquant_dequantize_int4(const Job *job, void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
+                                int (*number)(void), int (*count)(void)) {
+    if (job->block > BLOCK || job->block % 2 || job->k % job->groups) return 1;
+    if (job->threads > 1 && parallel && number && count) {
+        Shared shared = {job, number, count};
+        parallel(dequantize_thread, &shared, (unsigned)job->threads, 0);
+    } else {
+        dequantize_part(job, 0, 1);
+    }
+    return 0;
+}
