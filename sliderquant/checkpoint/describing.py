@@ -13,7 +13,7 @@ from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
 
 __all__ = ["Description", "describe"]
 
-_PART_LABELS = dict(zip(PARTS, ("packed weights", "scales", "zero-points", "shapes"), strict=True))
+_PART_LABELS = dict(zip(PARTS, ("packed weights", "int8 weights", "scales", "zero-points", "shapes"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Description:
         rotations: what the weights were rotated by: `R1` to `R4`.
         layers: by kind of linear (`q_proj`, `down_proj`, ...), the number of quantized ones.
         bits_by_kind: by kind of linear (`mlp.down_proj`), the bits of a weight in every layer in order, a digit each.
-        bytes_by_part: bytes on disk of packed weights, scales, zero-points, shapes, and of what is not quantized:
-            embeddings, output head, norms, clipping of activations, other.
+        bytes_by_part: bytes on disk of packed weights, int8 weights, scales, zero-points, shapes, and of what is not
+            quantized: embeddings, output head, norms, clipping of activations, other.
         total_bytes: of all tensors.
         disk_bytes: of all files of the folder.
         quantized_weights, weights: numbers of weights that are quantized, and of all.
