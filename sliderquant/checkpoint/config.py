@@ -39,9 +39,10 @@ _FIELDS = {
     "input_activations": ("num_bits", "type", "symmetric", "strategy", "dynamic"),
 }
 _SUPPORTED = (
-    f"sliderquant reads {PACKED} and {INT8} with int weights of {', '.join(map(str, BITS))} bits, one scale per output channel "
-    f"or per group of {', '.join(map(str, GROUP_SIZES))}, and input activations that are not quantized, or to int of "
-    f"{' or '.join(str(bits) for bits in ACTIVATION_BITS if bits < 16)} bits, dynamic, per token"
+    f"sliderquant reads {PACKED} and {INT8} with int weights of {', '.join(map(str, BITS))} bits, one scale per "
+    f"output channel or per group of {', '.join(map(str, GROUP_SIZES))}, and input activations that are not "
+    f"quantized, or to int of {' or '.join(str(bits) for bits in ACTIVATION_BITS if bits < 16)} bits, dynamic, per "
+    "token"
 )
 
 
@@ -239,9 +240,7 @@ class SchemeLookup:
         matches = match_targets(name, self._linear, every_target)
         if not matches:
             return None
-        return next(
-            (scheme, stored) for targets, scheme, stored in self._groups.values() if matches[0] in targets
-        )
+        return next((scheme, stored) for targets, scheme, stored in self._groups.values() if matches[0] in targets)
 
 
 def _outer_format(formats: Iterable[str]) -> str:
