@@ -223,7 +223,9 @@ def _check_linears(
         )
     schemes: dict[str, Scheme] = {}
     shapes: dict[str, tuple[int, int]] = {}
-    for name in sorted(holding):
+    # Scales without codes are left of a linear that is incomplete.
+    scaled = {key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")}
+    for name in sorted(holding.keys() | {name for name in scaled if lookup.find(name) is not None}):
         scheme, stored_format = lookup.find(name), lookup.format_of(name)
         if scheme is None or stored_format is None:
             raise CheckpointError(
