@@ -48,7 +48,8 @@ def load(
     attn_implementation: str | None = None,
     merge: bool = True,
 ) -> PreTrainedModel:
-    """Load a quantized checkpoint: of sliderquant, or of another tool in compressed-tensors' `pack-quantized` format.
+    """Load a quantized checkpoint: of sliderquant, or of another tool in compressed-tensors' formats
+    `pack-quantized` and `int-quantized`.
 
     Args:
         path: the checkpoint folder.
@@ -99,7 +100,7 @@ def load(
     if (checkpoint.path / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     # For save_pretrained: the state_dict of the packed layers is what this configuration describes.
-    model.config.quantization_config = checkpoint.config["quantization_config"]
+    model.config.quantization_config = checkpoint.lookup.as_written
     if checkpoint.rotations is not None or checkpoint.kv_bits < 16 or checkpoint.clipped:
         model.config.sliderquant = checkpoint.config["sliderquant"]
     model.config._name_or_path = model.name_or_path = where
@@ -224,22 +225,22 @@ def _fill_linears(
     model: PreTrainedModel, checkpoint: Checkpoint, names: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Put one linear, or several as one packed weight, into the model."""
-    quantized = _read_quantized(checkpoint, names, device, dtype)
     scheme = checkpoint.schemes[names[0]]
     biases = [model.get_submodule(name).bias for name in names]
     clip = _input_clip(checkpoint, names[0])
     try:
+        quantized = _read_quantized(checkpoint, names, device, dtype)
         if len(names) == 1:
             model.set_submodule(names[0], PackedLinear(quantized, scheme, biases[0], dtype=dtype, input_clip=clip))
         else:
             sizes = [checkpoint.linear_shapes[name][0] for name in names]
             merged = MergedLinear(quantized, scheme, sizes, concatenate(biases), dtype=dtype, input_clip=clip)
             merged.attach(model, names)
-    except ValueError as error:  # of the kernels: a value that no quantizer writes
+    except ValueError as error:  # of unpacking, or of the kernels: a value that no quantizer writes
         if len(names) > 1:
             for name in names:  # the message shall name the one that holds it
                 _fill_linears(model, checkpoint, (name,), device, dtype)
-        where = f"{checkpoint.tensors[f'{names[0]}.weight_packed'].file}: layer {names[0]}"
+        where = f"{checkpoint.codes_of(names[0]).file}: layer {names[0]}"
         raise CheckpointError(f"{where} cannot be packed for {device} in {dtype}: {error}") from error
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from sliderquant.allocation import Allocation, bits_by_kind, check_average_bits
+from sliderquant.checkpoint.config import Entry
+from sliderquant.checkpoint.readers import Reader, readers
 from sliderquant.errors import InputError
 from sliderquant.memory import (
     choosing_files,
@@ -175,6 +177,11 @@ class Plan:
         """What is folded into the weights before they are quantized."""
         return self.source.rotations if isinstance(self.source, RotatedSource) else None
 
+    @property
+    def readers(self) -> list[Reader]:
+        """Who reads the checkpoint, and what they compute with it."""
+        return readers(self.schemes.values(), Entry(self.rotations, self.scheme.kv_bits, self.clips_activations))
+
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, for the report and for `--dry-run`."""
         return {
@@ -191,6 +198,7 @@ class Plan:
             "layers": self.source.num_layers,
             "windows": [{"layers": list(window.layers), "phase": window.phase} for window in self.windows],
             "quantized": dict(Counter(f"{name.split('.', 3)[-1]}: {scheme}" for name, scheme in self.schemes.items())),
+            "readers": [reader.as_dict() for reader in self.readers],
             "kept": list(self.kept),
             "samples": self.samples,
             "seqlen": self.seqlen,

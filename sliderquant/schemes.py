@@ -126,6 +126,14 @@ class Scheme:
         return f"{self.activation_bits} bits per token, {'symmetric' if self.activation_symmetric else 'asymmetric'}"
 
     @property
+    def stored_format(self) -> str:
+        """The format of compressed-tensors that a weight of this scheme is written in: `"int-quantized"`, one int8 for
+        a code, where vLLM has kernels for these products of integers, which read no packed words; else
+        `"pack-quantized"`."""
+        int8 = self.bits == self.activation_bits == 8 and self.group_size is None
+        return "int-quantized" if int8 and self.symmetric and self.activation_symmetric else "pack-quantized"
+
+    @property
     def levels(self) -> int:
         """Number of codes minus one, 2^bits - 1: the largest code."""
         return 2**self.bits - 1
@@ -153,8 +161,10 @@ class Scheme:
 
     def stored_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2) -> int:
         """Bytes that the weight `[out_features, in_features]` takes in a checkpoint: packed codes, scales, packed
-        zero-points and the stored shape."""
+        zero-points and the stored shape; in `int-quantized`, codes and scales."""
         groups = self.groups(in_features)
+        if self.stored_format == "int-quantized":
+            return out_features * in_features + out_features * groups * scale_bytes
         total = out_features * 4 * math.ceil(in_features * self.bits / 32) + out_features * groups * scale_bytes + 16
         if not self.symmetric:
             total += 4 * math.ceil(out_features * self.bits / 32) * groups

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 
 from sliderquant._version import __version__
 from sliderquant.checkpoint.config import Entry
+from sliderquant.checkpoint.readers import Verdict, readers
 from sliderquant.schemes import Scheme
 
 __all__ = ["CardInfo", "render_card"]
@@ -57,6 +58,8 @@ def render_card(
     # A path of the machine that quantized the model means nothing to whoever reads the card.
     hub_id = info.base_model if info.base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", info.base_model) else None
     asymmetric = any(not scheme.symmetric for scheme in schemes.values())
+    found = readers(schemes.values(), entry)
+    verdicts = {reader.name: [other.verdict for other in found if other.name == reader.name] for reader in found}
     rotations, kv_bits, clipped = entry
     online = () if rotations is None else rotations.online
     data = ModelCardData(
@@ -96,11 +99,9 @@ def render_card(
         clipped=clipped,
         own=entry.own,
         asymmetric=asymmetric,
-        unreadable=asymmetric and len(counts) > 1,
         activations=sorted({scheme.activations for scheme in schemes.values() if scheme.quantizes_activations}),
-        vllm_quantizes=all(
-            scheme.symmetric and scheme.activation_symmetric
-            for scheme in schemes.values()
-            if scheme.quantizes_activations
-        ),
+        readers=found,
+        stored_formats=sorted({scheme.stored_format for scheme in schemes.values()}),
+        vllm_runs=Verdict.RUNS in verdicts["vLLM"],
+        transformers_reads=not {Verdict.MISREADS, Verdict.REFUSES} & set(verdicts["transformers"]),
     )

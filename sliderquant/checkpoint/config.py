@@ -17,6 +17,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.utils.match import match_name, match_targets
 
 from sliderquant._version import __version__
+from sliderquant.checkpoint.packing import INT8, PACKED
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.rotation import Rotations
 from sliderquant.schemes import ACTIVATION_BITS, BITS, GROUP_SIZES, KV_BITS, Scheme
@@ -26,16 +27,22 @@ __all__ = ["FORMAT_VERSION", "Entry", "SchemeLookup", "quantization_config", "re
 FORMAT_VERSION = 1
 """Of what sliderquant adds to the format of compressed-tensors; a reader refuses a larger one."""
 
-_PACKED = CompressionFormat.pack_quantized.value
+_FORMATS = {
+    CompressionFormat.pack_quantized.value: PACKED,
+    CompressionFormat.int_quantized.value: INT8,
+    CompressionFormat.naive_quantized.value: INT8,  # of integers: the same by another name
+}
+_MIXED = CompressionFormat.mixed_precision.value
 _OTHERS_METHOD, _OWN_METHOD = "compressed-tensors", "sliderquant"
 _FIELDS = {
     "weights": ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic"),
     "input_activations": ("num_bits", "type", "symmetric", "strategy", "dynamic"),
 }
 _SUPPORTED = (
-    f"sliderquant reads {_PACKED} with int weights of {', '.join(map(str, BITS))} bits, one scale per output channel "
-    f"or per group of {', '.join(map(str, GROUP_SIZES))}, and input activations that are not quantized, or to int of "
-    f"{' or '.join(str(bits) for bits in ACTIVATION_BITS if bits < 16)} bits, dynamic, per token"
+    f"sliderquant reads {PACKED} and {INT8} with int weights of {', '.join(map(str, BITS))} bits, one scale per "
+    f"output channel or per group of {', '.join(map(str, GROUP_SIZES))}, and input activations that are not "
+    f"quantized, or to int of {' or '.join(str(bits) for bits in ACTIVATION_BITS if bits < 16)} bits, dynamic, per "
+    "token"
 )
 
 
@@ -137,13 +144,13 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], on
                 dynamic=False,
             ),
             input_activations=_input_activations(scheme),
-            format=CompressionFormat.pack_quantized,
+            format=CompressionFormat(scheme.stored_format),
         )
         for index, (scheme, names) in enumerate(members.items())
     }
     built = QuantizationConfig(
         config_groups=groups,
-        format=_PACKED,
+        format=_outer_format(scheme.stored_format for scheme in members),
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=list(ignore),
     )
@@ -182,12 +189,12 @@ class SchemeLookup:
             raise CheckpointError(f"{where}: kv_cache_scheme: a quantized KV cache is not supported; {_SUPPORTED}")
         if config.get("transform_config"):
             raise CheckpointError(f"{where}: transform_config: online rotations are not supported; {_SUPPORTED}")
+        self._config, self._parsed = config, parsed
         self._ignore = parsed.ignore or []
-        self._groups: dict[str, tuple[list[str], Scheme]] = {}
+        self._groups: dict[str, tuple[list[str], Scheme, str]] = {}
         for key, group in parsed.config_groups.items():
             assert isinstance(group, QuantizationScheme)  # preset names are resolved by the library's validator
-            scheme = _read_group(group, parsed.format, f"{where}: config_groups.{key}")
-            self._groups[key] = (group.targets, scheme)
+            self._groups[key] = (group.targets, *_read_group(group, parsed.format, f"{where}: config_groups.{key}"))
         if not self._groups:
             raise CheckpointError(f"{where}: config_groups is empty, expected one group or more")
         # The library tells a class name from a module name by looking at a module.
@@ -196,24 +203,58 @@ class SchemeLookup:
     @property
     def explicit_names(self) -> list[str]:
         """Targets that are neither class names nor patterns: linears that must be there."""
-        targets = [target for names, _ in self._groups.values() for target in names]
+        targets = [target for names, _, _ in self._groups.values() for target in names]
         return [target for target in targets if "." in target and not target.startswith("re:")]
 
     def find(self, name: str) -> Scheme | None:
         """The scheme of the linear `name`; None: it is not to be quantized."""
+        found = self._find(name)
+        return None if found is None else found[0]
+
+    def format_of(self, name: str) -> str | None:
+        """The format that the linear `name` is stored in, `packing.PACKED` or `INT8`; None: it is not quantized."""
+        found = self._find(name)
+        return None if found is None else found[1]
+
+    @property
+    def as_written(self) -> dict[str, Any]:
+        """The configuration, with every group in the format that sliderquant writes its scheme in: what describes the
+        `state_dict` of the loaded model."""
+        formats = {key: scheme.stored_format for key, (_, scheme, _) in self._groups.items()}
+        if all(stored == formats[key] for key, (_, _, stored) in self._groups.items()):
+            return dict(self._config)
+        given = self._config["config_groups"]
+        # A group may be no more than a list of targets, by the name of a preset.
+        groups = {
+            key: dict(given[key]) if isinstance(given.get(key), Mapping) else group.model_dump(mode="json")
+            for key, group in self._parsed.config_groups.items()
+            if isinstance(group, QuantizationScheme)
+        }
+        groups = {key: {**group, "format": formats[key]} for key, group in groups.items()}
+        return {**self._config, "format": _outer_format(formats.values()), "config_groups": groups}
+
+    def _find(self, name: str) -> tuple[Scheme, str] | None:
         if any(match_name(name, pattern) or pattern == "Linear" for pattern in self._ignore):
             return None
-        every_target = [target for targets, _ in self._groups.values() for target in targets]
+        every_target = [target for targets, _, _ in self._groups.values() for target in targets]
         matches = match_targets(name, self._linear, every_target)
         if not matches:
             return None
-        return next(scheme for targets, scheme in self._groups.values() if matches[0] in targets)
+        return next((scheme, stored) for targets, scheme, stored in self._groups.values() if matches[0] in targets)
 
 
-def _read_group(group: QuantizationScheme, outer_format: str, where: str) -> Scheme:
-    stored_as = getattr(group.format, "value", group.format) or outer_format
-    if stored_as != _PACKED:
-        raise CheckpointError(f"{where}.format is {stored_as!r}, expected {_PACKED!r}. {_SUPPORTED}")
+def _outer_format(formats: Iterable[str]) -> str:
+    """Of a whole model, from those of its groups."""
+    different = set(formats)
+    return different.pop() if len(different) == 1 else _MIXED
+
+
+def _read_group(group: QuantizationScheme, outer_format: str, where: str) -> tuple[Scheme, str]:
+    """The scheme of a group, and the format that it is stored in."""
+    named = getattr(group.format, "value", group.format) or outer_format
+    if named not in _FORMATS:
+        raise CheckpointError(f"{where}.format is {named!r}, expected {PACKED!r} or {INT8!r}. {_SUPPORTED}")
+    stored = _FORMATS[named]
     if group.output_activations is not None:
         raise CheckpointError(f"{where}.output_activations: quantized outputs are not supported; {_SUPPORTED}")
     weights, activations = group.weights, group.input_activations
@@ -235,9 +276,10 @@ def _read_group(group: QuantizationScheme, outer_format: str, where: str) -> Sch
             f"{where}.weights: {weights.num_bits} bits, group_size {weights.group_size} is not supported; {_SUPPORTED}"
         ) from error
     if activations is None:
-        return scheme
+        return scheme, stored
     try:
-        return replace(scheme, activation_bits=activations.num_bits, activation_symmetric=activations.symmetric)
+        bits, symmetric = activations.num_bits, activations.symmetric
+        return replace(scheme, activation_bits=bits, activation_symmetric=symmetric), stored
     except InputError as error:
         raise CheckpointError(
             f"{where}.input_activations: {activations.num_bits} bits with weights of {weights.num_bits} bits, "

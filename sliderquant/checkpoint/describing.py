@@ -8,12 +8,14 @@ from typing import Any
 
 from sliderquant.allocation import bits_by_kind
 from sliderquant.checkpoint.checksums import CHECKSUMS_NAME
+from sliderquant.checkpoint.config import Entry
 from sliderquant.checkpoint.packing import PARTS
 from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
+from sliderquant.checkpoint.readers import Reader, readers
 
 __all__ = ["Description", "describe"]
 
-_PART_LABELS = dict(zip(PARTS, ("packed weights", "scales", "zero-points", "shapes"), strict=True))
+_PART_LABELS = dict(zip(PARTS, ("packed weights", "int8 weights", "scales", "zero-points", "shapes"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class Description:
         kv_bits: bits of queries, keys and values; 16: not quantized.
         clipped: whether the ranges of what is rounded while the model runs are clipped.
         rotations: what the weights were rotated by: `R1` to `R4`.
+        stored_formats: by format of compressed-tensors, the number of linears.
+        readers: who reads it, and what they compute with it.
         layers: by kind of linear (`q_proj`, `down_proj`, ...), the number of quantized ones.
         bits_by_kind: by kind of linear (`mlp.down_proj`), the bits of a weight in every layer in order, a digit each.
-        bytes_by_part: bytes on disk of packed weights, scales, zero-points, shapes, and of what is not quantized:
-            embeddings, output head, norms, clipping of activations, other.
+        bytes_by_part: bytes on disk of packed weights, int8 weights, scales, zero-points, shapes, and of what is not
+            quantized: embeddings, output head, norms, clipping of activations, other.
         total_bytes: of all tensors.
         disk_bytes: of all files of the folder.
         quantized_weights, weights: numbers of weights that are quantized, and of all.
@@ -52,6 +56,8 @@ class Description:
     kv_bits: int
     clipped: bool
     rotations: list[str]
+    stored_formats: dict[str, int]
+    readers: list[Reader]
     layers: dict[str, int]
     bits_by_kind: dict[str, str]
     bytes_by_part: dict[str, int]
@@ -84,6 +90,7 @@ def describe(path: str | Path) -> Description:
     quantized_bytes = sum(by_part.get(label, 0) for label in _PART_LABELS.values())
     total_bytes = sum(by_part.values())
     report = checkpoint.report or {}
+    entry = Entry(checkpoint.rotations, checkpoint.kv_bits, checkpoint.clipped)
     method, perplexity = report.get("method"), report.get("perplexity")
     return Description(
         path=str(checkpoint.path),
@@ -93,6 +100,8 @@ def describe(path: str | Path) -> Description:
         kv_bits=checkpoint.kv_bits,
         clipped=checkpoint.clipped,
         rotations=[] if checkpoint.rotations is None else list(checkpoint.rotations.transforms),
+        stored_formats=dict(Counter(checkpoint.lookup.format_of(name) or "" for name in checkpoint.schemes)),
+        readers=readers(checkpoint.schemes.values(), entry),
         layers=dict(Counter(name.rpartition(".")[2] for name in checkpoint.schemes)),
         bits_by_kind=bits_by_kind(checkpoint.schemes),
         bytes_by_part=by_part,

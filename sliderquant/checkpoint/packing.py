@@ -1,15 +1,23 @@
-"""The `pack-quantized` tensors of compressed-tensors: what a quantized linear looks like on disk.
+"""The tensors of compressed-tensors' formats: what a quantized linear looks like on disk.
 
-A linear `[out, in]` of b bits and `groups` groups per row is stored as
+A linear `[out, in]` of b bits and `groups` groups per row is stored, in the format `pack-quantized`, as
 
     weight_packed      int32 [out, ceil(in * b / 32)]      codes as a little-endian bit stream along `in`
     weight_scale       float [out, groups]
     weight_zero_point  int32 [ceil(out * b / 32), groups]  asymmetric only; codes as a bit stream along `out`
     weight_shape       int64 [2]                           (out, in): the words may hold more codes than the weight
 
+or, in the format `int-quantized`, as
+
+    weight             int8  [out, in]                     codes - 2^(b-1)
+    weight_scale       float [out, groups]
+    weight_zero_point  int8  [out, groups]                 asymmetric only, which other tools write; - 2^(b-1) as well
+
 and, where the range of its rounded input is clipped,
 
     input_clip         fp32  [2]                           factors on the lower and the upper end
+
+`Scheme.stored_format` says in which of them a scheme is written; every scheme is read in either.
 
 Invariant: `unpack(pack(q, scheme), scheme) == q`, exactly.
 """
@@ -24,10 +32,16 @@ from torch import Tensor, nn
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.schemes import Scheme
 
-__all__ = ["INPUT_CLIP", "PARTS", "pack", "packed_shapes", "unpack"]
+__all__ = ["CODES", "INPUT_CLIP", "INT8", "PACKED", "PARTS", "pack", "stored_shapes", "unpack"]
 
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-"""The names of the tensors of a quantized linear, after the name of the linear and a dot."""
+PACKED, INT8 = "pack-quantized", "int-quantized"
+"""The formats, by their names in compressed-tensors."""
+
+CODES = {PACKED: "weight_packed", INT8: "weight"}
+"""By format, the name of the tensor with the codes."""
+
+PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
+"""The names of the tensors of a quantized linear in any format, after the name of the linear and a dot."""
 
 INPUT_CLIP = "input_clip"
 """Of the tensor of a linear with the clipping of its input; see `sliderquant.activation_clipping`."""
@@ -36,9 +50,21 @@ INPUT_CLIP = "input_clip"
 _CODES_AT_A_TIME = 1 << 20
 
 
-def packed_shapes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every stored part of a linear `[out_features, in_features]`."""
+def stored_shapes(
+    scheme: Scheme, out_features: int, in_features: int, stored_format: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every stored part of a linear `[out_features, in_features]`, in the order of `PARTS`.
+
+    Args:
+        stored_format: `PACKED` or `INT8`; None: the one that the scheme is written in.
+    """
     groups = scheme.groups(in_features)
+    if (stored_format or scheme.stored_format) == INT8:
+        int8: dict[str, tuple[int, ...]] = {
+            "weight": (out_features, in_features),
+            "weight_scale": (out_features, groups),
+        }
+        return int8 if scheme.symmetric else {**int8, "weight_zero_point": (out_features, groups)}
     shapes: dict[str, tuple[int, ...]] = {
         "weight_packed": (out_features, math.ceil(in_features * scheme.bits / 32)),
         "weight_scale": (out_features, groups),
@@ -50,9 +76,12 @@ def packed_shapes(scheme: Scheme, out_features: int, in_features: int) -> dict[s
 
 
 def pack(quantized: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
-    """The stored parts of a quantized weight, by name (`PARTS`; no `weight_zero_point` when symmetric)."""
+    """The stored parts of a quantized weight, by name, in the format of its scheme: of `PARTS` those that
+    `stored_shapes` lists."""
     codes, scale, zero_point = quantized
     out_features, in_features = codes.shape
+    if scheme.stored_format == INT8:
+        return {"weight": _signed(codes, scheme).contiguous(), "weight_scale": scale.contiguous()}
     parts = {
         "weight_packed": _by_rows(
             lambda rows: pack_to_int32(_signed(rows, scheme), scheme.bits), codes, codes_per_row=in_features
@@ -67,11 +96,17 @@ def pack(quantized: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
 
 
 def unpack(parts: Mapping[str, Tensor], scheme: Scheme, codes: Tensor | None = None) -> QuantizedWeight:
-    """The exact inverse of `pack`, on the device of `weight_packed`.
+    """The exact inverse of `pack`, on the device of the codes; of parts in either format.
 
     Args:
+        parts: `weight_packed` or `weight`, and what belongs to it.
         codes: uint8 `[out, in]`, contiguous, to be filled with the codes; None: a new tensor.
+
+    Raises:
+        ValueError: an int8 is none of the scheme's codes.
     """
+    if CODES[PACKED] not in parts:
+        return _from_int8(parts, scheme, codes)
     out_features, in_features = (int(size) for size in parts["weight_shape"])
     words, scale = parts["weight_packed"].contiguous(), parts["weight_scale"]
     if codes is None:
@@ -91,6 +126,21 @@ def unpack(parts: Mapping[str, Tensor], scheme: Scheme, codes: Tensor | None = N
 def _signed(codes: Tensor, scheme: Scheme) -> Tensor:
     """uint8 0 .. 2^b - 1 -> int8 -2^(b-1) .. 2^(b-1) - 1, which is what the library packs."""
     return (codes - scheme.offset).view(torch.int8)  # uint8 wraps around
+
+
+def _from_int8(parts: Mapping[str, Tensor], scheme: Scheme, codes: Tensor | None) -> QuantizedWeight:
+    weight, scale = parts["weight"].contiguous(), parts["weight_scale"]
+    if codes is None:
+        codes = torch.empty_like(weight, dtype=torch.uint8)
+    torch.add(weight.view(torch.uint8), scheme.offset, out=codes)  # wraps around: the inverse of `_signed`
+    zero_point = None
+    if not scheme.symmetric:
+        zero_point = parts["weight_zero_point"].contiguous().view(torch.uint8) + scheme.offset
+    for name, found in (("weight", codes), ("weight_zero_point", zero_point)):
+        if scheme.bits < 8 and found is not None and int(found.max()) > scheme.levels:
+            least, most = -scheme.offset, scheme.levels - scheme.offset
+            raise ValueError(f"{name} holds a value outside of {least} .. {most}, the codes of {scheme}")
+    return QuantizedWeight(codes, scale, zero_point)
 
 
 def _unpack_into(codes: Tensor, words: Tensor, bits: int) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint folder, read and checked from its headers: no weight is read.
 
-Reads what sliderquant writes and what other tools write in the `pack-quantized` format of compressed-tensors.
+Reads what sliderquant writes and what other tools write in the formats `pack-quantized` and `int-quantized` of
+compressed-tensors.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sliderquant.checkpoint.config import FORMAT_VERSION, SchemeLookup, read_entry
-from sliderquant.checkpoint.packing import INPUT_CLIP, packed_shapes
+from sliderquant.checkpoint.packing import CODES, INPUT_CLIP, INT8, PACKED, PARTS, stored_shapes
 from sliderquant.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.rotation import Rotations
@@ -24,12 +25,16 @@ __all__ = ["REPORT_NAME", "Checkpoint", "StoredTensor", "read_checkpoint"]
 
 REPORT_NAME = "sliderquant-report.json"
 
+_SCALE_DTYPES = ("BF16", "F16", "F32")
 _PART_DTYPES = {
-    "weight_packed": ("I32",),
-    "weight_scale": ("BF16", "F16", "F32"),
-    "weight_zero_point": ("I32",),
-    "weight_shape": ("I64", "I32"),
-    INPUT_CLIP: ("F32",),
+    PACKED: {
+        "weight_packed": ("I32",),
+        "weight_scale": _SCALE_DTYPES,
+        "weight_zero_point": ("I32",),
+        "weight_shape": ("I64", "I32"),
+        INPUT_CLIP: ("F32",),
+    },
+    INT8: {"weight": ("I8",), "weight_scale": _SCALE_DTYPES, "weight_zero_point": ("I8",), INPUT_CLIP: ("F32",)},
 }
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -85,6 +90,10 @@ class Checkpoint:
     kv_bits: int
     clipped: bool
     lookup: SchemeLookup = field(repr=False)
+
+    def codes_of(self, name: str) -> StoredTensor:
+        """The tensor that holds the codes of the quantized linear `name`."""
+        return next(self.tensors[key] for part in CODES.values() if (key := f"{name}.{part}") in self.tensors)
 
     @cached_property
     def files(self) -> list[Path]:
@@ -201,69 +210,93 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
 def _check_linears(
     folder: Path, tensors: Mapping[str, StoredTensor], lookup: SchemeLookup, clipped: bool
 ) -> tuple[dict[str, Scheme], dict[str, tuple[int, int]]]:
-    names = [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]
+    holding = _names_of_codes(tensors)
     for name in lookup.explicit_names:
-        if f"{name}.weight_packed" not in tensors:
-            raise CheckpointError(
-                f"{folder}: tensor {name}.weight_packed is missing: config.json names {name} as a quantized linear"
-            )
-    if not names:
+        if name not in holding:
+            key = f"{name}.{CODES[lookup.format_of(name) or PACKED]}"
+            what = f"has dtype {tensors[key].dtype}, expected I8" if key in tensors else "is missing"
+            raise CheckpointError(f"{folder}: tensor {key} {what}: config.json names {name} as a quantized linear")
+    if not holding:
         raise CheckpointError(
-            f"{folder}: no tensor ends in .weight_packed, but config.json says the model is quantized"
+            f"{folder}: no tensor ends in .weight_packed, and no .weight is int8, but config.json says the model is "
+            "quantized"
         )
     schemes: dict[str, Scheme] = {}
     shapes: dict[str, tuple[int, int]] = {}
-    for name in sorted(names):
-        scheme = lookup.find(name)
-        if scheme is None:
+    # Scales without codes are left of a linear that is incomplete.
+    scaled = {key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")}
+    for name in sorted(holding.keys() | {name for name in scaled if lookup.find(name) is not None}):
+        scheme, stored_format = lookup.find(name), lookup.format_of(name)
+        if scheme is None or stored_format is None:
             raise CheckpointError(
-                f"{tensors[name + '.weight_packed'].file}: tensor {name}.weight_packed is packed, but the "
+                f"{tensors[holding[name]].file}: tensor {holding[name]} holds the codes of a quantized weight, but the "
                 "quantization_config of config.json does not quantize this layer"
             )
-        shapes[name] = _check_linear(name, tensors, scheme, folder, clipped)
+        shapes[name] = _check_linear(name, tensors, scheme, stored_format, folder, clipped)
         schemes[name] = scheme
     return schemes, shapes
 
 
+def _names_of_codes(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """By linear, the name of the tensor that holds its codes."""
+    packed, int8 = f".{CODES[PACKED]}", f".{CODES[INT8]}"
+    holding = {key.removesuffix(int8): key for key, stored in tensors.items() if key.endswith(int8)}
+    holding = {name: key for name, key in holding.items() if tensors[key].dtype == "I8"}  # others are dense
+    return holding | {key.removesuffix(packed): key for key in tensors if key.endswith(packed)}
+
+
 def _check_linear(
-    name: str, tensors: Mapping[str, StoredTensor], scheme: Scheme, folder: Path, clipped: bool
+    name: str,
+    tensors: Mapping[str, StoredTensor],
+    scheme: Scheme,
+    stored_format: str,
+    folder: Path,
+    clipped: bool,
 ) -> tuple[int, int]:
+    dtypes = _PART_DTYPES[stored_format]
+
     def stored(part: str) -> StoredTensor:
         key = f"{name}.{part}"
         if key not in tensors:
-            raise CheckpointError(f"{folder}: tensor {key} is missing: config.json says that {name} is {scheme}")
+            raise CheckpointError(
+                f"{folder}: tensor {key} is missing: config.json says that {name} is {scheme}, {stored_format}"
+            )
         found = tensors[key]
-        if found.dtype not in _PART_DTYPES[part]:
-            expected = " or ".join(_PART_DTYPES[part])
+        if found.dtype not in dtypes[part]:
+            expected = " or ".join(dtypes[part])
             raise CheckpointError(f"{found.file}: tensor {key} has dtype {found.dtype}, expected {expected}")
         return found
 
-    shape_tensor = stored("weight_shape")
-    if shape_tensor.shape != (2,):
+    # The words of a packed weight may hold more codes than the weight.
+    sized_by = "weight_shape" if stored_format == PACKED else CODES[INT8]
+    sized = stored(sized_by)
+    size = sized.value if stored_format == PACKED else sized.shape
+    if size is None or len(size) != 2:
+        expected = "[2]" if stored_format == PACKED else "[out, in]"
         raise CheckpointError(
-            f"{shape_tensor.file}: tensor {name}.weight_shape has shape {list(shape_tensor.shape)}, expected [2]"
+            f"{sized.file}: tensor {name}.{sized_by} has shape {list(sized.shape)}, expected {expected}"
         )
-    out_features, in_features = shape_tensor.value or (0, 0)
+    out_features, in_features = size
     if out_features < 1 or in_features < 1 or not scheme.fits(in_features):
         raise CheckpointError(
-            f"{shape_tensor.file}: tensor {name}.weight_shape says [{out_features}, {in_features}], which "
-            f"{scheme} of config.json does not divide"
+            f"{sized.file}: tensor {name}.{sized_by} says [{out_features}, {in_features}], which {scheme} of "
+            "config.json does not divide"
         )
-    shapes = packed_shapes(scheme, out_features, in_features)
+    shapes = stored_shapes(scheme, out_features, in_features, stored_format)
     if clipped and scheme.quantizes_activations:
         shapes[INPUT_CLIP] = (2,)
-    for part, expected in shapes.items():
+    for part, expected_shape in shapes.items():
         found = stored(part)
-        if found.shape != expected:
+        if found.shape != expected_shape:
             raise CheckpointError(
-                f"{found.file}: tensor {name}.{part} has shape {list(found.shape)}, expected {list(expected)}: "
-                f"weight_shape is [{out_features}, {in_features}] and config.json says {scheme}"
+                f"{found.file}: tensor {name}.{part} has shape {list(found.shape)}, expected {list(expected_shape)}: "
+                f"{sized_by} is [{out_features}, {in_features}] and config.json says {scheme}"
             )
-    for unexpected in ("weight_zero_point", "weight_g_idx", "weight", INPUT_CLIP):
+    for unexpected in (*PARTS, "weight_g_idx", INPUT_CLIP):
         key = f"{name}.{unexpected}"
         if key in tensors and unexpected not in shapes:
             raise CheckpointError(
                 f"{tensors[key].file}: tensor {key} should not be there: config.json says that {name} is {scheme}, "
-                "packed, in the order of the inputs"
+                f"{stored_format}, in the order of the inputs"
             )
     return out_features, in_features

@@ -73,18 +73,17 @@ def check_against_model(checkpoint: Checkpoint, model: PreTrainedModel) -> set[s
     """
     modules = dict(model.named_modules())
     for name, (out_features, in_features) in checkpoint.linear_shapes.items():
-        key = f"{name}.weight_packed"
-        file, module = checkpoint.tensors[key].file, modules.get(name)
+        file, module = checkpoint.codes_of(name).file, modules.get(name)
         if not isinstance(module, nn.Linear):
             kind = "no such layer" if module is None else f"a {type(module).__name__} there"
             raise CheckpointError(
-                f"{file}: tensor {key}: the model of config.json has {kind}, expected a linear (fused experts of "
+                f"{file}: layer {name}: the model of config.json has {kind}, expected a linear (fused experts of "
                 "mixture-of-experts models are not supported)"
             )
         if (module.out_features, module.in_features) != (out_features, in_features):
             raise CheckpointError(
-                f"{file}: tensor {name}.weight_shape is [{out_features}, {in_features}], but by config.json the "
-                f"layer is [{module.out_features}, {module.in_features}]"
+                f"{file}: the weight of {name} is [{out_features}, {in_features}], but by config.json the layer is "
+                f"[{module.out_features}, {module.in_features}]"
             )
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     packed = {f"{name}.weight" for name in checkpoint.schemes}

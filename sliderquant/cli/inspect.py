@@ -24,7 +24,7 @@ def command(
     from dataclasses import asdict
 
     from sliderquant import checkpoint as checkpoints
-    from sliderquant.cli.plan import print_bits
+    from sliderquant.cli.plan import print_bits, print_readers
     from sliderquant.errors import CheckpointError
     from sliderquant.schemes import attention_in_words
 
@@ -51,6 +51,8 @@ def command(
         print("clipping    of the ranges of activations, by learned factors")
     print("rotations   " + (", ".join(found.rotations) or "none"))
     print(f"method      {found.method or 'unknown'}, written by sliderquant {found.written_by or '(another tool)'}")
+    print("format      " + ", ".join(f"{name} ({count} linears)" for name, count in found.stored_formats.items()))
+    print_readers(found.readers)
     print("layers      " + ", ".join(f"{count} x {kind}" for kind, count in found.layers.items()))
     print(f"size        {found.total_bytes / 1e6:.2f} MB of tensors, {found.disk_bytes / 1e6:.2f} MB on disk")
     for part, size in sorted(found.bytes_by_part.items(), key=lambda item: -item[1]):

@@ -1,15 +1,16 @@
 """The plan of a run, as `--dry-run` prints it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from sliderquant.allocation import bits_by_kind
+from sliderquant.checkpoint.readers import Reader
 from sliderquant.one_shot_settings import OneShotSettings
 from sliderquant.planning import Plan
 from sliderquant.schemes import attention_in_words
 from sliderquant.settings import Settings
 
-__all__ = ["print_bits", "print_plan"]
+__all__ = ["print_bits", "print_plan", "print_readers"]
 
 
 def print_bits(by_kind: Mapping[str, str]) -> None:
@@ -18,6 +19,12 @@ def print_bits(by_kind: Mapping[str, str]) -> None:
         return
     for kind, digits in by_kind.items():
         print(f"  {kind:<{max(map(len, by_kind))}}  {digits}")
+
+
+def print_readers(found: Iterable[Reader]) -> None:
+    """Print who reads the checkpoint, and what they do with it: a line for each."""
+    for index, reader in enumerate(found):
+        print(f"{'' if index else 'readers':<11} {reader}")
 
 
 def print_plan(plan: Plan) -> None:
@@ -39,6 +46,7 @@ def print_plan(plan: Plan) -> None:
         f"zero-points{chosen}"
     )
     print_bits(bits_by_kind(plan.schemes))
+    print_readers(plan.readers)
     print("kept        " + ", ".join(plan.kept) + ", norms and biases")
     settings = plan.settings
     if isinstance(settings, OneShotSettings):

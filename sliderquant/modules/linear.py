@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sliderquant.activation_clipping import Clip, clip_from, clip_tensor
-from sliderquant.checkpoint.packing import INPUT_CLIP, PARTS, pack, unpack
+from sliderquant.checkpoint.packing import INPUT_CLIP, pack, stored_shapes, unpack
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.quantizer import dequantize as dequantize_exactly
@@ -114,19 +114,19 @@ class QuantizedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = [part for part in PARTS if not (part == "weight_zero_point" and self.scheme.symmetric)]
-        names += [] if self.input_clip is None else [INPUT_CLIP]
+        shapes = stored_shapes(self.scheme, self.out_features, self.in_features)
+        names = [*shapes, *([] if self.input_clip is None else [INPUT_CLIP])]
         missing = [prefix + name for name in names if prefix + name not in state_dict]
         rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if missing:
             missing_keys += missing
             return
-        shape = tuple(state_dict[prefix + "weight_shape"].tolist())
+        by = "weight_shape" if "weight_shape" in shapes else "weight"
+        stored = state_dict[prefix + by]
+        shape = tuple(stored.tolist() if by == "weight_shape" else stored.shape)
         if shape != (self.out_features, self.in_features):
-            error_msgs.append(
-                f"{prefix}weight_shape is {list(shape)}, expected [{self.out_features}, {self.in_features}]"
-            )
+            error_msgs.append(f"{prefix}{by} is {list(shape)}, expected [{self.out_features}, {self.in_features}]")
             return
         if self.input_clip is not None:
             try:
@@ -134,7 +134,7 @@ class QuantizedLinear(nn.Module):
             except CheckpointError as error:
                 error_msgs.append(str(error))
                 return
-        parts = {name: state_dict[prefix + name].to(self.device) for name in names if name in PARTS}
+        parts = {name: state_dict[prefix + name].to(self.device) for name in shapes}
         self._replace(unpack(parts, self.scheme))
 
 

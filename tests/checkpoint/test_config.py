@@ -59,7 +59,62 @@ def test_what_is_written_is_what_the_format_says() -> None:
     }
 
 
-@pytest.mark.parametrize("scheme", ["W4A4", "W4A8-g64-sym", "W2A8-act-sym", "W8A8", "W8A8-g128-sym-act-sym"])
+INT8 = "W8A8-sym-act-sym"
+
+
+def test_products_of_integers_that_vllm_has_are_int_quantized() -> None:
+    """vLLM finds its int8 kernels by the format, and takes no packed words for them."""
+    config = quantization_config({"a.b": Scheme.parse(INT8)}, ["lm_head"])
+    group = config["config_groups"]["group_0"]
+    assert config["format"] == group["format"] == "int-quantized"
+    assert group["weights"] | {"group_size": None} == {
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False
+    }  # fmt: skip
+    assert group["input_activations"] == {
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True
+    }  # fmt: skip
+    for other in ("W8A8", "W8A8-sym", "W8A8-act-sym", "W8A8-g64-sym-act-sym", "W8A16-sym", "W4A8-sym-act-sym"):
+        assert quantization_config({"a.b": Scheme.parse(other)}, [])["format"] == "pack-quantized", other
+
+
+def test_two_formats() -> None:
+    schemes = {"a.b": Scheme.parse("W8A8-g64-sym-act-sym"), "a.c": Scheme.parse(INT8)}
+    config = quantization_config(schemes, [])
+    assert config["format"] == "mixed-precision"
+    assert [group["format"] for group in config["config_groups"].values()] == ["pack-quantized", "int-quantized"]
+    QuantizationConfig.model_validate(config)
+    lookup = SchemeLookup(config, "here")
+    assert {name: lookup.find(name) for name in schemes} == schemes
+    assert [lookup.format_of(name) for name in ("a.b", "a.c", "a.d")] == ["pack-quantized", "int-quantized", None]
+    assert lookup.as_written == config
+
+
+@pytest.mark.parametrize("named", ["int-quantized", "naive-quantized"])
+def test_int_quantized_of_other_tools(named: str) -> None:
+    """The format stands outside of the groups alone, and what sliderquant would pack may be in it."""
+    config = {**with_activations(), "format": named}
+    config["config_groups"]["group_0"]["weights"] |= {"num_bits": 4, "observer": "minmax"}
+    lookup = SchemeLookup(config, "here")
+    assert lookup.find("a.b") == Scheme.parse("W4A8-g64-sym-act-sym")
+    assert lookup.format_of("a.b") == "int-quantized"
+    written = lookup.as_written
+    assert written["format"] == written["config_groups"]["group_0"]["format"] == "pack-quantized"
+    assert written["config_groups"]["group_0"]["weights"] == config["config_groups"]["group_0"]["weights"]
+    assert config["format"] == named  # what was given has not changed
+    assert SchemeLookup(written, "here").find("a.b") == lookup.find("a.b")
+
+
+def test_a_preset_of_another_tool() -> None:
+    """By the name of a preset, a group is a list of targets."""
+    config = BASE | {"format": "int-quantized", "config_groups": {"W8A8": ["Linear"]}}
+    lookup = SchemeLookup(config, "here")
+    assert str(lookup.find("a.b")) == INT8
+    assert lookup.as_written == config
+    packed = SchemeLookup(BASE | {"config_groups": {"W8A8": ["Linear"]}}, "here").as_written
+    assert SchemeLookup(packed, "here").format_of("a.b") == "int-quantized"
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W4A8-g64-sym", "W2A8-act-sym", "W8A8", "W8A8-g128-sym-act-sym", INT8])
 def test_activations_round_trip(scheme: str) -> None:
     parsed = Scheme.parse(scheme)
     config = quantization_config({"a.b": parsed}, ["lm_head"])
@@ -124,8 +179,8 @@ def test_configurations_of_other_tools() -> None:
         (BASE | {"transform_config": {"config_groups": {"R3": {}}}}, "online rotations are not supported"),
         (BASE | {"kv_cache_scheme": {"num_bits": 8}}, "quantized KV cache is not supported"),
         (
-            BASE | {"format": "int-quantized", "config_groups": with_weights()["config_groups"]},
-            "config_groups.group_0.format is 'int-quantized', expected 'pack-quantized'",
+            BASE | {"format": "marlin-24", "config_groups": with_weights()["config_groups"]},
+            "config_groups.group_0.format is 'marlin-24', expected 'pack-quantized' or 'int-quantized'",
         ),
         (with_weights(num_bits=5), "5 bits, group_size 64 is not supported"),
         (with_weights(group_size=16), "3 bits, group_size 16 is not supported"),

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import yaml
 
 from sliderquant.checkpoint import CardInfo, describe
 from sliderquant.checkpoint.card import render_card
+from sliderquant.checkpoint.config import Entry
 from sliderquant.schemes import Scheme
 
 Tiny = Callable[..., SimpleNamespace]
@@ -88,34 +90,54 @@ def test_card() -> None:
 def test_card_of_an_asymmetric_model() -> None:
     text = render_card(CardInfo(), {"a": ASYMMETRIC}, 1)
     assert "CompressedTensorsConfig(dequantize=True)" in text
-    assert "2-bit weights need a vLLM with the Humming backend" in text
+    assert "| vLLM 0.32 | NVIDIA GPU | runs it: Humming" in text
+    assert "| vLLM 0.32 | CPU | refuses it" in text
 
 
 def test_card_of_a_model_that_transformers_cannot_read() -> None:
     text = render_card(CardInfo(), {"a": ASYMMETRIC, "b": Scheme(2)}, 1)
-    assert "it cannot read\nthis one" in text
+    assert re.search(r"\| transformers .* refuses it: it takes one scheme for all linears", text)
+    assert "import AutoModelForCausalLM" not in text
     assert "dequantize=True" not in text
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16-sym"])
 def test_card_without_quantized_activations_says_nothing_of_them(scheme: str) -> None:
     text = render_card(CardInfo(), {"a": Scheme.parse(scheme)}, 1)
-    assert "inputs of" not in text
+    assert "inputs of these" not in text
     assert "activations" not in text
 
 
 def test_card_warns_of_readers_that_leave_activations_in_16_bits() -> None:
     text = render_card(CardInfo(), {"a": Scheme.parse("W4A4")}, 1)
     assert "| inputs of these layers | 4 bits per token, asymmetric, while the model runs |" in text
-    assert "**vLLM does not run this model as it is meant**" in text
-    assert "**When it dequantizes, transformers does not round the inputs of the layers**" in text
+    assert "| NVIDIA GPU | refuses it: it has no scheme for activations with zero-points" in text
+    assert "vllm serve" not in text
+    assert re.search(r"\| transformers .* leaves activations in 16 bits", text)
     text = render_card(CardInfo(), {"a": Scheme.parse("W4A8-sym-act-sym")}, 1)
-    assert "vLLM rounds the inputs of the layers on its Humming backend only" in text
-    assert "transformers simulates: it rounds the inputs of the layers" in text
-    assert "as it is meant" not in text
+    assert re.search(r"\| vLLM .* NVIDIA GPU \| leaves activations in 16 bits", text)
+    assert re.search(r"\| transformers .* reads it, dense: it rounds activations", text)
+    assert "vllm serve" not in text
     text = render_card(CardInfo(), {"a": Scheme.parse("W4A4"), "b": Scheme.parse("W4A8")}, 1)
     assert "4 bits per token, asymmetric; 8 bits per token, asymmetric" in text
-    assert "When it dequantizes" not in text  # it cannot read this one
+    assert "import AutoModelForCausalLM" not in text  # it cannot read this one
+
+
+def test_card_of_a_model_that_vllm_runs_as_integers() -> None:
+    text = render_card(CardInfo(), {"a": Scheme.parse("W8A8-sym-act-sym")}, 1)
+    assert "compressed-tensors `int-quantized`" in text
+    assert "| vLLM 0.32 | CPU | runs it" in text
+    assert "vllm serve MODEL" in text
+    two = {"a": Scheme.parse("W8A8-sym-act-sym"), "b": Scheme.parse("W4A8-sym")}
+    assert "`int-quantized` and `pack-quantized`" in render_card(CardInfo(), two, 1)
+
+
+def test_card_of_a_model_that_others_misread() -> None:
+    text = render_card(CardInfo(), {"a": Scheme.parse("W8A16-sym")}, 1, Entry(kv_bits=8))
+    assert "**No other tool than sliderquant runs this model**: queries, keys and values are rounded to 8 bits" in text
+    assert re.search(r"\| vLLM .* refuses it", text)
+    assert re.search(r"\| transformers .* misreads it: it warns", text)
+    assert not re.search("vllm serve|import AutoModelForCausalLM", text)
 
 
 def test_card_names_no_path_of_this_machine() -> None:

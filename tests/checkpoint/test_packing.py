@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors import IntQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sliderquant.checkpoint import packing
-from sliderquant.checkpoint.packing import pack, packed_shapes, unpack
-from sliderquant.quantizer import QuantizedWeight
+from sliderquant.checkpoint.packing import pack, stored_shapes, unpack
+from sliderquant.quantizer import QuantizedWeight, dequantize
 from sliderquant.schemes import Scheme
 
 BITS = (2, 3, 4, 8)
@@ -36,7 +38,7 @@ def random_weight(scheme: Scheme, out: int, inputs: int, seed: int) -> Quantized
 def check(scheme: Scheme, out: int, inputs: int, seed: int) -> None:
     weight = random_weight(scheme, out, inputs, seed)
     parts = pack(weight, scheme)
-    assert {name: tuple(part.shape) for name, part in parts.items()} == packed_shapes(scheme, out, inputs)
+    assert {name: tuple(part.shape) for name, part in parts.items()} == stored_shapes(scheme, out, inputs)
     assert parts["weight_packed"].dtype == torch.int32
     np.testing.assert_array_equal(parts["weight_packed"].numpy(), oracle(weight.codes.numpy(), scheme.bits))
     assert parts["weight_shape"].tolist() == [out, inputs]
@@ -45,6 +47,10 @@ def check(scheme: Scheme, out: int, inputs: int, seed: int) -> None:
         expected = oracle(weight.zero_point.numpy().T.copy(), scheme.bits).T
         assert parts["weight_zero_point"].dtype == torch.int32
         np.testing.assert_array_equal(parts["weight_zero_point"].numpy(), expected)
+    check_unpacked(parts, weight, scheme)
+
+
+def check_unpacked(parts: dict[str, torch.Tensor], weight: QuantizedWeight, scheme: Scheme) -> None:
     assert all(part.is_contiguous() for part in parts.values())
     for name, before, after in zip(QuantizedWeight._fields, weight, unpack(parts, scheme), strict=True):
         assert (before is None) == (after is None), name
@@ -76,6 +82,56 @@ def test_per_channel(bits: int, symmetric: bool, out: int, inputs: int, seed: in
 )
 def test_grouped(bits: int, symmetric: bool, out: int, groups: int, size: int, seed: int) -> None:
     check(Scheme(bits, size, symmetric), out, groups * size, seed)
+
+
+@settings(deadline=None, max_examples=50)
+@given(out=st.integers(1, 70), inputs=st.integers(1, 100), seed=st.integers(0, 2**31))
+def test_int8(out: int, inputs: int, seed: int) -> None:
+    scheme = Scheme.parse("W8A8-sym-act-sym")
+    weight = random_weight(scheme, out, inputs, seed)
+    parts = pack(weight, scheme)
+    assert {name: tuple(part.shape) for name, part in parts.items()} == stored_shapes(scheme, out, inputs)
+    assert parts["weight"].dtype == torch.int8
+    np.testing.assert_array_equal(parts["weight"].numpy(), weight.codes.numpy().astype(np.int16) - 128)
+    check_unpacked(parts, weight, scheme)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("bits", BITS)
+def test_int8_of_other_tools(bits: int, group_size: int | None, symmetric: bool) -> None:
+    """Any scheme may be stored so; compressed-tensors' own compressor is the reference."""
+    scheme = Scheme(bits, group_size, symmetric)
+    weight = random_weight(scheme, 7, 96, seed=3)
+    least = -(2 ** (bits - 1))
+    parts = {"weight": (weight.codes.short() + least).to(torch.int8), "weight_scale": weight.scale}
+    if weight.zero_point is not None:
+        parts["weight_zero_point"] = (weight.zero_point.short() + least).to(torch.int8)
+    found = unpack(parts, scheme)
+    check_unpacked(parts, weight, scheme)
+    assert {name: tuple(part.shape) for name, part in parts.items()} == stored_shapes(scheme, 7, 96, "int-quantized")
+    theirs = QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(
+            num_bits=bits, symmetric=symmetric, strategy="channel" if group_size is None else "group",
+            group_size=group_size,
+        ),
+    )  # fmt: skip
+    dense = IntQuantizationCompressor.decompress({**parts, "weight_scale": weight.scale.float()}, theirs)["weight"]
+    assert torch.equal(dense, dequantize(QuantizedWeight(found.codes, found.scale.float(), found.zero_point), scheme))
+
+
+@pytest.mark.parametrize(("part", "value"), [("weight", 8), ("weight", -9), ("weight_zero_point", 8)])
+def test_an_int8_that_is_no_code(part: str, value: int) -> None:
+    parts = {
+        "weight": torch.zeros(4, 8, dtype=torch.int8),
+        "weight_scale": torch.ones(4, 1),
+        "weight_zero_point": torch.zeros(4, 1, dtype=torch.int8),
+    }
+    unpack(parts, Scheme(4))
+    parts[part][1, 0] = value
+    with pytest.raises(ValueError, match=rf"{part} holds a value outside of -8 .. 7, the codes of W4A16"):
+        unpack(parts, Scheme(4))
 
 
 @pytest.mark.parametrize("bits", BITS)

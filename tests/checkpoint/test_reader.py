@@ -135,7 +135,7 @@ def test_symmetry_that_disagrees(symmetric: bool, tiny: Tiny, edit_config: Edit)
 def test_a_packed_layer_that_config_ignores(tiny: Tiny, edit_config: Edit) -> None:
     folder = tiny().path
     edit_config(folder, lambda config: config["quantization_config"]["ignore"].append(NAME))
-    refused(folder, f"tensor {NAME}.weight_packed is packed, but the quantization_config", "does not quantize")
+    refused(folder, f"tensor {NAME}.weight_packed holds the codes", "quantization_config", "does not quantize")
 
 
 def test_a_layer_that_config_names_is_missing(tiny: Tiny) -> None:

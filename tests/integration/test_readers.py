@@ -68,7 +68,12 @@ GRID = [
 # Rows and columns that do not fill 32-bit words.
 GRID += [Case(f"W{bits}A16-{symmetry}", "odd") for bits in (2, 3, 4, 8) for symmetry in ("sym", "asym")]
 GRID += [Case("W4A16-g64-sym", "biases"), Case("W3A16-g64-asym", "biases")]
-GRID += [Case("W3A16-g64-sym", down_proj="W3A16-sym"), Case("W4A16-g128", "bf16"), Case("W4A16-g128-sym", "bf16")]
+GRID += [
+    Case("W3A16-g64-sym", down_proj="W3A16-sym"),
+    Case("W4A16-g128", "bf16"),
+    Case("W4A16-g128-sym", "bf16"),
+    Case("W8A8-sym-act-sym", "bf16"),
+]
 
 
 def build(kind: str) -> LlamaForCausalLM:

@@ -161,7 +161,7 @@ def test_what_the_folder_says(rotated):
     assert describe(rotated).rotations == ALL
     card = (rotated / "README.md").read_text()
     assert "| rotations | R1, R2, R4; R4 while the model runs |" in card
-    assert "They do not read this model" in card
+    assert "No other tool than sliderquant runs this model" in card
     assert "vllm serve" not in card
     assert 'from_pretrained("MODEL",' not in card
 
