@@ -1,0 +1,31 @@
+"""Whether there is enough calibration text for what a method estimates from it."""
+
+from sliderquant.one_shot_settings import OneShotSettings
+from sliderquant.planning import Plan
+
+__all__ = ["too_little_text"]
+
+_TOKENS_PER_INPUT = 2
+"""Measured: at as many tokens as inputs GPTQ is about as good as rounding to nearest, and worse with fewer."""
+
+
+def too_little_text(plan: Plan, tokens: int) -> str | None:
+    """A warning when a one-shot method gets too little text; None: there is enough, or the method estimates nothing.
+
+    Args:
+        tokens: places of the calibration text that the samples cover; one that several samples cover counts once.
+    """
+    if not isinstance(plan.settings, OneShotSettings):
+        return None
+    inputs = max(plan.source.shapes[f"{name}.weight"][0][1] for name in plan.schemes)
+    needed = _TOKENS_PER_INPUT * inputs
+    if tokens >= needed:
+        return None
+    drawn = plan.samples * plan.seqlen
+    overlapping = f" ({plan.samples} samples of {plan.seqlen}, which overlap)" if tokens < drawn else ""
+    longer = "a longer text" if overlapping else "more --samples or a larger --seqlen"
+    return (
+        f"warning: {tokens} tokens of calibration text{overlapping} are little for linears of up to {inputs} input "
+        f"features: {plan.method.name} estimates {inputs} x {inputs} figures from them, and the model can become worse "
+        f"than with rtn; use {needed} tokens or more, by {longer}"
+    )
