@@ -67,7 +67,7 @@ def test_every_setting_is_reachable_by_name():
         "stream_memory_gb": 0.5,
         "compile": "never",
     }
-    assert set(values) == set(setting_names())
+    assert set(values) == set(setting_names(Settings))
     changed = with_overrides(
         METHODS["sliderquant"], SCHEME, parse_overrides(None, [f"{k}={v}" for k, v in values.items()])
     )

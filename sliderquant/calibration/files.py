@@ -130,15 +130,14 @@ def unpacked(source: str, data: bytes) -> bytes:
     return data
 
 
-def decoded(source: str, data: bytes) -> str:
+def decoded(where: str, data: bytes) -> str:
     """Characters of UTF-8, or of UTF-16 or UTF-32 with a byte order mark, which is left out; line ends are kept.
 
-    Nothing is guessed: bytes of other encodings would be read as other characters than those that were written.
+    `where` begins every message. Nothing is guessed: a wrong guess makes other characters of the same bytes.
 
     Raises:
         InputError: it is something else; the message says at which byte, and how to convert it.
     """
-    where = f"text {source!r}"
     for magic, what in _NOT_TEXT:
         if data.startswith(magic):
             raise InputError(f"{where}: is {what}")

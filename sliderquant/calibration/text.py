@@ -153,7 +153,7 @@ def _from_file(source: str, path: Path) -> Text:
     if kind in _TABLES or data.startswith((b"PAR1", b"ARROW1\0\0")):
         return Text(source, table_documents(source, data), running=False)
     # As files opened for text are read: every line end is a line feed.
-    content = decoded(source, data)
+    content = decoded(f"text {source!r}", data)
     if kind in _JSON:
         return Text(source, json_documents(source, content), running=False)
     if kind in _CSV:
