@@ -47,6 +47,7 @@ _Loader.add_implicit_resolver(
     ),
     [*"-+.0123456789"],
 )
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
@@ -127,6 +128,8 @@ def _from_file(config: Path) -> Mapping[str, Any]:
         raise InputError(f"{where}: cannot be read ({error.strerror}); expected a YAML file") from error
     try:
         loaded = yaml.load(decoded(where, content), _Loader)
+    except InputError:
+        raise
     except _Twice as error:
         raise InputError(f"{where}: {error}") from None
     except yaml.YAMLError as error:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
@@ -9,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-__all__ = ["FrozenSettings", "explained", "setting_names"]
+__all__ = ["FrozenSettings", "explained", "reasons", "setting_names"]
 
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
@@ -49,11 +50,30 @@ def explained(error: ValidationError, model: type[BaseModel], owner: str, others
         names, field = _place(one["loc"], model)
         key = ".".join(names)
         if one["type"] == "extra_forbidden":
+            inner = one["input"]
+            while isinstance(inner, Mapping) and inner:
+                name, inner = next(iter(inner.items()))
+                key = f"{key}.{name}"
             found.setdefault(key, _unknown(key, model, owner, others))
         elif field is None or (one["type"] == "value_error" and _inner(field) and not isinstance(one["input"], bool)):
             found.setdefault(key, one["msg"].removeprefix("Value error, "))  # settings that do not go together
         else:
             found.setdefault(key, f"setting {key!r}: expected {_expected(field, key)}, got {_shown(one['input'])}")
+    return "; ".join(found.values())
+
+
+def reasons(error: ValidationError) -> str:
+    """Of somebody else's model, in one line: the innermost errors, each with the place and what is there."""
+    found: dict[str, str] = {}
+    places = [
+        (one, ".".join(str(part) for part in one["loc"] if re.fullmatch(r"\w+", str(part))))
+        for one in error.errors(include_url=False)
+    ]
+    deepest = max(place.count(".") for _, place in places)
+    for one, place in places:
+        if place.count(".") == deepest:
+            message = one["msg"].removeprefix("Value error, ").rstrip(".")
+            found.setdefault(place, f"{place} is {_shown(one['input'])}: {message}" if place else message)
     return "; ".join(found.values())
 
 
@@ -71,6 +91,14 @@ def _place(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[lis
     return names, field
 
 
+def _field(name: str, model: type[BaseModel]) -> FieldInfo:
+    """Of a name with dots."""
+    first, _, rest = name.partition(".")
+    field = model.model_fields[first]
+    inner = _inner(field)
+    return field if inner is None else _field(rest, inner)
+
+
 def _inner(field: FieldInfo) -> type[BaseModel] | None:
     nested = field.annotation
     return nested if isinstance(nested, type) and issubclass(nested, BaseModel) else None
@@ -78,26 +106,33 @@ def _inner(field: FieldInfo) -> type[BaseModel] | None:
 
 def _unknown(key: str, model: type[BaseModel], owner: str, others: Mapping[str, type[BaseModel]]) -> str:
     names = setting_names(model)
-    message = f"unknown setting {key!r}: expected one of {', '.join(names)}"
-    having = [method for method, other in others.items() if other is not model and key in setting_names(other)]
-    if having:
-        return f"{message}; {key} is of --method {' and '.join(having)}, not of {owner}"
     near = _near(key, names)
-    return f"{message}; did you mean {near}?" if near else message
+    having = {
+        method: name
+        for method, other in others.items()
+        for name in setting_names(other)
+        if other is not model and _plain(name) == _plain(key)
+    }
+    if having and (near is None or _plain(near) != _plain(key)):
+        hint = f"{' or '.join(dict.fromkeys(having.values()))} is of {', '.join(having)}, not of {owner}; "
+    else:
+        hint = f"did you mean {near} ({_expected(_field(near, model), near)})? " if near else ""
+    return f"unknown setting {key!r}: {hint}{owner} has {', '.join(names)}"
 
 
 def _near(key: str, names: list[str]) -> str | None:
     """By the whole name, or by its last part alone."""
 
-    def plain(name: str) -> str:
-        return name.casefold().replace("-", "").replace("_", "")
-
     for shorten in (lambda name: name, lambda name: name.rpartition(".")[2]):
-        by_plain = {plain(shorten(name)): name for name in reversed(names)}
-        close = difflib.get_close_matches(plain(shorten(key)), by_plain, n=1, cutoff=0.6)
+        by_plain = {_plain(shorten(name)): name for name in reversed(names)}
+        close = difflib.get_close_matches(_plain(shorten(key)), by_plain, n=1, cutoff=0.6)
         if close:
             return by_plain[close[0]]
     return None
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("-", "").replace("_", "")
 
 
 def _expected(field: FieldInfo, key: str) -> str:

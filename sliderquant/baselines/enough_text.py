@@ -5,8 +5,8 @@ from sliderquant.planning import Plan
 
 __all__ = ["too_little_text"]
 
-_TOKENS_PER_INPUT = 2
-"""Measured: at as many tokens as inputs GPTQ is about as good as rounding to nearest, and worse with fewer."""
+_TOKENS_PER_INPUT = 4
+"""Measured: with one to three tokens for every input GPTQ is as good as rounding to nearest, and with fewer worse."""
 
 
 def too_little_text(plan: Plan, tokens: int) -> str | None:
@@ -26,6 +26,5 @@ def too_little_text(plan: Plan, tokens: int) -> str | None:
     longer = "a longer text" if overlapping else "more --samples or a larger --seqlen"
     return (
         f"warning: {tokens} tokens of calibration text{overlapping} are little for linears of up to {inputs} input "
-        f"features: {plan.method.name} estimates {inputs} x {inputs} figures from them, and the model can become worse "
-        f"than with rtn; use {needed} tokens or more, by {longer}"
+        f"features: what {plan.method.name} finds may fit them alone, and the model be worse than by rtn; use {needed} tokens or more, by {longer}"
     )

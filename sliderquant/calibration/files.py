@@ -163,9 +163,9 @@ def _check_for_zeros(where: str, data: bytes, codec: str) -> None:
     if codec != "utf-8" or b"\0" not in data:
         return
     head = data[:4096]
-    pairs = max(len(head) // 2, 1)
+    pairs = len(head) // 2
     for first, name in ((1, "UTF-16LE"), (0, "UTF-16BE")):
-        if head[first::2].count(0) > 0.4 * pairs and head[1 - first :: 2].count(0) < 0.1 * pairs:
+        if pairs >= 4 and head[first::2].count(0) > 0.4 * pairs and head[1 - first :: 2].count(0) < 0.1 * pairs:
             raise InputError(
                 f"{where}: looks like {name} without a byte order mark: convert it with "
                 f"`iconv -f {name} -t UTF-8 FILE > NEW`"
@@ -176,8 +176,8 @@ def _check_for_zeros(where: str, data: bytes, codec: str) -> None:
 def _trouble(data: bytes, place: int, encoding: str, error: UnicodeDecodeError) -> str:
     if error.end >= len(error.object) and error.reason in ("unexpected end of data", "truncated data"):
         return (
-            "the file ends in the middle of a character; it was cut by bytes: give the whole file, of which "
-            "FILE[:400000] takes a part"
+            f"the file ends in the middle of a character, or is not {encoding}: give the whole file, of which "
+            "FILE[:400000] takes a part, or convert it with `iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`"
         )
     if encoding != "UTF-8":
         return f"{error.reason}: the file is damaged, or not {encoding}"
