@@ -26,5 +26,6 @@ def too_little_text(plan: Plan, tokens: int) -> str | None:
     longer = "a longer text" if overlapping else "more --samples or a larger --seqlen"
     return (
         f"warning: {tokens} tokens of calibration text{overlapping} are little for linears of up to {inputs} input "
-        f"features: what {plan.method.name} finds may fit them alone, and the model be worse than by rtn; use {needed} tokens or more, by {longer}"
+        f"features: what {plan.method.name} finds may fit these tokens alone, and the model may be worse than by rtn; "
+        f"use {needed} tokens or more, by {longer}"
     )

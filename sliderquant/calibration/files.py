@@ -76,6 +76,8 @@ def find_file(source: str, name: str, known: Iterable[str]) -> Path:
         InputError: it is missing, empty, or something that cannot be read twice; the message says what to do.
     """
     where = f"text {source!r}"
+    if not name:
+        raise InputError(f"{where}: is empty; expected {', '.join(known)}, or the path of a file")
     if name == "-":
         raise InputError(f"{where}: standard input is not read: save the text to a file, and give its path")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
@@ -175,9 +177,10 @@ def _check_for_zeros(where: str, data: bytes, codec: str) -> None:
 
 def _trouble(data: bytes, place: int, encoding: str, error: UnicodeDecodeError) -> str:
     if error.end >= len(error.object) and error.reason in ("unexpected end of data", "truncated data"):
+        convert = ", or convert it with `iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`" if encoding == "UTF-8" else ""
         return (
             f"the file ends in the middle of a character, or is not {encoding}: give the whole file, of which "
-            "FILE[:400000] takes a part, or convert it with `iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`"
+            f"FILE[:400000] takes a part{convert}"
         )
     if encoding != "UTF-8":
         return f"{error.reason}: the file is damaged, or not {encoding}"

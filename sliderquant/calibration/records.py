@@ -302,4 +302,8 @@ def _kind(value: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} (column {error.colno})"
+    return " ".join(str(error).split())[:200]
