@@ -200,7 +200,7 @@ def test_one_shot_methods_have_settings_of_their_own(method, values):
     assert changed.model_dump() == values
     with pytest.raises(
         InputError,
-        match=f"unknown setting 'epochs': epochs is of .*sliderquant.*, not of {method}; {method} has .*{next(iter(values))}",
+        match=f"unknown setting 'epochs': epochs is of .*, not of {method}; {method} has .*{next(iter(values))}",
     ):
         with_overrides(chosen, SCHEME, {"epochs": 3})
 

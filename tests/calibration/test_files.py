@@ -44,7 +44,7 @@ def test_all_line_ends_are_line_feeds(tmp_path):
         ("a\nb café x".encode("cp1252"), r"not UTF-8 text \(byte 7\): line 2 has 0xe9 there; .*iconv -f WINDOWS-1252"),
         ("é".encode()[:1], "ends in the middle of a character"),
         (b"\xff\xfea\0b", "not UTF-16 text .* ends in the middle of a character"),
-        ("plain text".encode("utf-16-le"), "looks like UTF-16LE without .* iconv -f UTF-16LE"),
+        ("plain text".encode("utf-16-le"), "looks like UTF-16LE without .*iconv -f UTF-16LE"),
         ("plain text".encode("utf-16-be"), "looks like UTF-16BE"),
         (b"abc\0def", "byte 3 is NUL: a binary file"),
         (b"%PDF-1.7 \0", "a PDF document"),

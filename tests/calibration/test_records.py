@@ -12,6 +12,8 @@ from sliderquant.errors import InputError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 
+CONVERSATION = Conversation(tuple(CHAT))
+
 
 def read(path, content=None):
     if content is not None:
@@ -52,11 +54,11 @@ def test_only_line_feeds_end_lines(tmp_path):
         ({"instruction": "i", "input": "", "output": "o"}, "i\n\no"),
         ({"instruction": "i", "input": "n", "output": "o"}, "i\n\nn\n\no"),
         ({"question": "q", "answer": "a"}, "q\n\na"),
-        ({"messages": CHAT}, Conversation(tuple(CHAT))),
-        (CHAT, Conversation(tuple(CHAT))),
-        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}, Conversation(tuple(CHAT))),
-        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, Conversation(tuple(CHAT))),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, CHAT[1]]}, Conversation(tuple(CHAT))),
+        ({"messages": CHAT}, CONVERSATION),
+        (CHAT, CONVERSATION),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}, CONVERSATION),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, CONVERSATION),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, CHAT[1]]}, CONVERSATION),
     ],
 )  # fmt: skip
 def test_records_in_the_usual_forms(tmp_path, record, expected):
@@ -97,7 +99,7 @@ def test_tables(tmp_path):
     pq.write_table(pa.table({"n": [1, 2], "text": ["a", "b"]}), tmp_path / "t.parquet")
     assert read(tmp_path / "t.parquet").documents == ("a", "b")
     pq.write_table(pa.table({"messages": [CHAT]}), tmp_path / "m.parquet")
-    assert read(tmp_path / "m.parquet").documents == (Conversation(tuple(CHAT)),)
+    assert read(tmp_path / "m.parquet").documents == (CONVERSATION,)
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match="has the columns body; expected"):
         read(tmp_path / "b.parquet")
