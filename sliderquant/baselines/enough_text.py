@@ -1,6 +1,6 @@
 """Whether there is enough calibration text for what a method estimates from it."""
 
-from sliderquant.one_shot_settings import OneShotSettings
+from sliderquant.one_shot_settings import GptqSettings, OneShotSettings
 from sliderquant.planning import Plan
 
 __all__ = ["too_little_text"]
@@ -24,8 +24,9 @@ def too_little_text(plan: Plan, tokens: int) -> str | None:
     drawn = plan.samples * plan.seqlen
     overlapping = f" ({plan.samples} samples of {plan.seqlen}, which overlap)" if tokens < drawn else ""
     longer = "a longer text" if overlapping else "more --samples or a larger --seqlen"
+    worse = ", and the model be worse than by rtn" if isinstance(plan.settings, GptqSettings) else ""
     return (
         f"warning: {tokens} tokens of calibration text{overlapping} are little for linears of up to {inputs} input "
-        f"features: what {plan.method.name} finds may fit these tokens alone, and the model may be worse than by rtn; "
-        f"use {needed} tokens or more, by {longer}"
+        f"features: what {plan.method.name} finds may fit these tokens alone{worse}; use {needed} tokens "
+        f"or more, by {longer}"
     )
