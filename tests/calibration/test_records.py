@@ -44,7 +44,8 @@ def test_json_is_read_by_its_content(tmp_path, content, name):
 
 
 def test_only_line_feeds_end_lines(tmp_path):
-    assert read(tmp_path / "d.jsonl", '{"text": "a\u2028b\x85c"}\n{"text": "d"}').documents == ("a\u2028b\x85c", "d")
+    content = '{"text": "first"}\n{"text": "a\u2028b\x85c"}\n{"text": "d"}'
+    assert read(tmp_path / "d.jsonl", content).documents == ("first", "a\u2028b\x85c", "d")
 
 
 @pytest.mark.parametrize(
