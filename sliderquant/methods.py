@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from sliderquant.calibration.files import nearest
 from sliderquant.errors import InputError
 from sliderquant.one_shot_settings import AwqSettings, GptqSettings, OneShotSettings, SmoothQuantSettings
+from sliderquant.overrides import merged, nested, parse_overrides
 from sliderquant.schemes import Scheme
+from sliderquant.setting_errors import explained, setting_names
 from sliderquant.settings import Settings
 
 __all__ = [
@@ -73,15 +74,7 @@ _PUBLISHED_ACTIVATIONS = Settings.model_validate({"epochs": 20, "learning_rates"
 
 
 def _changed(settings: Settings, **changes: Any) -> Settings:
-    return Settings.model_validate(_merged(settings.model_dump(), changes))
-
-
-def _merged(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in overrides.items():
-        inner = result.get(key)
-        result[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
-    return result
+    return Settings.model_validate(merged(settings.model_dump(), changes))
 
 
 # Ours, at the same number of steps: see `python -m benchmarks accuracy`. Where attention alone is rounded, clipping of
@@ -191,7 +184,9 @@ METHODS: Mapping[str, Method] = {
 def method_named(name: str) -> Method:
     """Raises InputError with the names there are."""
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
+        near = nearest(str(name), METHODS)
+        suggestion = f"; did you mean {near}?" if near else ""
+        raise InputError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}{suggestion}")
     return METHODS[name]
 
 
@@ -209,40 +204,6 @@ def check_scheme(method: Method, scheme: Scheme) -> None:
         )
 
 
-def parse_overrides(config: Path | None, assignments: list[str]) -> dict[str, Any]:
-    """Nested overrides from a YAML file and from `key=value` assignments, which win over the file.
-
-    Raises:
-        InputError: the file is missing or not a mapping, or an assignment has no `=`.
-    """
-    overrides: dict[str, Any] = {}
-    if config is not None:
-        try:
-            loaded = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"--config {config}: cannot be read ({error.strerror}); expected a YAML file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"--config {config}: not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(loaded, dict):
-            raise InputError(f"--config {config}: expected a mapping of settings such as `epochs: 10`")
-        overrides = loaded
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"--set {assignment!r}: expected key=value, for example epochs=10 or windows.shallow=2")
-        target = overrides
-        *parents, leaf = key.strip().split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise InputError(f"--set {assignment!r}: {parent} is a value, it has no keys of its own")
-        try:
-            target[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {assignment!r}: the value cannot be read") from error
-    return overrides
-
-
 def with_overrides(
     method: Method, scheme: Scheme, overrides: Mapping[str, Any], effort: str | None = None
 ) -> Settings | OneShotSettings | None:
@@ -255,39 +216,23 @@ def with_overrides(
         InputError: an effort that the method does not have; an unknown key or an unusable value; the message lists
             those there are.
     """
+    if not isinstance(overrides, Mapping):
+        raise InputError(f"settings {overrides!r}: expected a mapping of settings by name, such as {{'epochs': 10}}")
+    overrides = nested(overrides, "settings")
     if effort is not None:
         if effort not in method.efforts:
             offered = ", ".join(method.efforts) or "none: use --method sliderquant-best, or the setting epochs"
             raise InputError(f"effort {effort!r}: method {method.name} has {offered}")
-        overrides = _merged(method.effort_for(scheme, effort), overrides)
+        overrides = merged(method.effort_for(scheme, effort), overrides)
     settings = method.settings_for(scheme)
     if settings is None:
         if overrides:
-            raise InputError(f"method {method.name} has no settings, but {', '.join(overrides)} was set: leave it out")
+            raise InputError(
+                f"method {method.name} has no settings, but {', '.join(map(str, overrides))} was set: leave it out"
+            )
         return None
-    merged = _merged(settings.model_dump(), overrides)
     try:
-        return type(settings).model_validate(merged)
+        return type(settings).model_validate(merged(settings.model_dump(), overrides))
     except ValidationError as error:
-        raise InputError(_explained(error, type(settings))) from error
-
-
-def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
-    """Every key that can be set, nested ones with dots."""
-    names = []
-    for name, found in model.model_fields.items():
-        nested = found.annotation
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            names += setting_names(nested, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
-
-
-def _explained(error: ValidationError, model: type[BaseModel]) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown setting {key!r}: expected one of {', '.join(setting_names(model))}"
-    reason = first["msg"].removeprefix("Value error, ")
-    return f"setting {key!r}: {reason}, got {first['input']!r}"
+        others = {other.name: type(other.settings) for other in METHODS.values() if other.settings is not None}
+        raise InputError(explained(error, type(settings), method.name, others)) from error

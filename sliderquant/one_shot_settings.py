@@ -1,14 +1,14 @@
 """The hyper-parameters of the one-shot methods; the defaults are the published ones."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from sliderquant.setting_errors import FrozenSettings
 
 __all__ = ["AwqSettings", "GptqSettings", "OneShotSettings", "SmoothQuantSettings"]
 
 
-class OneShotSettings(BaseModel):
+class OneShotSettings(FrozenSettings):
     """What all methods share that look at calibration activations once, layer by layer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     batch_size: int = Field(4, ge=1, description="samples that pass through a layer at a time")
     stream_memory_gb: float = Field(8.0, gt=0, description="activations beyond this are kept in files, not in memory")

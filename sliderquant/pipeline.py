@@ -14,8 +14,6 @@ from torch import nn
 from sliderquant.allocation import Allocation
 from sliderquant.baselines.rtn import rtn_layer
 from sliderquant.baselines.walk import quantize_layers
-from sliderquant.calibration.blocks import random_blocks
-from sliderquant.calibration.text import check_source, read_text
 from sliderquant.checkpoint import CardInfo, CheckpointWriter
 from sliderquant.choosing import with_chosen_bits, with_chosen_rotation
 from sliderquant.devices import deterministic, machine, peak_memory, resolve_device, versions
@@ -34,6 +32,7 @@ from sliderquant.reports.quantization import quantization_page
 from sliderquant.rotation import rotated
 from sliderquant.schemes import Scheme
 from sliderquant.settings import Settings
+from sliderquant.texts import checked_name, read_blocks, say, try_texts
 from sliderquant.train import matmul_dtype
 from sliderquant.walk import refine_model, stored_clips
 
@@ -81,9 +80,11 @@ def plan(
     effort: str | None = None,
     rotation_seeds: int = 1,
     progress: Progress | None = None,
+    perplexity_on: str | None = None,
 ) -> Plan:
-    """What `quantize` with the same arguments would do. Reads headers only; but with `average_bits` it chooses the bits
-    of every linear, which takes two walks over the model, and with `rotation_seeds` a seed, which takes one for each.
+    """What `quantize` with the same arguments would do. Of the model it reads headers only; but with `average_bits` it
+    chooses the bits of every linear, which takes two walks over the model, and with `rotation_seeds` a seed, which
+    takes one for each. Texts are read and checked; `wikitext2` and `c4`, which are downloaded, only for such choices.
 
     Raises:
         InputError: as `quantize`.
@@ -93,10 +94,17 @@ def plan(
     settled = _plan(
         source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits, effort, rotation_seeds
     )
+    needs_text = settled.settings is not None or settled.chooses
+    text = checked_name(calibration, needs_text) if needs_text else None
+    measured = checked_name(perplexity_on, True) or None
     if not settled.chooses:
+        if text or measured:
+            say(try_texts(settled, source.tokenizer(), text, measured, seed), progress)
         return settled
-    check_source(calibration)
-    blocks = _calibration_blocks(calibration, source.tokenizer(), settled, seed)
+    texts = read_blocks(settled, source.tokenizer(), text, measured, seed)
+    say(texts.notes, progress)
+    blocks = texts.calibration
+    assert blocks is not None
     Decoder(source, target).check_names()
     if settled.chooses_rotation:
         settled = with_chosen_rotation(settled, blocks, target, progress or Progress())
@@ -163,7 +171,7 @@ def quantize(
         InputError: something in the arguments or files is not usable; before any long work.
         CheckpointError: the checkpoint could not be written.
     """
-    progress = progress or Progress()
+    told, progress = progress, progress or Progress()
     started = time.perf_counter()
     target = resolve_device(device)
     source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme), method_named(method))
@@ -180,11 +188,13 @@ def quantize(
     if allocation is not None:
         settled = settled.with_allocation(allocation)
     needs_text = settled.settings is not None or settled.chooses
-    for text in ([calibration] if needs_text else []) + ([perplexity_on] if perplexity_on else []):
-        check_source(text)
+    calibration = checked_name(calibration, needs_text)
+    perplexity_on = checked_name(perplexity_on, True) or None
     tokenizer = source.tokenizer()
     writer = CheckpointWriter(output, overwrite=overwrite, estimated_bytes=settled.largest_disk_bytes)
-    blocks = _calibration_blocks(calibration, tokenizer, settled, seed) if needs_text else None
+    texts = read_blocks(settled, tokenizer, calibration if needs_text else None, perplexity_on, seed)
+    blocks = texts.calibration
+    say(texts.notes, told)
     Decoder(source, target).check_names()
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
@@ -195,7 +205,9 @@ def quantize(
         if perplexity_on:
             progress.message(f"perplexity of the original on {perplexity_on}")
             with _timed(times, "evaluate_before"):
-                measured["before"] = original_perplexity(source, tokenizer, perplexity_on, seqlen, target, progress)
+                measured["before"] = original_perplexity(
+                    source, tokenizer, perplexity_on, settled.seqlen, target, progress, blocks=texts.evaluation
+                )
         if settled.chooses_rotation:
             assert blocks is not None
             with _timed(times, "choose_rotation"):
@@ -215,12 +227,15 @@ def quantize(
             progress.message(f"perplexity of the packed model on {perplexity_on}")
             with _timed(times, "evaluate_after"):
                 packed = load(folder, device=target, dtype=evaluation_dtype(source.dtype, target))
-                measured["after"] = perplexity(packed, tokenizer, perplexity_on, seqlen, progress.evaluated)
+                measured["after"] = perplexity(
+                    packed, tokenizer, perplexity_on, settled.seqlen, progress.evaluated, texts.evaluation
+                )
                 del packed
         times["total"] = time.perf_counter() - started
         report = {
             **settled.as_dict(),
             "calibration": calibration if needs_text else None,
+            "warnings": list(texts.notes),
             "seed": seed,
             "matmul": (
                 _name(matmul_dtype(settled.settings, target)) if isinstance(settled.settings, Settings) else None
@@ -275,11 +290,6 @@ def _plan(
         average_bits,
         rotation_seeds,
     )
-
-
-def _calibration_blocks(calibration: str, tokenizer: Any, settled: Plan, seed: int) -> torch.Tensor:
-    text = read_text(calibration, "calibration")
-    return random_blocks(text, tokenizer, settled.samples, settled.seqlen, seed)
 
 
 def _run(

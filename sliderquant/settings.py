@@ -5,18 +5,15 @@ Every field of `Settings` can be set by name: `--set epochs=10 --set windows.sha
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from sliderquant.schemes import Scheme
+from sliderquant.setting_errors import FrozenSettings
 
 __all__ = ["LearningRates", "ScaleSettings", "Settings", "WindowSettings"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class WindowSettings(_Frozen):
+class WindowSettings(FrozenSettings):
     """The inter-layer schedule, see `sliderquant.windows.schedule`."""
 
     shallow: int = Field(4, ge=0, description="layers in the expanding ramp at the start")
@@ -33,7 +30,7 @@ class WindowSettings(_Frozen):
         return self
 
 
-class LearningRates(_Frozen):
+class LearningRates(FrozenSettings):
     """AdamW's learning rates per sample of a batch; the rate used is this times the batch size."""
 
     weights: float = Field(2e-3, ge=0, description="of the offsets of weights, in quantization steps")
@@ -45,7 +42,7 @@ class LearningRates(_Frozen):
     )
 
 
-class ScaleSettings(_Frozen):
+class ScaleSettings(FrozenSettings):
     """The channel scales, see `sliderquant.scales`."""
 
     use: Literal["auto", "always", "never"] = Field(
@@ -62,12 +59,12 @@ class ScaleSettings(_Frozen):
         return self.use == "always" or (self.use == "auto" and rounds)
 
 
-class Settings(_Frozen):
+class Settings(FrozenSettings):
     """The hyper-parameters of a learned method; the defaults are the published ones for weight-only schemes."""
 
     epochs: int = Field(60, ge=1, description="passes over the calibration samples per window, split over the stages")
     batch_size: int = Field(3, ge=1, description="samples per step")
-    gamma: float = Field(0.5, gt=0, le=1, description="share of input channels per intra-layer stage; 1: one stage")
+    gamma: float = Field(0.5, ge=1e-3, le=1, description="share of input channels per intra-layer stage; 1: one stage")
     stage_order: Literal["sweep", "window"] = Field(
         "sweep", description="sweep: each stage slides over the whole model; window: all stages inside each window"
     )

@@ -67,7 +67,7 @@ def test_every_setting_is_reachable_by_name():
         "stream_memory_gb": 0.5,
         "compile": "never",
     }
-    assert set(values) == set(setting_names())
+    assert set(values) == set(setting_names(Settings))
     changed = with_overrides(
         METHODS["sliderquant"], SCHEME, parse_overrides(None, [f"{k}={v}" for k, v in values.items()])
     )
@@ -91,10 +91,19 @@ def test_a_file_is_read_and_assignments_win(tmp_path):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("epoch=3", "unknown setting 'epoch': expected one of epochs, .*windows.shallow"),
+        ("epoch=3", r"unknown setting 'epoch': did you mean epochs \(a whole number, at least 1\)\? .*windows.shallow"),
+        ("shallow=3", r"did you mean windows\.shallow"),
+        ("learning_rate.weights=1e-3", r"'learning_rate\.weights': did you mean learning_rates\.weights"),
+        ("actorder=group", "act_order is of gptq, not of sliderquant"),
+        ("epochs=true", "expected a whole number, at least 1, got true"),
+        ("epochs=", "got nothing"),
+        ("epochs=1:30", "got '1:30'"),
+        ("clipping_start=far", "setting 'clipping_start': expected a finite number, or search, got 'far'"),
+        ("compile=no", "setting 'compile': expected auto or always or never, got 'no'"),
+        ("gamma=1e-9", "at least 0.001 and at most 1"),
         ("windows.width=3", "unknown setting 'windows.width'"),
         ("epochs=many", "setting 'epochs': .*got 'many'"),
-        ("epochs=0", "setting 'epochs': .*greater than or equal to 1"),
+        ("epochs=0", "setting 'epochs': .*expected a whole number, at least 1, got 0"),
         ("gamma=0", "setting 'gamma'"),
         ("gamma=.nan", "setting 'gamma'"),
         ("windows.stride=3", "must not exceed windows.size"),
@@ -127,6 +136,46 @@ def test_bad_files_are_named(tmp_path):
         parse_overrides(tmp_path / "broken.yaml", [])
 
 
+def test_numbers_in_files_are_what_they_look_like(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_bytes("windows.size: 010\r\nlearning_rates: {low_rank: 1e-3}\r\nclipping: yes\r\n".encode("utf-16"))
+    assert parse_overrides(path, ["epochs=012"]) == {
+        "windows": {"size": 10}, "learning_rates": {"low_rank": 1e-3}, "clipping": "yes", "epochs": 12,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no settings in it: expected a mapping"),
+        (b"# epochs: 1\n", "no settings in it"),
+        (b"epochs 3", "expected a mapping .*, not one value"),
+        (b"windows:\n\tsize: 1\n", "a tab in line 2: YAML is indented by spaces"),
+        (b"windows:\n  size: 1\n  size: 2\n", "line 3: 'size' stands in line 2 already"),
+        (b"windows: {size: 1}\nwindows.size: 2\n", "windows.size is given twice, as 1 and as 2"),
+        (b"1: 2\n", "1 is not the name of a setting"),
+        (b"epochs: 1 # caf\xe9 x", r"s\.yaml: not UTF-8 text \(byte 15\)"),
+        (b"a: &x {b: *x}", "without an end"),
+    ],
+)
+def test_bad_yaml_is_explained(tmp_path, content, message):
+    (tmp_path / "s.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        parse_overrides(tmp_path / "s.yaml", [])
+
+
+def test_a_setting_has_one_value():
+    assert parse_overrides(None, ["epochs=2", "epochs=2"]) == {"epochs": 2}
+    for twice in (["epochs=2", "epochs=3"], ["windows.size=1", "windows={size: 2}"]):
+        with pytest.raises(InputError, match="is given twice"):
+            parse_overrides(None, twice)
+    with pytest.raises(InputError, match="as a value, and with settings of its own"):
+        parse_overrides(None, ["windows=3", "windows.size=1"])
+    for settings in ([1], "epochs"):
+        with pytest.raises(InputError, match="expected a mapping of settings by name"):
+            with_overrides(METHODS["cbq"], SCHEME, settings)
+
+
 def test_unknown_method_and_settings_for_a_method_without_any():
     with pytest.raises(InputError, match=r"unknown method 'gtpq': expected one of rtn, gptq, .*, cbq, sliderquant"):
         method_named("gtpq")
@@ -149,7 +198,10 @@ def test_one_shot_methods_have_settings_of_their_own(method, values):
     changed = with_overrides(chosen, SCHEME, parse_overrides(None, [f"{key}={value}" for key, value in values.items()]))
     assert type(changed) is type(chosen.settings)
     assert changed.model_dump() == values
-    with pytest.raises(InputError, match=f"unknown setting 'epochs': expected one of .*{next(iter(values))}"):
+    with pytest.raises(
+        InputError,
+        match=f"unknown setting 'epochs': epochs is of .*, not of {method}; {method} has .*{next(iter(values))}",
+    ):
         with_overrides(chosen, SCHEME, {"epochs": 3})
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import sliderquant
 from sliderquant import memory, planning
 from sliderquant.allocation import Allocation
-from sliderquant.calibration.blocks import tokenize
+from sliderquant.calibration.tokens import tokenize
 from sliderquant.checkpoint import describe, read_checkpoint
 from sliderquant.cli import app
 from sliderquant.clipping import search_clipping

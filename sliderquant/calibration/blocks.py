@@ -1,76 +1,140 @@
 """Text -> blocks of token ids."""
 
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sliderquant.calibration.text import Text
+from sliderquant.calibration.tokens import Tokens
 from sliderquant.errors import InputError
 
-__all__ = ["consecutive_blocks", "document_crops", "random_blocks", "tokenize"]
+__all__ = ["Blocks", "consecutive_blocks", "document_blocks", "random_blocks", "sample"]
+
+_DOCUMENT_CROPS = 256
 
 
-def tokenize(text: str, tokenizer: Any) -> Tensor:
-    """Token ids int64 `[tokens]` of the whole text, with the tokenizer's defaults."""
-    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+@dataclass(frozen=True)
+class Blocks:
+    """What is taken of a text.
+
+    Attributes:
+        tokens: int64 `[blocks, seqlen]`.
+        distinct: places of the text that they cover; one that several blocks cover counts once.
+        notes: what the user should know about how they were taken.
+    """
+
+    tokens: Tensor
+    distinct: int
+    notes: tuple[str, ...] = ()
 
 
 def random_blocks(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
-    """Random crops for calibration, int64 `[samples, seqlen]`: from the whole of a running text (they may overlap), or
-    each from one document that is long enough.
+    """The tokens of `sample`, int64 `[samples, seqlen]`."""
+    return sample(text, tokenizer, samples, seqlen, seed).tokens
+
+
+def sample(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: int, vocabulary: int | None = None) -> Blocks:
+    """Random crops for calibration: from the whole of a running text (they may overlap), or each from one document that
+    is long enough. Where no document is, from the documents joined.
+
+    Args:
+        vocabulary: ids that the model has; None: not checked.
 
     Raises:
-        InputError: the text, or every document, is shorter than one block.
+        InputError: the text is shorter than one block; the model does not have its tokens.
     """
     generator = random.Random(seed)
+    tokens = Tokens(text, tokenizer, vocabulary)
     if not text.running:
-        return document_crops(text, tokenizer, samples, seqlen, generator)
-    tokens = tokenize(text.documents[0], tokenizer)
-    if len(tokens) < seqlen:
+        crops = _document_crops(tokens, samples, seqlen, generator)
+        if crops is not None:
+            return crops
+    ids, notes = _running(tokens, seqlen)
+    starts = [generator.randint(0, len(ids) - seqlen) for _ in range(samples)]
+    blocks = torch.stack([ids[start : start + seqlen] for start in starts])
+    return Blocks(blocks, _covered(starts, seqlen), notes)
+
+
+def document_blocks(text: Text, tokenizer: Any, seqlen: int, vocabulary: int | None = None) -> Blocks:
+    """256 random crops for evaluation, seed 0, each from one document that is long enough: the published protocol for
+    C4. Where no document is, the documents joined are cut into blocks as a running text is.
+
+    Raises:
+        InputError: as `sample`.
+    """
+    tokens = Tokens(text, tokenizer, vocabulary)
+    crops = _document_crops(tokens, _DOCUMENT_CROPS, seqlen, random.Random(0))
+    return _cut(tokens, seqlen) if crops is None else crops
+
+
+def consecutive_blocks(text: Text, tokenizer: Any, seqlen: int, vocabulary: int | None = None) -> Blocks:
+    """Non-overlapping blocks of a running text in order, without the tail.
+
+    Raises:
+        InputError: as `sample`.
+    """
+    return _cut(Tokens(text, tokenizer, vocabulary), seqlen)
+
+
+def _cut(tokens: Tokens, seqlen: int) -> Blocks:
+    ids, notes = _running(tokens, seqlen)
+    blocks = len(ids) // seqlen
+    return Blocks(ids[: blocks * seqlen].view(blocks, seqlen), blocks * seqlen, notes)
+
+
+def _running(tokens: Tokens, seqlen: int) -> tuple[Tensor, tuple[str, ...]]:
+    """The text as one running text, at least a block long, and what to say about it."""
+    text = tokens.text
+    ids = tokens.of(0) if text.running else tokens.joined()
+    count = len(text.documents)
+    if len(ids) < seqlen:
+        of_what = "" if text.running else f"its {count} documents have "
         raise InputError(
-            f"text {text.name!r}: {len(tokens)} tokens are shorter than one block of {seqlen}; use a longer text or a "
-            "smaller --seqlen"
+            f"text {text.name!r}: {of_what}{len(ids)} tokens{'' if text.running else ' together, which'} are shorter "
+            f"than one block of {seqlen}; use a longer text or a smaller --seqlen"
         )
-    starts = [generator.randint(0, len(tokens) - seqlen) for _ in range(samples)]
-    return torch.stack([tokens[start : start + seqlen] for start in starts])
+    if text.running:
+        return ids, text.notes
+    return ids, (
+        *text.notes,
+        f"text {text.name!r}: none of its {count} documents is longer than one block of {seqlen} tokens: they are "
+        f"joined, in their order, into one text of {len(ids)} tokens",
+    )
 
 
-def document_crops(text: Text, tokenizer: Any, samples: int, seqlen: int, generator: random.Random) -> Tensor:
-    """`samples` random crops, each from a random document with at least `seqlen` tokens, int64 `[samples, seqlen]`.
+def _document_crops(tokens: Tokens, samples: int, seqlen: int, generator: random.Random) -> Blocks | None:
+    """`samples` random crops, each from a random document with more than `seqlen` tokens; None: there is no such.
 
     A document may be drawn more than once. Draws follow the published protocol for C4: a document, then its crop.
     """
     crops: list[Tensor] = []
+    starts: dict[int, list[int]] = {}
     too_short: set[int] = set()
+    count = len(tokens.text.documents)
     while len(crops) < samples:
-        index = generator.randrange(len(text.documents))
-        tokens = tokenize(text.documents[index], tokenizer)
-        if len(tokens) > seqlen:
-            start = generator.randint(0, len(tokens) - seqlen - 1)
-            crops.append(tokens[start : start + seqlen])
+        index = generator.randrange(count)
+        if index in too_short:
+            continue
+        ids = tokens.of(index)
+        if len(ids) > seqlen:
+            start = generator.randint(0, len(ids) - seqlen - 1)
+            crops.append(ids[start : start + seqlen])
+            starts.setdefault(index, []).append(start)
             continue
         too_short.add(index)
-        if len(too_short) == len(text.documents):
-            raise InputError(
-                f"text {text.name!r}: none of its {len(text.documents)} documents is longer than one block of {seqlen} "
-                "tokens; use longer documents or a smaller --seqlen"
-            )
-    return torch.stack(crops)
+        if len(too_short) == count:
+            return None
+    distinct = sum(_covered(found, seqlen) for found in starts.values())
+    return Blocks(torch.stack(crops), distinct, tokens.text.notes)
 
 
-def consecutive_blocks(text: str, tokenizer: Any, seqlen: int, name: str) -> Tensor:
-    """Non-overlapping blocks of a running text in order, without the tail, int64 `[blocks, seqlen]`.
-
-    Raises:
-        InputError: the text is shorter than one block.
-    """
-    tokens = tokenize(text, tokenizer)
-    blocks = len(tokens) // seqlen
-    if blocks == 0:
-        raise InputError(
-            f"text {name!r}: {len(tokens)} tokens are shorter than one block of {seqlen}; use a longer text or a "
-            "smaller --seqlen"
-        )
-    return tokens[: blocks * seqlen].view(blocks, seqlen)
+def _covered(starts: list[int], seqlen: int) -> int:
+    """Places that blocks from these starts on cover."""
+    covered = end = 0
+    for start in sorted(starts):
+        covered += start + seqlen - max(start, end)
+        end = start + seqlen
+    return covered

@@ -15,12 +15,14 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 from compressed_tensors.utils.match import match_name, match_targets
+from pydantic import ValidationError
 
 from sliderquant._version import __version__
 from sliderquant.checkpoint.packing import INT8, PACKED
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.rotation import Rotations
 from sliderquant.schemes import ACTIVATION_BITS, BITS, GROUP_SIZES, KV_BITS, Scheme
+from sliderquant.setting_errors import reasons
 
 __all__ = ["FORMAT_VERSION", "Entry", "SchemeLookup", "quantization_config", "read_entry", "sliderquant_entry"]
 
@@ -178,6 +180,11 @@ class SchemeLookup:
             raise CheckpointError(f"{where}: quant_method is {method!r}, expected {_OTHERS_METHOD!r}. {_SUPPORTED}")
         try:
             parsed = QuantizationConfig.model_validate({**config, "quant_method": _OTHERS_METHOD})
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{where}: not a quantization_config of compressed-tensors: {reasons(error)}; the model has to be "
+                "quantized again so"
+            ) from error
         except (ValueError, TypeError, NotImplementedError) as error:
             raise CheckpointError(f"{where}: not a quantization_config of compressed-tensors: {error}") from error
         if parsed.quantization_status != QuantizationStatus.COMPRESSED:

@@ -32,11 +32,14 @@ def command(
     import torch
     from transformers import AutoTokenizer, TextStreamer
 
+    from sliderquant.calibration.tokens import check_tokens
     from sliderquant.errors import InputError
     from sliderquant.loading import load
 
     if not prompt:
         raise InputError("PROMPT is empty: expected text to go on from")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise InputError("PROMPT is not UTF-8 text: check the encoding of the terminal, or of the file it came from")
     model = load(checkpoint, device=device, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     if tokenizer.chat_template and not raw:
@@ -45,12 +48,16 @@ def command(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-        print(prompt, end="", flush=True)
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
     length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise InputError("PROMPT: the tokenizer makes no tokens of it; expected text to go on from")
+    check_tokens(inputs["input_ids"], model.get_input_embeddings().num_embeddings, tokenizer, "PROMPT")
     longest = model.config.max_position_embeddings
     if length >= longest:
         raise InputError(f"PROMPT has {length} tokens: expected fewer than {longest}, the longest that the model takes")
+    if raw or not tokenizer.chat_template:
+        print(prompt, end="", flush=True)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )

@@ -31,7 +31,7 @@ def command(
     ] = "W4A16-g128",
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}: see below.")] = "sliderquant",
     calibration: Annotated[
-        str, typer.Option(help="wikitext2, c4, stdlib, or a text or .jsonl file; FILE[:1000000] takes a part.")
+        str, typer.Option(help="wikitext2, c4, stdlib, or a file: text, JSON Lines, ...; FILE[:1000000] takes a part.")
     ] = "wikitext2",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     seqlen: Annotated[
@@ -98,6 +98,7 @@ def command(
                 effort=effort,
                 rotation_seeds=rotation_seeds,
                 progress=progress,
+                perplexity_on=perplexity,
             )
         print_plan(settled)
         return

@@ -1,15 +1,17 @@
 """Perplexity of a checkpoint, or of an original model."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sliderquant.calibration.text import check_source
+from sliderquant.calibration.text import check_source, read_text
+from sliderquant.calibration.tokens import vocabulary_of
 from sliderquant.devices import resolve_device
 from sliderquant.errors import InputError
-from sliderquant.evaluation.perplexity import Perplexity, perplexity
+from sliderquant.evaluation.perplexity import Perplexity, check_seqlen, evaluation_blocks, perplexity
 from sliderquant.loading import load
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.progress import Progress
@@ -41,15 +43,25 @@ def evaluate(
 
     progress = progress or Progress()
     check_source(perplexity_on)
+    perplexity_on = str(perplexity_on)
     target = resolve_device(device)
     folder = Path(model).expanduser()
     if is_quantized(folder):
         stored = torch.float16 if target.type == "cuda" else torch.float32
+        text = read_text(perplexity_on, "evaluation")  # loading takes longer
         packed = load(folder, device=target, dtype=evaluation_dtype(stored, target) if dtype == "auto" else dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return perplexity(packed, tokenizer, perplexity_on, seqlen, progress.evaluated)
+        seqlen = check_seqlen(packed.config, seqlen)
+        blocks = evaluation_blocks(text, tokenizer, seqlen, packed.get_input_embeddings().num_embeddings)
+        _say(blocks.notes, progress)
+        return perplexity(packed, tokenizer, perplexity_on, seqlen, progress.evaluated, blocks.tokens)
     source = open_model(model)
     return original_perplexity(source, source.tokenizer(), perplexity_on, seqlen, target, progress, dtype)
+
+
+def _say(notes: Iterable[str], progress: Progress) -> None:
+    for note in notes:
+        progress.message(note)
 
 
 def is_quantized(folder: Path) -> bool:
@@ -68,12 +80,19 @@ def original_perplexity(
     device: torch.device,
     progress: Progress,
     dtype: str | torch.dtype = "auto",
+    blocks: torch.Tensor | None = None,
 ) -> Perplexity:
+    """See `evaluate`; `blocks` as for `perplexity`."""
     from transformers import AutoModelForCausalLM
 
+    if blocks is None:
+        seqlen = check_seqlen(source.config, seqlen)
+        found = evaluation_blocks(text, tokenizer, seqlen, vocabulary_of(source))
+        blocks = found.tokens
+        _say(found.notes, progress)
     wanted = evaluation_dtype(source.dtype, device) if dtype == "auto" else _dtype(dtype)
     original = AutoModelForCausalLM.from_pretrained(source.folder, dtype=wanted).to(device).eval()
-    return perplexity(original, tokenizer, text, seqlen, progress.evaluated)
+    return perplexity(original, tokenizer, text, seqlen, progress.evaluated, blocks)
 
 
 def evaluation_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -3,11 +3,11 @@
 A running text (WikiText-2: the raw test lines joined by blank lines) is tokenized once with the tokenizer's defaults
 and cut into non-overlapping blocks of `seqlen` tokens; the tail is dropped. Each block's loss is the mean cross-entropy
 of its seqlen - 1 shifted tokens, and perplexity = exp(mean over the blocks). Text in documents (C4): 256 random crops
-of `seqlen` tokens from documents that are long enough, seed 0.
+of `seqlen` tokens from documents that are long enough, seed 0; where none is, the documents joined are measured as one
+running text.
 """
 
 import math
-import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sliderquant.calibration.blocks import consecutive_blocks, document_crops
-from sliderquant.calibration.text import read_text
+from sliderquant.calibration.blocks import Blocks, consecutive_blocks, document_blocks
+from sliderquant.calibration.text import Text, read_text
 from sliderquant.errors import InputError
 
-__all__ = ["Perplexity", "default_seqlen", "evaluation_blocks", "perplexity"]
+__all__ = ["Perplexity", "check_seqlen", "default_seqlen", "evaluation_blocks", "perplexity"]
 
 _LONGEST_BLOCK = 2048
-_DOCUMENT_CROPS = 256
 _TOKENS_AT_ONCE = 2048  # logits of a batch are the largest tensor: tokens x vocabulary in fp32
 
 
@@ -57,16 +56,28 @@ def default_seqlen(config: Any) -> int:
     return min(_LONGEST_BLOCK, int(config.max_position_embeddings))
 
 
-def evaluation_blocks(source: str, tokenizer: Any, seqlen: int) -> Tensor:
-    """What is measured of a text source, int64 `[blocks, seqlen]`.
+def check_seqlen(config: Any, seqlen: int | None) -> int:
+    """Tokens per block; None: `default_seqlen`. Raises InputError when the model does not take so many."""
+    longest = int(config.max_position_embeddings)
+    seqlen = default_seqlen(config) if seqlen is None else seqlen
+    if not 2 <= seqlen <= longest:
+        raise InputError(f"seqlen {seqlen}: expected 2 to {longest}, the longest that the model takes")
+    return seqlen
+
+
+def evaluation_blocks(source: str | Text, tokenizer: Any, seqlen: int, vocabulary: int | None = None) -> Blocks:
+    """What is measured of a text source.
+
+    Args:
+        source: its name, or what was read of it.
+        vocabulary: ids that the model has; None: not checked.
 
     Raises:
-        InputError: the text is missing, or shorter than one block.
+        InputError: the text is missing, or shorter than one block; the model does not have its tokens.
     """
-    text = read_text(source, "evaluation")
-    if text.running:
-        return consecutive_blocks(text.documents[0], tokenizer, seqlen, source)
-    return document_crops(text, tokenizer, _DOCUMENT_CROPS, seqlen, random.Random(0))
+    text = source if isinstance(source, Text) else read_text(source, "evaluation")
+    take = consecutive_blocks if text.running else document_blocks
+    return take(text, tokenizer, seqlen, vocabulary)
 
 
 @torch.inference_mode()
@@ -76,21 +87,23 @@ def perplexity(
     source: str,
     seqlen: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    blocks: Tensor | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model on a text source (see `sliderquant.calibration.text`).
 
     Args:
         seqlen: tokens per block; None: `default_seqlen`.
         progress: called with (blocks done, blocks in all).
+        blocks: those of the source, where they were made before; None: they are made here.
 
     Raises:
-        InputError: the text is missing, or shorter than one block; seqlen is out of the model's range.
+        InputError: the text is missing, or shorter than one block; seqlen is out of the model's range; the model does
+            not have the text's tokens.
     """
-    longest = int(model.config.max_position_embeddings)
-    seqlen = default_seqlen(model.config) if seqlen is None else seqlen
-    if not 2 <= seqlen <= longest:
-        raise InputError(f"seqlen {seqlen}: expected 2 to {longest}, the longest that the model takes")
-    blocks = evaluation_blocks(source, tokenizer, seqlen)
+    seqlen = check_seqlen(model.config, seqlen)
+    if blocks is None:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        blocks = evaluation_blocks(source, tokenizer, seqlen, vocabulary).tokens
     device = model.device
     losses: list[float] = []
     for batch in blocks.split(max(1, _TOKENS_AT_ONCE // seqlen)):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sliderquant.calibration.text import check_source
+from sliderquant.calibration.tokens import vocabulary_of
 from sliderquant.devices import deterministic, machine, resolve_device, versions
 from sliderquant.errors import InputError
 from sliderquant.evaluation.perplexity import default_seqlen, evaluation_blocks
@@ -167,7 +168,10 @@ def sensitivity(
         per_channel_fallback=per_channel_fallback,
     )
     tokenizer = source.tokenizer()
-    blocks = evaluation_blocks(text, tokenizer, length)[:max_blocks]
+    found = evaluation_blocks(text, tokenizer, length, vocabulary_of(source))
+    for note in found.notes:
+        progress.message(note)
+    blocks = found.tokens[:max_blocks]
     decoder = Decoder(source, target)
     decoder.check_names()
     parts = _Parts(switched_kinds(plan), source.num_layers)

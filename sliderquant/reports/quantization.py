@@ -37,7 +37,7 @@ def quantization_page(report: Mapping[str, Any]) -> str:
         title=f"{Path(report['model']).name}: {report['scheme_in_words']} by {report['method']}",
         method=report["method"],
         summary=_summary(report),
-        warnings=[*warnings_of(training), *layer_warnings(errors)],
+        warnings=[*report.get("warnings", ()), *warnings_of(training), *layer_warnings(errors)],
         perplexity=_perplexity(report["perplexity"]),
         schedule=svg(schedule_figure(windows, report["layers"]), "Windows over the layers") if training else None,
         losses=svg(loss_figure(training), "Losses of every window") if training else None,

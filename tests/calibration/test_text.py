@@ -45,8 +45,8 @@ def test_what_python_brings_along():
         ("empty.txt", b"", "the file is empty"),
         ("blank.txt", b" \n ", "there is no text in it"),
         ("latin.txt", b"caf\xe9", r"not UTF-8 text \(byte 3\)"),
-        ("broken.jsonl", b'{"text": "a"}\nnot json\n', "line 2 is not a JSON object"),
-        ("other.jsonl", b'{"body": "a"}\n', "line 1 is not a JSON object"),
+        ("broken.jsonl", b'{"text": "a"}\nnot json\n', "line 2 is not JSON"),
+        ("other.jsonl", b'{"body": "a"}\n', "line 1 has the fields body; expected .text"),
     ],
 )
 def test_unusable_files_are_named(tmp_path, name, content, message):
