@@ -17,6 +17,7 @@ from sliderquant.baselines.walk import quantize_layers
 from sliderquant.calibration.blocks import random_blocks
 from sliderquant.calibration.text import check_source, read_text
 from sliderquant.checkpoint import CardInfo, CheckpointWriter
+from sliderquant.checkpoint.staging import resolved
 from sliderquant.choosing import with_chosen_bits, with_chosen_rotation
 from sliderquant.devices import deterministic, machine, peak_memory, resolve_device, versions
 from sliderquant.errors import CheckpointError, InputError
@@ -97,7 +98,6 @@ def plan(
         return settled
     check_source(calibration)
     blocks = _calibration_blocks(calibration, source.tokenizer(), settled, seed)
-    Decoder(source, target).check_names()
     if settled.chooses_rotation:
         settled = with_chosen_rotation(settled, blocks, target, progress or Progress())
     if settled.chooses_bits:
@@ -182,10 +182,10 @@ def quantize(
     needs_text = settled.settings is not None or settled.chooses
     for text in ([calibration] if needs_text else []) + ([perplexity_on] if perplexity_on else []):
         check_source(text)
-    tokenizer = source.tokenizer()
+    tokenizer = source.tokenizer() if needs_text or perplexity_on else None
+    _check_apart(source, output)
     writer = CheckpointWriter(output, overwrite=overwrite, estimated_bytes=settled.largest_disk_bytes)
     blocks = _calibration_blocks(calibration, tokenizer, settled, seed) if needs_text else None
-    Decoder(source, target).check_names()
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     times: dict[str, float] = {}
@@ -242,6 +242,15 @@ def quantize(
         )
         path = writer.publish(report, card, quantization_page(report))
     return QuantizeResult(path, settled, report)
+
+
+def _check_apart(source: ModelSource, output: str | Path) -> None:
+    """Writing, or overwriting, `output` leaves the model alone. Raises InputError when it would not."""
+    model, out = source.folder.resolve(), resolved(output)
+    if model == out:
+        raise InputError(f"output {output} is the folder of the model itself: choose another folder")
+    if out in model.parents:
+        raise InputError(f"output {output} holds the folder of the model, {model}: choose another folder")
 
 
 def _rotated(
@@ -339,10 +348,11 @@ def _copy_the_rest(settled: Plan, changed: Mapping[str, torch.Tensor], writer: C
     if unknown:
         raise CheckpointError(f"tensor {unknown[0]} was changed, but is not one that the model keeps as it is")
     for name in settled.source.files:
-        # Early Llama checkpoints store this constant in every layer; no model reads it any more.
-        if name in quantized or name.endswith("rotary_emb.inv_freq"):
+        if name in quantized:
             continue
         tensor = settled.source.tensor(name)
+        if not tensor.isfinite().all():
+            raise InputError(f"{settled.source.name}: tensor {name} holds values that are not finite")
         if name in changed:
             stored = changed[name].to(tensor.dtype)
             if not torch.equal(stored.float(), changed[name].float()):

@@ -48,7 +48,7 @@ def build_skeleton(config: PretrainedConfig, where: str, dtype: torch.dtype, **k
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **kwargs)
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{where}: transformers cannot build this model: {error}") from error
     return model

@@ -38,7 +38,7 @@ def command(
     if not prompt:
         raise InputError("PROMPT is empty: expected text to go on from")
     model = load(checkpoint, device=device, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     if tokenizer.chat_template and not raw:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -11,8 +11,10 @@ from sliderquant.devices import resolve_device
 from sliderquant.errors import InputError
 from sliderquant.evaluation.perplexity import Perplexity, perplexity
 from sliderquant.loading import load
+from sliderquant.models.matching import empty_model
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.progress import Progress
+from sliderquant.rotation import RotatedSource
 
 __all__ = ["evaluate", "evaluation_dtype", "is_quantized", "original_perplexity"]
 
@@ -46,7 +48,7 @@ def evaluate(
     if is_quantized(folder):
         stored = torch.float16 if target.type == "cuda" else torch.float32
         packed = load(folder, device=target, dtype=evaluation_dtype(stored, target) if dtype == "auto" else dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return perplexity(packed, tokenizer, perplexity_on, seqlen, progress.evaluated)
     source = open_model(model)
     return original_perplexity(source, source.tokenizer(), perplexity_on, seqlen, target, progress, dtype)
@@ -69,11 +71,19 @@ def original_perplexity(
     progress: Progress,
     dtype: str | torch.dtype = "auto",
 ) -> Perplexity:
-    from transformers import AutoModelForCausalLM
-
+    """Perplexity of the model as it is on disk, from the tensors that are quantized; of a rotated one, before that."""
     wanted = evaluation_dtype(source.dtype, device) if dtype == "auto" else _dtype(dtype)
-    original = AutoModelForCausalLM.from_pretrained(source.folder, dtype=wanted).to(device).eval()
+    if isinstance(source, RotatedSource):
+        source = source.original
+    original = _dense(source, wanted).to(device).eval()
     return perplexity(original, tokenizer, text, seqlen, progress.evaluated)
+
+
+def _dense(source: ModelSource, dtype: torch.dtype) -> Any:
+    """The model in transformers. Its files are not opened a second time by other rules than ours."""
+    model_class = type(empty_model(source.name, source.config))
+    weights = {name: source.tensor(name) for name in source.tensors}
+    return model_class.from_pretrained(None, config=source.config, state_dict=weights, dtype=dtype)
 
 
 def evaluation_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
