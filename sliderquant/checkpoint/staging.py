@@ -243,8 +243,8 @@ def _state(marker: Path, out: Path) -> str:
     # Over a network a lock may be known to one machine only, and without locks a process is known only there.
     if not ours or described.get("host") != socket.gethostname() or not isinstance(described.get("pid"), int):
         return "unknown"
-    if locked is None and _alive(described["pid"]):
-        return "running"
+    if _alive(described["pid"]):  # or its number is that of a later process by now
+        return "running" if locked is None else "unknown"
     return "dead"
 
 

@@ -128,6 +128,12 @@ class CheckpointWriter:
                 f"layer {name}: the packed weight is not the trained one ({_difference(stored, trained)}): the weight "
                 f"was not on the grid of {scheme} with scales in {quantized.scale.dtype}"
             )
+        largest = stored.abs().amax().item()
+        if not largest <= torch.finfo(quantized.scale.dtype).max:
+            raise CheckpointError(
+                f"layer {name}: quantized to {scheme}, its largest weight is {largest:.3g}, more than "
+                f"{quantized.scale.dtype} holds: save the model in bfloat16 or float32 first"
+            )
         for part, tensor in parts.items():
             self.add_tensor(f"{name}.{part}", tensor)
         self._schemes[name] = scheme

@@ -116,8 +116,8 @@ def _names(key: str, prefix: str) -> Iterable[str]:
 def _check_headers(name: str, tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            quantized = tensor.dtype.startswith(("F8", "F4", "F6", "I", "U"))
-            advice = "the model is quantized already; give the original" if quantized else "convert the model"
+            wide = tensor.dtype == "F64"
+            advice = "convert the model" if wide else "the model is quantized already; give the original"
             raise InputError(
                 f"{name}: tensor {tensor.key} is stored as {tensor.dtype} ({tensor.file.name}); expected float16, "
                 f"bfloat16 or float32: {advice}"
