@@ -94,10 +94,12 @@ def plan(
     settled = _plan(
         source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits, effort, rotation_seeds
     )
+    tokenizer = source.tokenizer() if settled.settings is not None or settled.chooses else None
     if not settled.chooses:
         return settled
     check_source(calibration)
-    blocks = _calibration_blocks(calibration, source.tokenizer(), settled, seed)
+    blocks = _calibration_blocks(calibration, tokenizer, settled, seed)
+    source.check_values()
     if settled.chooses_rotation:
         settled = with_chosen_rotation(settled, blocks, target, progress or Progress())
     if settled.chooses_bits:
@@ -186,6 +188,8 @@ def quantize(
     _check_apart(source, output)
     writer = CheckpointWriter(output, overwrite=overwrite, estimated_bytes=settled.largest_disk_bytes)
     blocks = _calibration_blocks(calibration, tokenizer, settled, seed) if needs_text else None
+    if needs_text or perplexity_on:
+        source.check_values()  # without text, rounding finds it about as soon
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     times: dict[str, float] = {}
@@ -350,9 +354,7 @@ def _copy_the_rest(settled: Plan, changed: Mapping[str, torch.Tensor], writer: C
     for name in settled.source.files:
         if name in quantized:
             continue
-        tensor = settled.source.tensor(name)
-        if not tensor.isfinite().all():
-            raise InputError(f"{settled.source.name}: tensor {name} holds values that are not finite")
+        tensor = settled.source.finite_tensor(name)
         if name in changed:
             stored = changed[name].to(tensor.dtype)
             if not torch.equal(stored.float(), changed[name].float()):

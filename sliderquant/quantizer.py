@@ -64,6 +64,11 @@ def find_grid(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> 
     wide = torch.maximum(-low, high) / (levels / 2) if scheme.symmetric else (high - low) / levels
     smallest, largest = _scale_limits(scheme.bits, dtype)
     if dtype == torch.float16:
+        if not scheme.symmetric:
+            # The outermost values lie up to half a step beyond the range, and must not overflow.
+            end = torch.finfo(dtype).max * (1 - 2**-10) - wide / 2
+            low, high = torch.maximum(low, -end), torch.minimum(high, end)
+            wide = (high - low) / levels
         # Of a scale below the normal numbers up to half would be rounded away, and the ends of the range with it: up.
         tight = torch.ceil(wide / smallest) * smallest
         wide = torch.where(wide < torch.finfo(dtype).smallest_normal, tight, wide)

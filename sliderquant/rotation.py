@@ -252,10 +252,8 @@ class RotatedSource(ModelSource):
         config = copy.deepcopy(original.config)
         config.tie_word_embeddings = False
         family = original.family
-        stored_head = original.tensors[
-            f"{family.embedding if original.config.tie_word_embeddings else family.head}.weight"
-        ]
-        tensors = {**original.tensors, f"{family.head}.weight": stored_head}
+        stored_head = family.embedding if original.config.tie_word_embeddings else family.head
+        tensors = {**original.tensors, f"{family.head}.weight": original.tensors[f"{stored_head}.weight"]}
         return cls(original.name, original.folder, config, family, tensors, original, rotations)
 
     @property
@@ -280,6 +278,9 @@ class RotatedSource(ModelSource):
         if folded is None:
             return self.original.tensor(self._stored(name))
         return self._rounded(name, folded)
+
+    def check_values(self) -> None:
+        self.original.check_values()
 
     def weight(self, name: str, device: torch.device) -> Tensor:
         folded = self._folded(name, device)

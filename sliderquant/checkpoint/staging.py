@@ -66,7 +66,6 @@ class Staging:
         self.parent = out if self.inside else out.parent
         self._run: Path | None = None
         self._lock: IO[str] | None = None
-        self._made: list[Path] = []  # parents that were not there
         there = next(path for path in (self.parent, *self.parent.parents) if path.exists())
         if not there.is_dir():
             raise InputError(f"{out}: cannot write there: {there} is a file")
@@ -80,9 +79,7 @@ class Staging:
             InputError: it cannot be made.
         """
         try:
-            for path in reversed([path for path in (self.parent, *self.parent.parents) if not path.exists()]):
-                path.mkdir(exist_ok=True)
-                self._made.append(path)
+            self.parent.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
             self._run = self.parent / f"{self._prefix}{secrets.token_hex(4)}"
             self._run.mkdir()
@@ -103,12 +100,7 @@ class Staging:
                 shutil.rmtree(self._run, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
-        for path in reversed(self._made):
-            try:
-                path.rmdir()
-            except OSError:
-                break  # something else is in it by now
-        self._run, self._lock, self._made = None, None, []
+        self._run = self._lock = None
 
     def publish(self) -> None:
         """Make the folder visible as `out`; what is there steps aside first and comes back if that fails."""

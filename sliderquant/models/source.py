@@ -73,9 +73,23 @@ class ModelSource:
 
     def weight(self, name: str, device: torch.device) -> Tensor:
         """The tensor in fp32 on `device`. Raises InputError when it holds values that are not finite."""
-        tensor = self.tensor(name).to(device, torch.float32)
+        return self._checked(name, self.tensor(name).to(device, torch.float32))
+
+    def check_values(self) -> None:
+        """Read every tensor once, before hours of work. Raises InputError when one holds values that are not finite."""
+        for name in self.tensors:
+            self.finite_tensor(name)
+
+    def finite_tensor(self, name: str) -> Tensor:
+        """The tensor as stored. Raises InputError when it holds values that are not finite, and as `tensor`."""
+        return self._checked(name, self.tensor(name))
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if not tensor.isfinite().all():
-            raise InputError(f"{self.name}: tensor {name} holds values that are not finite; the model is damaged")
+            raise InputError(
+                f"{self.name}: tensor {name} holds values that are not finite; the model is damaged: copy or download "
+                "it again"
+            )
         return tensor
 
     @cached_property

@@ -186,13 +186,6 @@ def test_a_place_that_is_not_writable_is_said_before_any_work(tmp_path, monkeypa
     assert not any(tmp_path.iterdir())
 
 
-def test_parents_that_were_made_go_again(tmp_path):
-    target = Staging(tmp_path / "a" / "b" / "out")
-    target.make()
-    target.remove()
-    assert not any(tmp_path.iterdir())
-
-
 @pytest.fixture
 def other_run(monkeypatch):
     """`other_run(out, "die" or "live")`: another process that writes to `out`."""
