@@ -1,5 +1,6 @@
 """The model that a config.json describes, without its weights; and whether a checkpoint fills it."""
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -24,7 +25,8 @@ def plain_config(config: dict[str, Any], where: str) -> PretrainedConfig:
     Raises:
         CheckpointError: the installed transformers does not know the model; the message starts with `where`.
     """
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "sliderquant")}
+    # A copy: transformers writes into dictionaries that it is given, such as rope_scaling.
+    plain = copy.deepcopy({k: value for k, value in config.items() if k not in ("quantization_config", "sliderquant")})
     model_type = plain.pop("model_type", None)
     if model_type is None:
         raise CheckpointError(f"{where}: config.json has no model_type")
