@@ -330,6 +330,14 @@ def test_a_checkpoint_inside_the_folder_of_the_model(random_model, calibration_f
     assert verify(made.path).ok
 
 
+def test_an_attention_of_the_hub_is_never_fetched(random_model, calibration_file, tmp_path):
+    folder = random_model(tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attn_implementation": "someone/kernel"}))
+    made = run(folder, tmp_path / "out", calibration_file, method="rtn", settings=None)
+    assert made.load(device="cpu").config._attn_implementation == "sdpa"
+
+
 CONFIGS = [
     {"torch_dtype": "bfloat16", "dtype": None},
     {"rope_theta": 5e5, "rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},

@@ -25,8 +25,10 @@ def plain_config(config: dict[str, Any], where: str) -> PretrainedConfig:
     Raises:
         CheckpointError: the installed transformers does not know the model; the message starts with `where`.
     """
+    # An implementation of attention that is named in a file may be code on the hub, which is never run.
+    left = ("quantization_config", "sliderquant", "attn_implementation", "_attn_implementation")
     # A copy: transformers writes into dictionaries that it is given, such as rope_scaling.
-    plain = copy.deepcopy({k: value for k, value in config.items() if k not in ("quantization_config", "sliderquant")})
+    plain = copy.deepcopy({key: value for key, value in config.items() if key not in left})
     model_type = plain.pop("model_type", None)
     if model_type is None:
         raise CheckpointError(f"{where}: config.json has no model_type")
