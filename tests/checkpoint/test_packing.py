@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sliderquant.checkpoint import packing
 from sliderquant.checkpoint.packing import pack, packed_shapes, unpack
-from sliderquant.quantizer import QuantizedWeight
+from sliderquant.quantizer import QuantizedWeight, round_to_nearest
 from sliderquant.schemes import Scheme
 
 BITS = (2, 3, 4, 8)
