@@ -252,7 +252,7 @@ def _check_apart(source: ModelSource, output: str | Path) -> None:
     """Writing, or overwriting, `output` leaves the model alone. Raises InputError when it would not."""
     model, out = source.folder.resolve(), resolved(output)
     if model == out:
-        raise InputError(f"output {output} is the folder of the model itself: choose another folder")
+        raise InputError(f"output {output} exists already and is the folder of the model itself: choose another folder")
     if out in model.parents:
         raise InputError(f"output {output} holds the folder of the model, {model}: choose another folder")
 

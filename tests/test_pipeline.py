@@ -319,7 +319,9 @@ def test_rounding_needs_no_tokenizer(random_model, calibration_file, tmp_path):
 def test_the_model_is_never_overwritten(random_model, calibration_file, tmp_path, where):
     folder = random_model(tmp_path / "model")
     (tmp_path / "config.json").write_text('{"quantization_config": {}}')
-    with pytest.raises(InputError, match=r"is the folder of the model itself|holds the folder of the model"):
+    with pytest.raises(
+        InputError, match=r"exists already and is the folder of the model itself|holds the folder of the model"
+    ):
         run(folder, tmp_path / where, calibration_file, method="rtn", settings=None, overwrite=True)
     assert (folder / "model.safetensors").exists()
 

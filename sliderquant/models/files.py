@@ -232,7 +232,8 @@ def _read_files(paths: list[Path]) -> dict[str, StoredTensor]:
 
 def _no_weights(folder: Path) -> str:
     """What is in a folder that has no weights which are read, and what to do about it."""
-    expected = f"no {_WEIGHTS} and no {_INDEX} in {folder}"
+    some = any(path.name.endswith(".safetensors") for path in folder.iterdir())
+    expected = f"no {_WEIGHTS} and no {_INDEX} in {folder}" if some else f"no *.safetensors in {folder}"
     found = found_instead(folder)
     return f"{expected}; {found}" if found else f"{expected}: it has no weights; copy or download the model again"
 
