@@ -15,6 +15,7 @@ from sliderquant.allocation import Allocation
 from sliderquant.baselines.rtn import rtn_layer
 from sliderquant.baselines.walk import quantize_layers
 from sliderquant.checkpoint import CardInfo, CheckpointWriter
+from sliderquant.checkpoint.staging import resolved
 from sliderquant.choosing import with_chosen_bits, with_chosen_rotation
 from sliderquant.devices import deterministic, machine, peak_memory, resolve_device, versions
 from sliderquant.errors import CheckpointError, InputError
@@ -97,15 +98,16 @@ def plan(
     needs_text = settled.settings is not None or settled.chooses
     text = checked_name(calibration, needs_text) if needs_text else None
     measured = checked_name(perplexity_on, True) or None
+    tokenizer = source.tokenizer() if needs_text or measured else None
     if not settled.chooses:
         if text or measured:
-            say(try_texts(settled, source.tokenizer(), text, measured, seed), progress)
+            say(try_texts(settled, tokenizer, text, measured, seed), progress)
         return settled
-    texts = read_blocks(settled, source.tokenizer(), text, measured, seed)
+    texts = read_blocks(settled, tokenizer, text, measured, seed)
     say(texts.notes, progress)
     blocks = texts.calibration
     assert blocks is not None
-    Decoder(source, target).check_names()
+    source.check_values()
     if settled.chooses_rotation:
         settled = with_chosen_rotation(settled, blocks, target, progress or Progress())
     if settled.chooses_bits:
@@ -190,12 +192,14 @@ def quantize(
     needs_text = settled.settings is not None or settled.chooses
     calibration = checked_name(calibration, needs_text)
     perplexity_on = checked_name(perplexity_on, True) or None
-    tokenizer = source.tokenizer()
+    tokenizer = source.tokenizer() if needs_text or perplexity_on else None
+    _check_apart(source, output)
     writer = CheckpointWriter(output, overwrite=overwrite, estimated_bytes=settled.largest_disk_bytes)
     texts = read_blocks(settled, tokenizer, calibration if needs_text else None, perplexity_on, seed)
     blocks = texts.calibration
     say(texts.notes, told)
-    Decoder(source, target).check_names()
+    if needs_text or perplexity_on:
+        source.check_values()  # without text, rounding finds it about as soon
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     times: dict[str, float] = {}
@@ -257,6 +261,15 @@ def quantize(
         )
         path = writer.publish(report, card, quantization_page(report))
     return QuantizeResult(path, settled, report)
+
+
+def _check_apart(source: ModelSource, output: str | Path) -> None:
+    """Writing, or overwriting, `output` leaves the model alone. Raises InputError when it would not."""
+    model, out = source.folder.resolve(), resolved(output)
+    if model == out:
+        raise InputError(f"output {output} exists already and is the folder of the model itself: choose another folder")
+    if out in model.parents:
+        raise InputError(f"output {output} holds the folder of the model, {model}: choose another folder")
 
 
 def _rotated(
@@ -349,10 +362,9 @@ def _copy_the_rest(settled: Plan, changed: Mapping[str, torch.Tensor], writer: C
     if unknown:
         raise CheckpointError(f"tensor {unknown[0]} was changed, but is not one that the model keeps as it is")
     for name in settled.source.files:
-        # Early Llama checkpoints store this constant in every layer; no model reads it any more.
-        if name in quantized or name.endswith("rotary_emb.inv_freq"):
+        if name in quantized:
             continue
-        tensor = settled.source.tensor(name)
+        tensor = settled.source.finite_tensor(name)
         if name in changed:
             stored = changed[name].to(tensor.dtype)
             if not torch.equal(stored.float(), changed[name].float()):

@@ -62,13 +62,30 @@ def find_grid(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> 
     """
     levels = scheme.levels
     wide = torch.maximum(-low, high) / (levels / 2) if scheme.symmetric else (high - low) / levels
-    # A group of zeros has no range: any scale stores it, 1 does it without a special case in any reader. A range so
-    # small that its scale rounds to zero gets the smallest scale there is.
-    smallest = torch.finfo(dtype).smallest_normal
-    scale = torch.where(wide > 0, wide.clamp(min=smallest), 1.0).to(dtype).float()
+    smallest, largest = _scale_limits(scheme.bits, dtype)
+    if dtype == torch.float16:
+        if not scheme.symmetric:
+            # The outermost values lie up to half a step beyond the range, and must not overflow.
+            end = torch.finfo(dtype).max * (1 - 2**-10) - wide / 2
+            low, high = torch.maximum(low, -end), torch.minimum(high, end)
+            wide = (high - low) / levels
+        # Of a scale below the normal numbers up to half would be rounded away, and the ends of the range with it: up.
+        tight = torch.ceil(wide / smallest) * smallest
+        wide = torch.where(wide < torch.finfo(dtype).smallest_normal, tight, wide)
+    # A group of zeros has no range: any scale stores it, 1 does it without a special case in any reader.
+    scale = torch.where(wide > 0, wide.clamp(min=smallest, max=largest), 1.0).to(dtype).float()
     if scheme.symmetric:
         return Grid(scale, torch.full_like(scale, scheme.offset))
     return Grid(scale, torch.round(-low / scale).clamp_(0, levels))
+
+
+def _scale_limits(bits: int, dtype: torch.dtype) -> tuple[float, float]:
+    """The smallest scale of a range that is not 0, and the largest that keeps codes times scale finite in `dtype`."""
+    info = torch.finfo(dtype)
+    # Small weights of a float16 model need scales below 6e-5, its smallest normal number. The other dtypes have none
+    # that matter, and fp32 arithmetic may flush theirs to 0.
+    smallest = info.smallest_normal * info.eps if dtype == torch.float16 else info.smallest_normal
+    return smallest, info.max / 2 ** (bits - 1)
 
 
 def quantize(weight: Tensor, grid: Grid, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:

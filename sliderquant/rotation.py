@@ -21,7 +21,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -252,7 +251,10 @@ class RotatedSource(ModelSource):
         rotations.check_sizes(original.config)
         config = copy.deepcopy(original.config)
         config.tie_word_embeddings = False
-        return cls(original.name, original.folder, config, original.family, original, rotations)
+        family = original.family
+        stored_head = family.embedding if original.config.tie_word_embeddings else family.head
+        tensors = {**original.tensors, f"{family.head}.weight": original.tensors[f"{stored_head}.weight"]}
+        return cls(original.name, original.folder, config, family, tensors, original, rotations)
 
     @property
     def stored_config(self) -> dict[str, Any]:
@@ -261,14 +263,6 @@ class RotatedSource(ModelSource):
     def with_seed(self, seed: int) -> "RotatedSource":
         """The same model with the same rotations, their signs from another seed."""
         return RotatedSource.of(self.original, replace(self.rotations, seed=seed))
-
-    @cached_property
-    def files(self) -> dict[str, Path]:
-        return {**self.original.files, f"{self.family.head}.weight": self.original.files[self._stored_head]}
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:
-        return {**self.original.shapes, f"{self.family.head}.weight": self.original.shapes[self._stored_head]}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -284,6 +278,9 @@ class RotatedSource(ModelSource):
         if folded is None:
             return self.original.tensor(self._stored(name))
         return self._rounded(name, folded)
+
+    def check_values(self) -> None:
+        self.original.check_values()
 
     def weight(self, name: str, device: torch.device) -> Tensor:
         folded = self._folded(name, device)
@@ -319,8 +316,7 @@ class RotatedSource(ModelSource):
 
     @property
     def _stored_head(self) -> str:
-        # The embedding, if they are tied, even if the file holds a head.
-        tied = getattr(self.original.config, "tie_word_embeddings", False)
+        tied = self.original.config.tie_word_embeddings
         return f"{self.family.embedding if tied else self.family.head}.weight"
 
     @cached_property

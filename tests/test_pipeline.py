@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sliderquant
 from sliderquant import pipeline
 from sliderquant.baselines.rtn import rtn_layer
+from sliderquant.checkpoint import verify
 from sliderquant.errors import InputError
 from sliderquant.models.source import open_model
 from sliderquant.progress import Progress
@@ -172,8 +173,6 @@ def test_weights_that_are_not_finite_are_an_error(random_model, calibration_file
     folder = random_model(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
-    from safetensors.torch import save_file
-
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for method in ("sliderquant", "rtn"):
         with pytest.raises(InputError, match=r"layers\.0\.mlp\.up_proj\.weight holds values that are not finite"):
@@ -246,3 +245,152 @@ def test_learning_beats_rounding_with_low_bit_activations(tiny_llama, calibratio
         with torch.no_grad():
             errors[method] = (sliderquant.load(folder, "cpu", "float32")(ids).logits - original(ids).logits).norm()
     assert errors["sliderquant"] < 0.9 * errors["rtn"]
+
+
+@pytest.fixture
+def untied_head(random_model, tmp_path):
+    """config.json ties the head to the embedding, and the files hold another."""
+    folder = random_model(tmp_path / "model", tie_word_embeddings=False)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"method": "rtn"},
+        {"method": "rtn", "rotate": ["R1"]},
+        {"method": "rtn", "rotate": ["R1", "R2", "R4"], "rotation_seeds": 2},
+        {"method": "rtn", "scheme": "W4A16-g32", "average_bits": 7},
+        {"method": "gptq"},
+        {"method": "sliderquant", "settings": {"epochs": 1, "matmul": "float32"}},
+        {"method": "sliderquant-best", "effort": "light", "settings": {"epochs": 1, "matmul": "float32"}},
+    ],
+    ids=lambda how: "-".join(str(value) for value in how.values()),
+)
+def test_a_head_that_is_not_the_embedding(untied_head, calibration_file, tmp_path, how):
+    """By every way that reads the head: the checkpoint computes what transformers computes of the original."""
+    text = f"{calibration_file}[:3000]"
+    made = run(
+        untied_head,
+        tmp_path / "out",
+        calibration_file,
+        **{"scheme": "W8A16", "settings": None, **how},
+        perplexity_on=text,
+    )
+    ids = torch.randint(2, 2048, (1, 32), generator=torch.Generator().manual_seed(0))
+    original = AutoModelForCausalLM.from_pretrained(untied_head, dtype=torch.float32)
+    with torch.no_grad():
+        want, got = original(ids).logits, made.load(device="cpu", dtype="float32")(ids).logits
+    assert (got - want).norm() < 0.1 * want.norm()
+    assert made.perplexity["after"] == pytest.approx(made.perplexity["before"], rel=0.1)
+    assert json.loads((made.path / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("rotate", [None, ["R1"]])
+def test_a_model_as_its_base_saves_it(random_model, calibration_file, tmp_path, rotate):
+    """No prefix, and the tied tensor stored as the head."""
+    folder = random_model(tmp_path / "model")
+    tensors = {name.removeprefix("model."): value for name, value in load_file(folder / "model.safetensors").items()}
+    tensors["lm_head.weight"] = tensors.pop("embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    made = run(folder, tmp_path / "out", calibration_file, "W8A16", method="rtn", settings=None, rotate=rotate)
+    ids = torch.randint(2, 2048, (1, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+        assert (made.load(device="cpu", dtype="float32")(ids).logits - want).norm() < 0.03 * want.norm()
+
+
+def test_rounding_needs_no_tokenizer(random_model, calibration_file, tmp_path):
+    folder = random_model(tmp_path / "model")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    made = run(folder, tmp_path / "out", calibration_file, method="rtn", settings=None)
+    assert not list(made.path.glob("*token*"))
+    for arguments in ({"method": "gptq"}, {"method": "rtn", "perplexity_on": str(calibration_file)}):
+        with pytest.raises(InputError, match="its tokenizer cannot be read"):
+            run(folder, tmp_path / "other", calibration_file, settings=None, **arguments)
+    with pytest.raises(InputError, match="its tokenizer cannot be read"):
+        sliderquant.plan(folder, method="gptq", scheme="W4A16-g32", seqlen=32)
+
+
+@pytest.mark.parametrize("where", ["model", "model/", "."])
+def test_the_model_is_never_overwritten(random_model, calibration_file, tmp_path, where):
+    folder = random_model(tmp_path / "model")
+    (tmp_path / "config.json").write_text('{"quantization_config": {}}')
+    with pytest.raises(
+        InputError, match=r"exists already and is the folder of the model itself|holds the folder of the model"
+    ):
+        run(folder, tmp_path / where, calibration_file, method="rtn", settings=None, overwrite=True)
+    assert (folder / "model.safetensors").exists()
+
+
+def test_a_checkpoint_inside_the_folder_of_the_model(random_model, calibration_file, tmp_path):
+    folder = random_model(tmp_path / "model")
+    made = run(folder, folder / "quantized", calibration_file, method="rtn", settings=None)
+    assert verify(made.path).ok
+
+
+def test_an_attention_of_the_hub_is_never_fetched(random_model, calibration_file, tmp_path):
+    folder = random_model(tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attn_implementation": "someone/kernel"}))
+    made = run(folder, tmp_path / "out", calibration_file, method="rtn", settings=None)
+    assert made.load(device="cpu").config._attn_implementation == "sdpa"
+
+
+CONFIGS = [
+    {"torch_dtype": "bfloat16", "dtype": None},
+    {"rope_theta": 5e5, "rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_parameters": None, "rope_theta": 1e4},
+    {"my_own_field": {"a": [1, 2]}, "architectures": None, "use_cache": False, "eos_token_id": [1, 2]},
+]
+
+
+@pytest.mark.parametrize("changes", CONFIGS, ids=lambda changes: next(iter(changes)))
+def test_the_configuration_is_the_originals(random_model, calibration_file, tmp_path, changes):
+    folder = random_model(tmp_path / "model")
+    stored = {**json.loads((folder / "config.json").read_text()), **changes}
+    stored = {name: value for name, value in stored.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(stored))
+    made = run(folder, tmp_path / "out", calibration_file, method="rtn", settings=None)
+    written = json.loads((made.path / "config.json").read_text())
+    ours = {"quantization_config", "sliderquant"} | ({"architectures"} - stored.keys())
+    assert {name: value for name, value in written.items() if name not in ours} == stored
+    (made.path / "config.json").write_text(json.dumps({name: v for name, v in written.items() if name not in ours}))
+    before, after = (AutoConfig.from_pretrained(path).to_dict() for path in (folder, made.path))
+    assert {**before, "_name_or_path": None} == {**after, "_name_or_path": None}
+
+
+@pytest.mark.parametrize("scheme", ["W2A16", "W3A16-sym", "W4A16-g32", "W8A16", "W8A16-g32-sym", "W4A8", "W2A16-g32"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 64},
+        {"hidden_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2, "intermediate_size": 32},
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "intermediate_size": 32,
+        },
+    ],
+    ids=lambda sizes: f"{sizes['hidden_size']}x{sizes['num_key_value_heads']}x{sizes['head_dim']}",
+)
+def test_small_linears(random_model, calibration_file, tmp_path, sizes, scheme):
+    """What is loaded computes what the stored weights say, for a zero-point of one word and weights of few rows."""
+    folder = random_model(tmp_path / "model", num_hidden_layers=1, vocab_size=2048, **sizes)
+    grouped = {"per_channel_fallback": True}
+    made = run(folder, tmp_path / "out", calibration_file, scheme, method="rtn", settings=None, **grouped)
+    source = open_model(folder)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stored = rtn_layer(source, 0, made.plan.schemes, torch.device("cpu"))
+    dense.load_state_dict({f"{name}.weight": value for name, (_, value) in stored.items()}, strict=False)
+    ids = torch.randint(2, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
+    if "A16" in scheme:
+        with torch.no_grad():
+            want, got = dense(ids).logits, made.load(device="cpu", dtype="float32")(ids).logits
+        assert (got - want).norm() <= 1e-4 * want.norm()
+    assert verify(made.path).ok

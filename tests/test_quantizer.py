@@ -36,6 +36,10 @@ def oracle(weight, scheme, dtype):
             else:
                 wide = (high - low) / (2**scheme.bits - 1)
             tiny = torch.finfo(dtype).smallest_normal
+            if dtype == torch.float16:  # subnormal scales, rounded up
+                if 0 < wide < tiny:
+                    wide = np.ceil(np.float32(wide) / 2.0**-24) * 2.0**-24
+                tiny = 2.0**-24
             scale = torch.tensor(max(wide, tiny) if wide > 0 else 1.0, dtype=torch.float32).to(dtype).double().item()
             if not scheme.symmetric:
                 zero = np.clip(np.round(-low / scale), 0, 2**scheme.bits - 1)
@@ -263,3 +267,31 @@ def test_gradients_of_a_token_of_zeros_and_of_half_precision():
     assert got.dtype == torch.bfloat16
     assert torch.equal(got[0, 0], upstream[0, 0])
     assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", ["tiny", "small", "huge", "largest", "positive", "negative", "zero", "outlier"])
+def test_the_ends_of_what_a_dtype_holds(kind, bits, symmetric, dtype):
+    """Within a step of the ideal grid, and finite, however small or large the weights of a row are."""
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    weight /= weight.abs().amax(1, keepdim=True)
+    weight = {
+        "tiny": weight * 1e-7,
+        "small": weight * 1e-4,
+        "huge": weight * 6e4,
+        "largest": weight.sign() * 65504,
+        "positive": weight.abs() * 65504,
+        "negative": -weight.abs() * 65504,
+        "zero": weight * 0,
+        "outlier": torch.cat([weight[:, :1] * 6e4, weight[:, 1:] * 1e-5], 1),
+    }[kind]
+    weight = weight.to(dtype).float()
+    stored = round_to_nearest(weight, Scheme(bits, None, symmetric), dtype)
+    value = dequantize(stored, Scheme(bits, None, symmetric))
+    assert (stored.scale > 0).all()
+    assert value.to(dtype).isfinite().all()
+    low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    step = (2 * torch.maximum(-low, high) if symmetric else high - low) / (2**bits - 1)
+    assert ((value - weight).abs().amax(1) <= 1.15 * step).all()

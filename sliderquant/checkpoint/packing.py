@@ -91,7 +91,8 @@ def pack(quantized: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     }
     if zero_point is not None:
         packed = pack_to_int32(_signed(zero_point, scheme), scheme.bits, packed_dim=0)
-        parts["weight_zero_point"] = packed.contiguous()  # compressed-tensors 0.19 leaves it transposed
+        # compressed-tensors 0.19 leaves it transposed; `contiguous` leaves the strides of a single row as they are.
+        parts["weight_zero_point"] = packed.clone(memory_format=torch.contiguous_format)
     return parts
 
 

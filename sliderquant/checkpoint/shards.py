@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -82,7 +84,9 @@ class ShardWriter:
         if self._pending and self._pending_bytes + size > self._max_shard_bytes:
             self._flush()
         # A copy of its own: safetensors refuses tensors that share memory, and the caller may go on to change it.
-        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        # With strides of its own: those of a dimension of size 1 can be anything, and safetensors refuses them.
+        copied = torch.empty(tensor.shape, dtype=tensor.dtype)
+        self._pending[name] = copied.copy_(tensor.detach())
         self._pending_bytes += size
         self.total_bytes += size
         self.shapes[name] = tuple(tensor.shape)
@@ -115,6 +119,9 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self._partial(len(self._digests))
         with disk_full(path, self.total_bytes):
+            path.touch()
+            mode = stat.S_IMODE(path.stat().st_mode)
             save_file(self._pending, path, metadata={"format": "pt"})
+            path.chmod(mode)  # safetensors makes files that only their owner can read
         self._digests.append({name: tensor_digest(tensor) for name, tensor in self._pending.items()})
         self._pending, self._pending_bytes = {}, 0

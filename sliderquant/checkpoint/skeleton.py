@@ -1,5 +1,6 @@
 """The model that a config.json describes, without its weights; and whether a checkpoint fills it."""
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -24,7 +25,10 @@ def plain_config(config: dict[str, Any], where: str) -> PretrainedConfig:
     Raises:
         CheckpointError: the installed transformers does not know the model; the message starts with `where`.
     """
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "sliderquant")}
+    # An implementation of attention that is named in a file may be code on the hub, which is never run.
+    left = ("quantization_config", "sliderquant", "attn_implementation", "_attn_implementation")
+    # A copy: transformers writes into dictionaries that it is given, such as rope_scaling.
+    plain = copy.deepcopy({key: value for key, value in config.items() if key not in left})
     model_type = plain.pop("model_type", None)
     if model_type is None:
         raise CheckpointError(f"{where}: config.json has no model_type")
@@ -48,7 +52,7 @@ def build_skeleton(config: PretrainedConfig, where: str, dtype: torch.dtype, **k
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **kwargs)
     except (ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{where}: transformers cannot build this model: {error}") from error
     return model

@@ -1,15 +1,12 @@
 """Writing a checkpoint folder: streamed, atomic, the same bytes for the same inputs.
 
-Everything goes to a hidden folder next to the final one, which a rename makes visible at the end. Whatever goes wrong
-before that, nothing is left behind and an older checkpoint of the same name is untouched.
+Everything goes to a hidden folder, which becomes visible at the end (`staging`). Whatever goes wrong before that,
+nothing is left behind and an older checkpoint of the same name is untouched.
 """
 
-import errno
 import json
-import os
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,30 +25,14 @@ from sliderquant.checkpoint.packing import pack, unpack
 from sliderquant.checkpoint.reader import REPORT_NAME, read_checkpoint
 from sliderquant.checkpoint.shards import ShardWriter, disk_full, free_bytes
 from sliderquant.checkpoint.skeleton import build_skeleton, check_against_model, linear_names, plain_config
+from sliderquant.checkpoint.staging import Staging, resolved, sync
 from sliderquant.errors import CheckpointError, InputError
+from sliderquant.models.files import carried_over
 from sliderquant.quantizer import QuantizedWeight, dequantize
 from sliderquant.rotation import Rotations
 from sliderquant.schemes import Scheme
 
 __all__ = ["CheckpointWriter"]
-
-_CARRIED_OVER = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 class CheckpointWriter:
@@ -84,11 +65,12 @@ class CheckpointWriter:
         Raises:
             InputError: `out` exists, is not replaceable or not writable, or the disk has not `estimated_bytes` free.
         """
-        self.out = Path(out).resolve()
+        self.out = resolved(out)
         _check_replaceable(self.out, overwrite)
+        self._staging = Staging(self.out)
         if max_shard_bytes < 1:
             raise InputError(f"max_shard_bytes is {max_shard_bytes}, expected a positive number of bytes")
-        free = free_bytes(self.out.parent)
+        free = free_bytes(self._staging.parent)
         if estimated_bytes is not None and estimated_bytes > free:
             raise InputError(
                 f"{self.out}: the checkpoint needs about {estimated_bytes / 1e9:.3g} GB, but only {free / 1e9:.3g} GB "
@@ -108,12 +90,7 @@ class CheckpointWriter:
         self._old_handler: Any = None
 
     def __enter__(self) -> "CheckpointWriter":
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=self.out.parent))
-        except OSError as error:
-            raise InputError(f"{self.out}: cannot write there: {error.strerror}") from error
-        self._folder.chmod(0o755)  # mkdtemp makes it private
+        self._folder = self._staging.make()
         self._shards = ShardWriter(self._folder, self._max_shard_bytes)
         # A terminated process would leave the partial folder behind. A handler of the program's own goes first.
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -127,8 +104,7 @@ class CheckpointWriter:
         handled, self._old_handler = self._old_handler, None
         if handled is not None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._staging.remove()
         self._folder = self._shards = None
         if handled is not None:
             signal.signal(signal.SIGTERM, handled)
@@ -151,6 +127,12 @@ class CheckpointWriter:
             raise CheckpointError(
                 f"layer {name}: the packed weight is not the trained one ({_difference(stored, trained)}): the weight "
                 f"was not on the grid of {scheme} with scales in {quantized.scale.dtype}"
+            )
+        largest = stored.abs().amax().item()
+        if not largest <= torch.finfo(quantized.scale.dtype).max:
+            raise CheckpointError(
+                f"layer {name}: quantized to {scheme}, its largest weight is {largest:.3g}, more than "
+                f"{quantized.scale.dtype} holds: save the model in bfloat16 or float32 first"
             )
         for part, tensor in parts.items():
             self.add_tensor(f"{name}.{part}", tensor)
@@ -257,8 +239,10 @@ class CheckpointWriter:
                 (folder / "sliderquant-report.html").write_text(page, encoding="utf-8")
             write_checksums(folder, self._digests)
             for path in [*folder.rglob("*"), folder]:
-                _sync(path)
-        self._publish(folder)
+                sync(path)
+            _check_replaceable(self.out, self._overwrite)  # hours may have passed
+            self._staging.publish()
+        self._folder = self._shards = None
         return self.out
 
     def _full_config(self, config: PretrainedConfig | dict[str, Any]) -> dict[str, Any]:
@@ -273,37 +257,15 @@ class CheckpointWriter:
         full["sliderquant"] = sliderquant_entry(*entry)
         return full
 
-    def _publish(self, folder: Path) -> None:
-        """Rename the folder to `out`; an old checkpoint steps aside first and comes back if that fails."""
-        _check_replaceable(self.out, self._overwrite)  # hours may have passed
-        aside = None
-        if self.out.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.old-", dir=self.out.parent))
-        try:
-            if aside is not None:
-                os.rename(self.out, aside / "old")
-            os.rename(folder, self.out)
-            self._folder = self._shards = None
-        except BaseException:
-            if aside is not None and (aside / "old").exists() and not self.out.exists():
-                os.rename(aside / "old", self.out)
-            raise
-        finally:
-            if aside is not None and self.out.exists():
-                shutil.rmtree(aside, ignore_errors=True)
-        _sync(self.out.parent)
-
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
-    if not out.exists():
+    if not out.exists() or (out.is_dir() and not Staging(out).visible()):
         return
     if not overwrite:
         raise InputError(f"{out} exists already; choose another folder, or ask for it to be overwritten")
     # Replacing removes the whole folder: never one that holds something else, such as the original model.
     if not out.is_dir():
         raise InputError(f"{out} is a file, expected a folder; remove it or choose another folder")
-    if not any(out.iterdir()):
-        return
     try:
         quantized = "quantization_config" in json.loads((out / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -323,27 +285,14 @@ def _check_written(folder: Path) -> None:
 def _carry_over(source: Path, folder: Path) -> None:
     if not source.is_dir():
         raise InputError(f"source {source}: expected the local folder of the original model")
-    for pattern in _CARRIED_OVER:
-        for path in sorted(source.glob(pattern)):
-            target = folder / path.relative_to(source)
-            if path.is_file() and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+    for path in carried_over(source):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)  # what a link leads to, with the mode of a new file
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems do not sync folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _difference(stored: Tensor, trained: Tensor) -> str:

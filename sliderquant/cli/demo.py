@@ -110,7 +110,7 @@ def _sample(checkpoint: Path, device: str) -> str:
     from sliderquant.loading import load
 
     model = load(checkpoint, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     inputs = tokenizer(_PROMPT, return_tensors="pt").to(model.device)
     torch.manual_seed(0)
     written = model.generate(

@@ -41,7 +41,7 @@ def command(
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise InputError("PROMPT is not UTF-8 text: check the encoding of the terminal, or of the file it came from")
     model = load(checkpoint, device=device, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     if tokenizer.chat_template and not raw:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

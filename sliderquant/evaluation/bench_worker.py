@@ -64,7 +64,7 @@ class Worker:
             self.model = load(self.job.model, device=self.device, dtype=self.job.dtype)
         else:
             self.model = AutoModelForCausalLM.from_pretrained(
-                self.job.model, dtype=self.job.dtype, device_map={"": self.device}
+                self.job.model, dtype=self.job.dtype, device_map={"": self.device}, trust_remote_code=False
             ).eval()
         _wait(self.device)
         seconds = time.perf_counter() - start

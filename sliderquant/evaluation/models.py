@@ -13,8 +13,10 @@ from sliderquant.devices import resolve_device
 from sliderquant.errors import InputError
 from sliderquant.evaluation.perplexity import Perplexity, check_seqlen, evaluation_blocks, perplexity
 from sliderquant.loading import load
+from sliderquant.models.matching import empty_model
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.progress import Progress
+from sliderquant.rotation import RotatedSource
 
 __all__ = ["evaluate", "evaluation_dtype", "is_quantized", "original_perplexity"]
 
@@ -50,7 +52,7 @@ def evaluate(
         stored = torch.float16 if target.type == "cuda" else torch.float32
         text = read_text(perplexity_on, "evaluation")  # loading takes longer
         packed = load(folder, device=target, dtype=evaluation_dtype(stored, target) if dtype == "auto" else dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         seqlen = check_seqlen(packed.config, seqlen)
         blocks = evaluation_blocks(text, tokenizer, seqlen, packed.get_input_embeddings().num_embeddings)
         _say(blocks.notes, progress)
@@ -82,17 +84,27 @@ def original_perplexity(
     dtype: str | torch.dtype = "auto",
     blocks: torch.Tensor | None = None,
 ) -> Perplexity:
-    """See `evaluate`; `blocks` as for `perplexity`."""
-    from transformers import AutoModelForCausalLM
+    """Perplexity of the model as it is on disk, from the tensors that are quantized; of a rotated one, before that.
 
+    See `evaluate`; `blocks` as for `perplexity`.
+    """
+    if isinstance(source, RotatedSource):
+        source = source.original
     if blocks is None:
         seqlen = check_seqlen(source.config, seqlen)
         found = evaluation_blocks(text, tokenizer, seqlen, vocabulary_of(source))
         blocks = found.tokens
         _say(found.notes, progress)
     wanted = evaluation_dtype(source.dtype, device) if dtype == "auto" else _dtype(dtype)
-    original = AutoModelForCausalLM.from_pretrained(source.folder, dtype=wanted).to(device).eval()
+    original = _dense(source, wanted).to(device).eval()
     return perplexity(original, tokenizer, text, seqlen, progress.evaluated, blocks)
+
+
+def _dense(source: ModelSource, dtype: torch.dtype) -> Any:
+    """The model in transformers. Its files are not opened a second time by other rules than ours."""
+    model_class = type(empty_model(source.name, source.config))
+    weights = {name: source.tensor(name) for name in source.tensors}
+    return model_class.from_pretrained(None, config=source.config, state_dict=weights, dtype=dtype)
 
 
 def evaluation_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -173,7 +173,6 @@ def sensitivity(
         progress.message(note)
     blocks = found.tokens[:max_blocks]
     decoder = Decoder(source, target)
-    decoder.check_names()
     parts = _Parts(switched_kinds(plan), source.num_layers)
     study = Study(plan, decoder, blocks, parts.variants, memory_gb * 1e9, target)
     progress.message(

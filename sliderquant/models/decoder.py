@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from sliderquant.errors import InputError
+from sliderquant.models.matching import empty_model
 from sliderquant.models.source import ModelSource
 
 __all__ = ["Decoder", "LayerInputs"]
@@ -50,31 +49,10 @@ class Decoder:
     """The model of `source` on the meta device; its layers are made real one at a time, in fp32."""
 
     def __init__(self, source: ModelSource, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.source, self.device = source, device
-        with init_empty_weights(include_buffers=False):
-            # from_config writes the dtype into the configuration that it is given.
-            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(source.config), dtype=torch.float32)
+        self.model = empty_model(source.name, source.config)
         self.model.eval()
         self.layers: nn.ModuleList = self.model.get_submodule(source.family.layers)
-
-    def check_names(self) -> None:
-        """Every weight of every layer is in the files, with the shape that the architecture gives it.
-
-        Raises:
-            InputError: naming the first tensor that is not.
-        """
-        shapes = self.source.shapes
-        for name, parameter in self.layers.named_parameters():
-            full = f"{self.source.family.layers}.{name}"
-            if full not in shapes:
-                raise InputError(f"{self.source.name}: tensor {full} is missing from the safetensors files")
-            if shapes[full][0] != tuple(parameter.shape):
-                raise InputError(
-                    f"{self.source.name}: tensor {full} has shape {list(shapes[full][0])}, but config.json makes it "
-                    f"{list(parameter.shape)}"
-                )
 
     def layer(self, index: int) -> nn.Module:
         """Decoder layer `index` with its weights, fp32, on the device."""

@@ -1,105 +1,106 @@
 """An unquantized model on disk: its configuration, and its weights one tensor at a time."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sliderquant.errors import InputError
-from sliderquant.models import family_of
+from sliderquant.models import check_model_type, family_of
 from sliderquant.models.family import Family
+from sliderquant.models.files import (
+    HUB_FILES,
+    StoredTensor,
+    carried_over,
+    found_instead,
+    missing_shards,
+    opened,
+    read_headers,
+    read_json,
+)
+from sliderquant.models.matching import empty_model, matched
 
 __all__ = ["ModelSource", "open_model"]
-
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A local folder with a model of a supported family.
+    """A local folder with a model of a supported family, whose tensors are all there.
 
     Attributes:
         name: what the user called it: a folder or a hub id.
-        config: the transformers configuration.
+        config: the transformers configuration; its `tie_word_embeddings` is what the files say, not only config.json.
+        tensors: where each tensor of the model class is; the head only when it is not the embedding.
     """
 
     name: str
     folder: Path
     config: Any
     family: Family
+    tensors: Mapping[str, StoredTensor]
 
     @property
     def stored_config(self) -> dict[str, Any]:
-        """config.json as it is on disk: what a checkpoint carries over, whatever transformers made of it."""
+        """config.json as it is on disk: what a checkpoint carries over, whatever transformers made of it. Only a head
+        that config.json ties wrongly is not tied any more."""
         stored: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        if stored.get("tie_word_embeddings") and not self.config.tie_word_embeddings:
+            stored["tie_word_embeddings"] = False
+        stored.pop("transformers_weights", None)  # a name of a file that the checkpoint does not have
         return stored
 
     @cached_property
     def files(self) -> dict[str, Path]:
         """Tensor name -> the safetensors file that holds it."""
-        index = self.folder / _INDEX
-        if index.exists():
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {tensor: self.folder / file for tensor, file in named.items()}
-            missing = sorted({file.name for file in files.values() if not file.exists()})
-            if missing:
-                raise InputError(
-                    f"{self.name}: {index.name} names {', '.join(missing)}, which are not in {self.folder}"
-                )
-            return files
-        files = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with _opened(path) as file:
-                files.update(dict.fromkeys(file.keys(), path))
-        if not files:
-            raise InputError(
-                f"{self.name}: no *.safetensors in {self.folder}; pickled weights (.bin, .pt) are not read: convert "
-                "the model with transformers' save_pretrained first"
-            )
-        return files
+        return {name: tensor.file for name, tensor in self.tensors.items()}
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as stored. Raises InputError naming the file when it is missing or damaged."""
-        if name not in self.files:
+        stored = self.tensors.get(name)
+        if stored is None:
             raise InputError(f"{self.name}: tensor {name} is missing from the safetensors files in {self.folder}")
-        with _opened(self.files[name]) as file:
+        with opened(stored.file) as file:
             try:
-                return file.get_tensor(name)
+                return file.get_tensor(stored.key)
             except SafetensorError as error:
-                raise InputError(f"{self.files[name]}: tensor {name} cannot be read: {error}") from error
+                raise InputError(f"{stored.file}: tensor {stored.key} cannot be read: {error}") from error
 
     def weight(self, name: str, device: torch.device) -> Tensor:
         """The tensor in fp32 on `device`. Raises InputError when it holds values that are not finite."""
-        tensor = self.tensor(name).to(device, torch.float32)
+        return self._checked(name, self.tensor(name).to(device, torch.float32))
+
+    def check_values(self) -> None:
+        """Read every tensor once, before hours of work. Raises InputError when one holds values that are not finite."""
+        for name in self.tensors:
+            self.finite_tensor(name)
+
+    def finite_tensor(self, name: str) -> Tensor:
+        """The tensor as stored. Raises InputError when it holds values that are not finite, and as `tensor`."""
+        return self._checked(name, self.tensor(name))
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if not tensor.isfinite().all():
-            raise InputError(f"{self.name}: tensor {name} holds values that are not finite; the model is damaged")
+            raise InputError(
+                f"{self.name}: tensor {name} holds values that are not finite; the model is damaged: copy or download "
+                "it again"
+            )
         return tensor
 
     @cached_property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], int]]:
         """Tensor name -> (shape, bytes), from the files' headers alone."""
-        found = {}
-        by_file: dict[Path, list[str]] = {}
-        for name, path in self.files.items():
-            by_file.setdefault(path, []).append(name)
-        for path, names in by_file.items():
-            with _opened(path) as file:
-                for name in names:
-                    view = file.get_slice(name)
-                    shape = tuple(view.get_shape())
-                    found[name] = (shape, int(torch.Size(shape).numel()) * _ITEM_BYTES.get(view.get_dtype(), 4))
-        return found
+        return {name: (tensor.shape, tensor.bytes) for name, tensor in self.tensors.items()}
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the model's weights, in which scales are stored."""
-        return self.tensor(f"{self.family.layers}.0.{self.family.linears[0]}.weight").dtype
+        return _DTYPES[self.tensors[f"{self.family.layers}.0.{self.family.linears[0]}.weight"].dtype]
 
     @property
     def num_layers(self) -> int:
@@ -114,46 +115,74 @@ class ModelSource:
         return tuple(f"{self.family.layers}.{layer}.{linear}" for linear in self.family.linears)
 
     def tokenizer(self) -> Any:
+        """Of the class that transformers has for it. Raises InputError when there is none, or it needs own code."""
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises bare Exceptions at files that it cannot read
             raise InputError(f"{self.name}: its tokenizer cannot be read: {_one_line(error)}") from error
 
 
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def open_model(model: str | Path) -> ModelSource:
-    """Find a model in a local folder or on the Hugging Face hub and check that it can be quantized.
+    """Find a model in a local folder or on the Hugging Face hub and check that it can be quantized: its configuration,
+    and from the files' headers that every tensor of the model class is there. Code in the folder is never run.
 
     Raises:
         InputError: there is no such model, the hub cannot be reached, it is not a causal language model of a supported
-            architecture, or it is quantized already.
+            architecture, it is quantized already, or its files are not those of a whole model.
     """
     from transformers import AutoConfig
 
     folder = _local_folder(model)
-    if not (folder / "config.json").exists():
-        raise InputError(f"{model}: no config.json in {folder}; expected a folder made by save_pretrained, or a hub id")
+    if not (folder / "config.json").is_file():
+        found = found_instead(folder)
+        hint = f"; it holds {found}" if found else "; expected a folder made by save_pretrained, or a hub id"
+        raise InputError(f"{model}: no config.json in {folder}{hint}")
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{model}: config.json cannot be read: {_one_line(error)}") from error
-    if getattr(config, "quantization_config", None) is not None:
+        stored = read_json(folder / "config.json")
+    except InputError as error:
+        raise InputError(f"{model}: config.json cannot be read: {error}") from error
+    if stored.get("quantization_config") is not None or stored.get("compression_config") is not None:
         raise InputError(f"{model}: is quantized already; expected the original model in 16 bits")
-    family = family_of(str(model), config.model_type, config.architectures)
-    source = ModelSource(str(model), folder, config, family)
-    if source.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise InputError(f"{model}: weights are {source.dtype}; expected float16, bfloat16 or float32")
-    return source
+    family_of(str(model), stored.get("model_type"), _architectures(model, stored))
+    # transformers would offer to run the folder's own code for a type that it does not know.
+    check_model_type(str(model), stored)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a model's own validation raises
+        raise InputError(f"{model}: config.json cannot be read: {_one_line(error)}") from error
+    family = family_of(str(model), config.model_type, None)
+    # An implementation of attention that config.json names may be code on the hub.
+    config._attn_implementation = None
+    if int(getattr(config, "num_hidden_layers", 0) or 0) < 1:
+        raise InputError(f"{model}: config.json has num_hidden_layers {config.num_hidden_layers}: expected 1 or more")
+    skeleton = empty_model(str(model), config)
+    found_tensors = read_headers(str(model), folder, getattr(config, "transformers_weights", None))
+    embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
+    tensors, tied = matched(str(model), skeleton, found_tensors, embedding, head)
+    config.tie_word_embeddings = tied
+    for _ in carried_over(folder):
+        pass  # can all be read
+    return ModelSource(str(model), folder, config, family, tensors)
+
+
+def _architectures(model: str | Path, stored: Mapping[str, Any]) -> list[str] | None:
+    named = stored.get("architectures")
+    if named is None or (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        return named
+    raise InputError(f"{model}: config.json has architectures {named!r}: expected a list of names")
 
 
 def _local_folder(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.exists():
+        raise InputError(f"{model} is a file; expected the folder of the model, with its config.json")
     looks_local = isinstance(model, Path) or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
     if looks_local:
         raise InputError(f"{model}: no such folder; expected a local folder with a model, or a hub id such as org/name")
@@ -161,21 +190,18 @@ def _local_folder(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(str(model), allow_patterns=list(HUB_FILES)))
+        shards = missing_shards(folder)
+        if shards:  # of names of their own; of the same revision
+            folder = Path(snapshot_download(str(model), revision=folder.name, allow_patterns=shards))
+        return folder
     except HFValidationError as error:
         raise InputError(f"{model}: neither a local folder nor a valid hub id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise InputError(
-            f"{model}: not a local folder, and it could not be had from the Hugging Face hub "
+            f"{model}: not a local folder, and it could not be downloaded from the Hugging Face hub "
             f"({type(error).__name__}): check the name and the network, or download it first and give its folder"
         ) from error
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}; download the model again") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sliderquant.checkpoint import packing
 from sliderquant.checkpoint.packing import pack, stored_shapes, unpack
-from sliderquant.quantizer import QuantizedWeight, dequantize
+from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 BITS = (2, 3, 4, 8)
@@ -150,3 +150,10 @@ def test_codes_can_be_unpacked_into_a_tensor(bits: int, inputs: int) -> None:
     assert torch.equal(whole[8:31], weight.codes)
     assert (whole[:8] == 255).all()
     assert (whole[31:] == 255).all()
+
+
+def test_a_zero_point_of_one_word_has_strides_of_its_own():
+    """`contiguous` leaves those of a single row as they are, and safetensors refuses them."""
+    scheme = Scheme.parse("W4A16")
+    packed = pack(round_to_nearest(torch.randn(8, 32), scheme, torch.float32), scheme)["weight_zero_point"]
+    assert (packed.shape, packed.stride()) == ((1, 1), (1, 1))

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from sliderquant.checkpoint import CheckpointWriter, read_checkpoint, shards, verify, writer
+from sliderquant.checkpoint import CheckpointWriter, read_checkpoint, shards, staging, verify, writer
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.loading import load
-from sliderquant.quantizer import dequantize, round_to_nearest
+from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 SCHEME = Scheme(3, 32)
@@ -107,9 +107,56 @@ def test_two_schemes(tiny: Tiny) -> None:
 
 def test_an_existing_folder_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").write_text("mine")
     with pytest.raises(InputError, match="out exists already"):
         CheckpointWriter(tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(tmp_path) == {"notes": b"mine"}
+
+
+def test_an_empty_folder_is_filled(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o700)
+    folder = tiny().path
+    assert verify(folder).ok
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_every_file_has_the_mode_of_the_umask(umask: int, tiny: Tiny, source: Path) -> None:
+    (source / "LICENSE").chmod(0o400)
+    before = os.umask(umask)
+    try:
+        folder = tiny(max_shard_bytes=60_000).path
+    finally:
+        os.umask(before)
+        (source / "LICENSE").chmod(0o644)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.rglob("*")}
+    wrong = {name: oct(mode) for name, mode in modes.items() if mode not in (0o666 & ~umask, 0o777 & ~umask)}
+    assert not wrong
+
+
+def test_links_are_followed(tiny: Tiny, source: Path, tmp_path: Path) -> None:
+    """As in the cache of the hub."""
+    (tmp_path / "blob").write_text("of a tokenizer")
+    (source / "tekken.json").symlink_to(tmp_path / "blob")
+    try:
+        folder = tiny().path
+    finally:
+        (source / "tekken.json").unlink()
+    assert not (folder / "tekken.json").is_symlink()
+    assert (folder / "tekken.json").read_text() == "of a tokenizer"
+
+
+def test_a_weight_that_its_dtype_does_not_hold(tmp_path: Path) -> None:
+    quantized = QuantizedWeight(
+        torch.full((8, 64), 7, dtype=torch.uint8),
+        torch.full((8, 2), 6e4, dtype=torch.float16),
+        torch.zeros(8, 2, dtype=torch.uint8),
+    )
+    with (
+        CheckpointWriter(tmp_path / "out") as target,
+        pytest.raises(CheckpointError, match=r"more than torch\.float16"),
+    ):
+        target.add_quantized("model.x", quantized, SCHEME, dequantize(quantized, SCHEME))
 
 
 def test_overwriting_replaces_a_checkpoint(tiny: Tiny) -> None:
@@ -243,7 +290,7 @@ def test_the_old_checkpoint_survives_a_failing_rename(
             raise KeyboardInterrupt
         os.replace(source, target)
 
-    monkeypatch.setattr(writer.os, "rename", rename)
+    monkeypatch.setattr(staging.os, "rename", rename)
     with pytest.raises(KeyboardInterrupt):
         tiny("W2A16", overwrite=True)
     monkeypatch.undo()

@@ -45,7 +45,7 @@ def test_sharded_models_are_read_through_their_index(copy):
     assert all(torch.equal(source.tensor(name), tensor) for name, tensor in tensors.items())
     (copy / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match=r"names model-00002-of-00002.safetensors, which are not in"):
-        _ = open_model(copy).files
+        open_model(copy)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_sharded_models_are_read_through_their_index(copy):
     [
         ("./no-such-folder", "no such folder; expected a local folder with a model, or a hub id"),
         ("/no/such/folder", "no such folder"),
-        ("org/no-such-model", "could not be had from the Hugging Face hub"),
+        ("org/no-such-model", "could not be downloaded from the Hugging Face hub"),
         ("not a model!", "neither a local folder nor a valid hub id"),
     ],
 )
@@ -94,12 +94,6 @@ def test_a_model_that_is_quantized_already(copy):
         open_model(copy)
 
 
-def test_pickled_weights_are_refused(copy):
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"no \*\.safetensors in .*pickled weights"):
-        open_model(copy)
-
-
 def test_a_truncated_file_is_named(copy):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -112,7 +106,7 @@ def test_a_missing_tensor_is_named(copy):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, copy / "model.safetensors")
     with pytest.raises(InputError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing"):
-        open_model(copy).tensor("model.layers.1.mlp.up_proj.weight")
+        open_model(copy)
 
 
 def test_integer_weights_are_refused(copy):
@@ -120,5 +114,106 @@ def test_integer_weights_are_refused(copy):
     name = "model.layers.0.self_attn.q_proj.weight"
     tensors[name] = tensors[name].to(torch.int8)
     save_file(tensors, copy / "model.safetensors")
-    with pytest.raises(InputError, match=r"weights are torch\.int8; expected float16, bfloat16 or float32"):
+    with pytest.raises(InputError, match=r"q_proj\.weight is stored as I8 .*; expected float16, bfloat16"):
         open_model(copy)
+
+
+FOREIGN = """
+open({mark!r}, "w").write("ran")
+from transformers import LlamaConfig as MyConfig
+"""
+
+
+@pytest.mark.parametrize("model_type", ["my_lm", "llama", None])
+@pytest.mark.parametrize("architectures", [["MyForCausalLM"], ["LlamaForCausalLM"], None])
+def test_code_in_the_folder_is_never_run(copy, tmp_path, monkeypatch, model_type, architectures):
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked whether to run code"))
+    mark = tmp_path / "ran"
+    (copy / "configuration_my.py").write_text(FOREIGN.format(mark=str(mark)))
+    own = {"AutoConfig": "configuration_my.MyConfig", "AutoModelForCausalLM": "configuration_my.MyConfig"}
+    edit_config(copy, model_type=model_type, architectures=architectures, auto_map=own)
+    if model_type == "llama" and architectures != ["MyForCausalLM"]:
+        assert type(open_model(copy).config).__module__.startswith("transformers.models.llama")
+    else:
+        with pytest.raises(InputError, match=r"MyForCausalLM|my_lm|None"):
+            open_model(copy)
+    assert not mark.exists()
+
+
+def test_code_of_a_tokenizer_is_never_run(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked whether to run code"))
+    mark = tmp_path / "ran"
+    (copy / "tokenization_my.py").write_text(FOREIGN.format(mark=str(mark)))
+    path = copy / "tokenizer_config.json"
+    own = {"AutoTokenizer": ["tokenization_my.MyConfig", None]}
+    path.write_text(json.dumps({"tokenizer_class": "MyTokenizer", "auto_map": own}))
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="its tokenizer cannot be read"):
+        open_model(copy).tokenizer()
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_no_attention_of_the_hub(copy, field):
+    edit_config(copy, **{field: "someone/kernel"})
+    assert open_model(copy).config._attn_implementation is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "expected a JSON object, found a list"),
+        ("\xff", "cannot be read"),
+        ('{"hidden_size": 64, "hidden_size": 32}', "'hidden_size' is there twice"),
+        ("{" * 100_000, "cannot be read"),
+    ],
+)
+def test_a_config_that_is_not_json(copy, text, message):
+    (copy / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=message):
+        open_model(copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_attention_heads": 0}, {"hidden_size": "many"}, {"num_hidden_layers": 0}, {"architectures": "Llama"}],
+)
+def test_a_config_that_makes_no_model(copy, changes):
+    edit_config(copy, **changes)
+    with pytest.raises(InputError, match=str(copy)):
+        open_model(copy)
+
+
+def test_a_file_is_not_a_model(copy):
+    with pytest.raises(InputError, match="is a file; expected the folder of the model"):
+        open_model(copy / "model.safetensors")
+
+
+def test_a_download_brings_the_weights_and_all_that_is_carried_over(tiny_llama, tmp_path, monkeypatch):
+    """From a hub with files in both layouts, of which one is asked for."""
+    import huggingface_hub
+
+    there = shutil.copytree(tiny_llama, tmp_path / "hub")
+    tensors = load_file(there / "model.safetensors")
+    (there / "model.safetensors").unlink()
+    save_file(tensors, there / "odd name.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "odd name.safetensors")}
+    (there / "model.safetensors.index.json").write_text(json.dumps(index))
+    wanted = ("tekken.json", "qwen.tiktoken", "LICENSE", "license.md", "NOTICE.txt", "USE_POLICY.md", "spiece.model")
+    for name in (*wanted, "consolidated.safetensors", "pytorch_model.bin", "README.md", "modeling_my.py"):
+        (there / name).write_text("")
+    fetched = tmp_path / "cache"
+
+    def snapshot_download(name, revision=None, allow_patterns=None):
+        names = [path.name for path in there.iterdir()]
+        fetched.mkdir(exist_ok=True)
+        for file in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copyfile(there / file, fetched / file)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    source = open_model("org/model")
+    assert torch.equal(source.tensor("model.norm.weight"), tensors["model.norm.weight"])
+    names = {path.name for path in fetched.iterdir()}
+    assert {*wanted, "config.json", "tokenizer.json", "tokenizer_config.json", "odd name.safetensors"} <= names
+    assert not names & {"consolidated.safetensors", "pytorch_model.bin", "README.md", "modeling_my.py"}
