@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sliderquant.fake_quantize import fake_quantize, fake_quantize_activations
-from sliderquant.quantizer import clipped_grid, dequantize, quantize, round_to_nearest
+from sliderquant.quantizer import clipped_grid, dequantize, in_groups, quantize, round_to_nearest
 from sliderquant.schemes import BITS, Scheme
 from sliderquant_kernels import quantize_activations
 
@@ -99,10 +99,15 @@ def test_zero_is_always_on_the_grid(weight, bits, dtype):
 @given(weights, schemes)
 @settings(max_examples=60, deadline=None)
 def test_rounding_twice_changes_nothing(weight, scheme):
-    once = dequantize(round_to_nearest(torch.from_numpy(weight), scheme, torch.float32), scheme)
+    stored = round_to_nearest(torch.from_numpy(weight), scheme, torch.float32)
+    once = dequantize(stored, scheme)
     again = dequantize(round_to_nearest(once, scheme, torch.float32), scheme)
-    if not scheme.symmetric:  # a symmetric grid may lose its widest level, and with it the range
-        assert torch.allclose(again, once, rtol=1e-5, atol=1e-6)
+    if scheme.symmetric:  # such a grid may lose its widest level, and with it the range
+        return
+    # A zero-point half way between two integers may leave one end of the grid unused: the range is then smaller.
+    codes = in_groups(stored.codes, scheme)
+    full = (codes.amin(-1) == 0) & (codes.amax(-1) == scheme.levels)
+    assert torch.allclose(in_groups(again, scheme)[full], in_groups(once, scheme)[full], rtol=1e-5, atol=1e-6)
 
 
 def test_a_group_of_zeros_stays_zero():

@@ -62,7 +62,8 @@ def test_what_a_worker_says(folders: tuple[Path, Path]) -> None:
     facts = worker.facts()
     assert facts["weight_bytes"] == weight_bytes(worker.model)
     assert facts["dtype"] == "bfloat16"
-    assert facts["memory"]["run"] >= facts["memory"]["before"] > 0
+    assert facts["memory"].keys() == {"before", "load", "run"}
+    assert min(facts["memory"].values()) > 10_000_000  # bytes: Python alone takes more
 
 
 def test_shared_weights_count_once() -> None:
