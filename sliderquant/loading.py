@@ -97,14 +97,24 @@ def load(
     if left:
         raise CheckpointError(f"{where}: no value for {', '.join(left[:3])}: the checkpoint is incomplete")
 
-    if (checkpoint.path / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    _read_generation_config(model, checkpoint)
     # For save_pretrained: the state_dict of the packed layers is what this configuration describes.
     model.config.quantization_config = checkpoint.lookup.as_written
     if checkpoint.rotations is not None or checkpoint.kv_bits < 16 or checkpoint.clipped:
         model.config.sliderquant = checkpoint.config["sliderquant"]
     model.config._name_or_path = model.name_or_path = where
     return model.requires_grad_(False).eval()
+
+
+def _read_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Take over generation_config.json; as in transformers, one that cannot be read is no reason not to load."""
+    if not (checkpoint.path / "generation_config.json").is_file() or not model.can_generate():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        _say_once(f"{checkpoint.path / 'generation_config.json'} cannot be read and is ignored: {reason}")
 
 
 def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

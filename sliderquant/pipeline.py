@@ -82,6 +82,8 @@ def plan(
     rotation_seeds: int = 1,
     progress: Progress | None = None,
     perplexity_on: str | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Plan:
     """What `quantize` with the same arguments would do. Of the model it reads headers only; but with `average_bits` it
     chooses the bits of every linear, which takes two walks over the model, and with `rotation_seeds` a seed, which
@@ -95,6 +97,8 @@ def plan(
     settled = _plan(
         source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits, effort, rotation_seeds
     )
+    if output is not None:
+        _writer(settled, output, overwrite)
     needs_text = settled.settings is not None or settled.chooses
     text = checked_name(calibration, needs_text) if needs_text else None
     measured = checked_name(perplexity_on, True) or None
@@ -193,8 +197,7 @@ def quantize(
     calibration = checked_name(calibration, needs_text)
     perplexity_on = checked_name(perplexity_on, True) or None
     tokenizer = source.tokenizer() if needs_text or perplexity_on else None
-    _check_apart(source, output)
-    writer = CheckpointWriter(output, overwrite=overwrite, estimated_bytes=settled.largest_disk_bytes)
+    writer = _writer(settled, output, overwrite)
     texts = read_blocks(settled, tokenizer, calibration if needs_text else None, perplexity_on, seed)
     blocks = texts.calibration
     say(texts.notes, told)
@@ -261,6 +264,12 @@ def quantize(
         )
         path = writer.publish(report, card, quantization_page(report))
     return QuantizeResult(path, settled, report)
+
+
+def _writer(settled: Plan, output: str | Path, overwrite: bool) -> CheckpointWriter:
+    """Nothing is written yet. Raises InputError when the checkpoint cannot be written to `output`."""
+    _check_apart(settled.source, output)
+    return CheckpointWriter(output, overwrite=overwrite, estimated_bytes=settled.largest_disk_bytes)
 
 
 def _check_apart(source: ModelSource, output: str | Path) -> None:

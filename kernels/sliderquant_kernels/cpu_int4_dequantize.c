@@ -7,7 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define BLOCK 64
+#define BLOCK 64 /* rows that are stored together, at the most */
+#define TILE 16  /* blocks that are written side by side */
 
 typedef struct {
     const uint8_t *packed;  /* [blocks, k, block / 2] */
@@ -35,46 +36,59 @@ static inline uint16_t to_bf16(float value) {
     return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
-/* Rows of a block in their natural order: low nibbles are the first half of it, or every second row. */
-static void dequantize_group(const Job *job, int64_t block, int64_t group) {
-    const int64_t size = job->block, half = size / 2, per_group = job->k / job->groups;
-    float scale[BLOCK], offset[BLOCK];
-    const uint16_t *fused = job->fused + 2 * (group * job->fused_stride + block * size);
-    for (int64_t row = 0; row < size; row++) {
+/* One row k of a block, its outputs in their natural order: low nibbles are the first half of them, or every second. */
+static inline void dequantize_row(const Job *job, const uint8_t *packed, const float *scale, const float *offset,
+                                  float *value) {
+    const int64_t size = job->block, half = size / 2;
+    if (job->halves && size == BLOCK) {
+        for (int row = 0; row < BLOCK / 2; row++) {
+            value[row] = ((float)(packed[row] & 15) - offset[row]) * scale[row];
+            value[row + BLOCK / 2] = ((float)(packed[row] >> 4) - offset[row + BLOCK / 2]) * scale[row + BLOCK / 2];
+        }
+        return;
+    }
+    for (int64_t pair = 0; pair < half; pair++) {
+        const int64_t low = job->halves ? pair : 2 * pair, high = job->halves ? pair + half : 2 * pair + 1;
+        value[low] = ((float)(packed[pair] & 15) - offset[low]) * scale[low];
+        value[high] = ((float)(packed[pair] >> 4) - offset[high]) * scale[high];
+    }
+}
+
+/* A group of some neighbouring blocks, k by k: what is written lies together. Block by block, it would lie so far apart
+ * that it falls into few sets of the caches. */
+static void dequantize_tile(const Job *job, int64_t first, int64_t blocks, int64_t group) {
+    const int64_t size = job->block, per_group = job->k / job->groups;
+    float scale[TILE * BLOCK], offset[TILE * BLOCK], value[BLOCK];
+    const uint16_t *fused = job->fused + 2 * (group * job->fused_stride + first * size);
+    for (int64_t row = 0; row < blocks * size; row++) {
         scale[row] = from_bf16(fused[2 * row]);
         offset[row] = 8.0f - (job->symmetric ? 0.0f : rintf(from_bf16(fused[2 * row + 1]) / scale[row]));
     }
     for (int64_t k = group * per_group; k < (group + 1) * per_group; k++) {
-        const uint8_t *packed = job->packed + (block * job->k + k) * half;
-        float value[BLOCK];
-        if (job->halves && size == BLOCK) {
-            for (int row = 0; row < BLOCK / 2; row++) {
-                value[row] = ((float)(packed[row] & 15) - offset[row]) * scale[row];
-                value[row + BLOCK / 2] = ((float)(packed[row] >> 4) - offset[row + BLOCK / 2]) * scale[row + BLOCK / 2];
+        for (int64_t block = 0; block < blocks; block++) {
+            const uint8_t *packed = job->packed + ((first + block) * job->k + k) * (size / 2);
+            dequantize_row(job, packed, scale + block * size, offset + block * size, value);
+            const int64_t place = k * job->out_stride + (first + block) * size;
+            if (job->as_float) {
+                memcpy((float *)job->out + place, value, (size_t)size * sizeof(float));
+            } else {
+                uint16_t *out = (uint16_t *)job->out + place;
+                if (size == BLOCK)
+                    for (int row = 0; row < BLOCK; row++) out[row] = to_bf16(value[row]);
+                else
+                    for (int64_t row = 0; row < size; row++) out[row] = to_bf16(value[row]);
             }
-        } else {
-            for (int64_t pair = 0; pair < half; pair++) {
-                const int64_t low = job->halves ? pair : 2 * pair, high = job->halves ? pair + half : 2 * pair + 1;
-                value[low] = ((float)(packed[pair] & 15) - offset[low]) * scale[low];
-                value[high] = ((float)(packed[pair] >> 4) - offset[high]) * scale[high];
-            }
-        }
-        if (job->as_float) {
-            memcpy((float *)job->out + k * job->out_stride + block * size, value, (size_t)size * sizeof(float));
-        } else {
-            uint16_t *out = (uint16_t *)job->out + k * job->out_stride + block * size;
-            if (size == BLOCK)
-                for (int row = 0; row < BLOCK; row++) out[row] = to_bf16(value[row]);
-            else
-                for (int64_t row = 0; row < size; row++) out[row] = to_bf16(value[row]);
         }
     }
 }
 
 static void dequantize_part(const Job *job, int64_t part, int64_t parts) {
-    const int64_t units = job->blocks * job->groups;
-    for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; unit++)
-        dequantize_group(job, unit % job->blocks, unit / job->blocks);
+    const int64_t tiles = (job->blocks + TILE - 1) / TILE, units = tiles * job->groups;
+    for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; unit++) {
+        const int64_t first = unit % tiles * TILE;
+        const int64_t blocks = job->blocks - first < TILE ? job->blocks - first : TILE;
+        dequantize_tile(job, first, blocks, unit / tiles);
+    }
 }
 
 static void dequantize_thread(void *argument) {

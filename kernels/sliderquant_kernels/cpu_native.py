@@ -93,7 +93,7 @@ def _function() -> Callable[..., int] | None:
         return None
     try:
         function = ctypes.CDLL(str(_compiled())).sliderquant_dequantize_int4
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         logger.info("int4 weights are dequantized by torch's ops: %s", error)
         return None
     function.argtypes = (ctypes.POINTER(_Job), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
@@ -108,8 +108,8 @@ def _compiled() -> Path:
         raise RuntimeError("no C compiler (CC, cc, gcc, clang)")
     key = hashlib.sha256(repr((_SOURCE.read_bytes(), compiler, _FLAGS, _processor())).encode()).hexdigest()[:20]
     folder = _cache_folder()
-    library = folder / f"int4-{key}.so"
-    if library.exists():
+    library, digest = folder / f"int4-{key}.so", folder / f"int4-{key}.sha256"
+    if _is_whole(library, digest):
         return library
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / library.name
@@ -117,8 +117,25 @@ def _compiled() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         if done.returncode:
             raise RuntimeError(f"{compiler} failed: {' '.join(done.stderr.split())[:300]}")
-        made.replace(library)  # of several processes that compile at once, any may be the last
+        noted = made.with_suffix(".sha256")
+        noted.write_text(_sha256(made), encoding="ascii")
+        # Of several processes that compile at once any may be the last. What they make may differ, and a library that
+        # does not fit its digest is compiled again.
+        made.replace(library)
+        noted.replace(digest)
     return library
+
+
+def _is_whole(library: Path, digest: Path) -> bool:
+    """Whether the library is what was compiled: a file that lost its end ends the process when it is loaded."""
+    try:
+        return digest.read_text(encoding="ascii") == _sha256(library)
+    except (OSError, ValueError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _which(name: str | None) -> str | None:
@@ -137,7 +154,8 @@ def _processor() -> str:
 
 def _cache_folder() -> Path:
     """A folder that only this user writes to: what lies in it is loaded as code."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    named = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    root = named if named.is_absolute() else Path.home() / ".cache"
     folder = root / "sliderquant"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()

@@ -31,6 +31,10 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+# The last is the limit on the size of a file: of the shell, or of the file system.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
 def disk_full(path: Path, needed: int) -> Iterator[None]:
     """Turn a full disk into a CheckpointError that says how much is needed.
@@ -44,9 +48,7 @@ def disk_full(path: Path, needed: int) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         # safetensors reports an operating system error as text.
         code = getattr(error, "errno", None)
-        full = code in (errno.ENOSPC, errno.EDQUOT) or any(
-            f"os error {number}" in str(error) for number in (errno.ENOSPC, errno.EDQUOT)
-        )
+        full = code in _FULL or any(f"os error {number}" in str(error) for number in _FULL)
         if not full:
             raise
         raise CheckpointError(

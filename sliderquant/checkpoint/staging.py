@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -121,6 +122,8 @@ class Staging:
     def _rename(self, new: Path, old: Path) -> None:
         try:
             if self.out.exists():
+                # A folder that its owner closed to others stays closed.
+                new.chmod(stat.S_IMODE(self.out.stat().st_mode))
                 os.rename(self.out, old)
             os.rename(new, self.out)
         except BaseException:

@@ -34,6 +34,12 @@ from sliderquant.schemes import Scheme
 
 __all__ = ["CheckpointWriter"]
 
+_ENDING = tuple(
+    int(getattr(signal, name))
+    for name in ("SIGTERM", "SIGHUP")
+    if hasattr(signal, name)  # not on every system
+)
+
 
 class CheckpointWriter:
     """Writes one checkpoint; a context manager.
@@ -43,8 +49,8 @@ class CheckpointWriter:
             for each other tensor: writer.add_tensor(name, tensor)
             writer.finish(config, source, report, card)
 
-    Leaving the context without `finish`, by an exception, Ctrl-C or SIGTERM, removes what was written. At most one
-    shard is in memory.
+    Leaving the context without `finish`, by an exception, Ctrl-C, SIGTERM or SIGHUP, removes what was written. At most
+    one shard is in memory.
     """
 
     def __init__(
@@ -87,27 +93,29 @@ class CheckpointWriter:
         self._folder: Path | None = None
         self._shards: ShardWriter | None = None
         self._digests: dict[str, dict[str, str]] | None = None
-        self._old_handler: Any = None
+        self._handled: list[int] = []
 
     def __enter__(self) -> "CheckpointWriter":
         self._folder = self._staging.make()
         self._shards = ShardWriter(self._folder, self._max_shard_bytes)
-        # A terminated process would leave the partial folder behind. A handler of the program's own goes first.
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            self._old_handler = signal.signal(signal.SIGTERM, _exit_on_signal)
+        # A process that is terminated, or whose terminal is closed, would leave the partial folder behind. A handler of
+        # the program's own goes first, and so does nohup.
+        if threading.current_thread() is threading.main_thread():
+            self._handled = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+        for number in self._handled:
+            signal.signal(number, _exit_on_signal)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        handled, self._old_handler = self._old_handler, None
-        if handled is not None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        handled, self._handled = self._handled, []
+        for number in handled:
+            signal.signal(number, signal.SIG_IGN)
         self._staging.remove()
         self._folder = self._shards = None
-        if handled is not None:
-            signal.signal(signal.SIGTERM, handled)
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
     def add_quantized(self, name: str, quantized: QuantizedWeight, scheme: Scheme, trained: Tensor) -> None:
         """Pack and write the weight of a linear, after checking that what is read back is what was trained.

@@ -99,6 +99,8 @@ def command(
                 rotation_seeds=rotation_seeds,
                 progress=progress,
                 perplexity_on=perplexity,
+                output=output,
+                overwrite=overwrite,
             )
         print_plan(settled)
         return

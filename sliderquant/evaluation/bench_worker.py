@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 from sliderquant.devices import resolve_device
 from sliderquant.evaluation.models import is_quantized
 from sliderquant.loading import load
+from sliderquant.models.source import open_model
 
 __all__ = ["Job", "Worker", "weight_bytes"]
 
@@ -54,17 +55,24 @@ class Worker:
         self.job = job
         self.device = resolve_device(job.device)
         self.model: Any = None
+        self.quantized = is_quantized(Path(job.model))
+        self.config = None if self.quantized else open_model(job.model).config
         self.memory = {"before": _resident()}
 
     def load(self) -> float:
         """Seconds of loading; libraries are imported already."""
         _reset_peak(self.device)
         start = time.perf_counter()
-        if is_quantized(Path(self.job.model)):
+        if self.quantized:
             self.model = load(self.job.model, device=self.device, dtype=self.job.dtype)
         else:
+            # With the configuration as it was checked: the file may name code on the hub, which is not to run.
             self.model = AutoModelForCausalLM.from_pretrained(
-                self.job.model, dtype=self.job.dtype, device_map={"": self.device}, trust_remote_code=False
+                self.job.model,
+                config=self.config,
+                dtype=self.job.dtype,
+                device_map={"": self.device},
+                trust_remote_code=False,
             ).eval()
         _wait(self.device)
         seconds = time.perf_counter() - start

@@ -69,8 +69,8 @@ def _say(notes: Iterable[str], progress: Progress) -> None:
 def is_quantized(folder: Path) -> bool:
     """Whether the folder's config.json has a quantization configuration."""
     try:
-        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 

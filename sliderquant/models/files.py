@@ -142,7 +142,17 @@ def opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}; download the model again") from error
+        advice = "fetch it with git lfs pull" if _is_lfs_pointer(path) else "download the model again"
+        raise InputError(f"{path}: not a readable safetensors file: {error}; {advice}") from error
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """Whether git left a note about the file in the place of the file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(20) == b"version https://git-"
+    except OSError:
+        return False
 
 
 def read_headers(name: str, folder: Path, explicit: Any = None) -> dict[str, StoredTensor]:

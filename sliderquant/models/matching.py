@@ -69,9 +69,14 @@ def matched(
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     tensors = {}
     for key in expected:
-        stored_as = next((other for other in _names(key, model.base_model_prefix) if other in found), None)
-        if stored_as is not None:
-            tensors[key] = found[stored_as]
+        stored_as = [other for other in _names(key, model.base_model_prefix) if other in found]
+        if len(stored_as) > 1 and not same_values(found[stored_as[0]], found[stored_as[1]]):
+            raise InputError(
+                f"{name}: the files hold {stored_as[0]} and {stored_as[1]}, two names of one tensor, with different "
+                "values: remove the one that is not the model's"
+            )
+        if stored_as:
+            tensors[key] = found[stored_as[0]]
     _check_headers(name, tensors, expected)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     if tied and head in tensors and embedding in tensors:

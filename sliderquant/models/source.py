@@ -121,6 +121,11 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare Exceptions at files that it cannot read
+            if "trust_remote_code" in str(error):
+                raise InputError(
+                    f"{self.name}: its tokenizer needs code from the model's folder, which is never run: save one of "
+                    "transformers' own classes with it, or use --method rtn, which needs none"
+                ) from error
             raise InputError(f"{self.name}: its tokenizer cannot be read: {_one_line(error)}") from error
 
 
@@ -146,7 +151,7 @@ def open_model(model: str | Path) -> ModelSource:
         stored = read_json(folder / "config.json")
     except InputError as error:
         raise InputError(f"{model}: config.json cannot be read: {error}") from error
-    if stored.get("quantization_config") is not None or stored.get("compression_config") is not None:
+    if stored.get("quantization_config") or stored.get("compression_config"):
         raise InputError(f"{model}: is quantized already; expected the original model in 16 bits")
     family_of(str(model), stored.get("model_type"), _architectures(model, stored))
     # transformers would offer to run the folder's own code for a type that it does not know.
@@ -158,6 +163,7 @@ def open_model(model: str | Path) -> ModelSource:
     family = family_of(str(model), config.model_type, None)
     # An implementation of attention that config.json names may be code on the hub.
     config._attn_implementation = None
+    config.return_dict = True  # what is stored decides for a loaded model, not for how we call this one
     if int(getattr(config, "num_hidden_layers", 0) or 0) < 1:
         raise InputError(f"{model}: config.json has num_hidden_layers {config.num_hidden_layers}: expected 1 or more")
     skeleton = empty_model(str(model), config)

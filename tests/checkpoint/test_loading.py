@@ -86,6 +86,16 @@ def test_rotary_frequencies_are_computed(tiny: Tiny) -> None:
     close(model(IDS).logits, made.model(IDS).logits)
 
 
+@pytest.mark.parametrize("text", ["{broken", '{"cache_implementation": "nosuch"}', "[]"])
+def test_a_generation_config_that_cannot_be_read_is_ignored(
+    text: str, tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = tiny()
+    (made.path / "generation_config.json").write_text(text)
+    assert load(made.path).generate(IDS, max_new_tokens=2, pad_token_id=0).shape[1] == IDS.shape[1] + 2
+    assert any("generation_config.json cannot be read and is ignored" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("wanted", ["auto", "float32", torch.bfloat16, "float16"])
 @torch.no_grad()

@@ -248,3 +248,12 @@ def test_what_is_not_certainly_rubbish_stays_and_is_named(tmp_path, other_run, c
     write(out)
     assert left.exists()
     assert str(left) in caplog.text
+
+
+def test_a_folder_that_is_closed_to_others_stays_closed(tmp_path):
+    out = tmp_path / "out"
+    write(out, "old")
+    out.chmod(0o700)
+    write(out)
+    assert contents(out) == NEW
+    assert stat.S_IMODE(out.stat().st_mode) == 0o700

@@ -62,6 +62,17 @@ def test_quiet_prints_results_only(tiny_llama, tmp_path):
     assert len(done.stdout.splitlines()) == 1
 
 
+def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(tiny_llama, tmp_path):
+    arguments = ["quantize", tiny_llama, "--method", "rtn", "--scheme", "W4A16-g32", "--dry-run", "-o"]
+    assert invoke(*arguments, tmp_path / "new").exit_code == 0
+    (tmp_path / "there").write_text("a file")
+    for output, message in ((tmp_path / "there", "exists already"), (tiny_llama, "the folder of the model itself")):
+        refused = invoke(*arguments, output)
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_dry_run_prints_the_plan(tiny_llama, tmp_path):
     done = invoke("quantize", tiny_llama, "--scheme", "W4A16-g32", "--dry-run", "--set", "epochs=4", "--seqlen", "32")
     assert done.exit_code == 0, done.output
@@ -206,7 +217,7 @@ def test_failure_is_exit_code_1_with_a_traceback_only_on_request(tiny_llama, tmp
     assert "Traceback" in invoke("quantize", tiny_llama, "-o", tmp_path / "out", "-v").stderr
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_the_middle_leaves_nothing(tiny_llama, calibration_file, tmp_path, kind):
     """The real process, stopped while it refines."""
     command = [sys.executable, "-c", "from sliderquant.cli import main; main()", "quantize", str(tiny_llama)]
@@ -220,7 +231,7 @@ def test_a_signal_in_the_middle_leaves_nothing(tiny_llama, calibration_file, tmp
         text=True,
         env=environment,
         # What runs in the background of a shell ignores interrupts, and hands that down.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
     )
     line = process.stderr.readline()  # the first line of progress: refining has begun
     assert line.startswith("window 1 of "), line

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def test_what_a_worker_says(folders: tuple[Path, Path]) -> None:
     assert facts["dtype"] == "bfloat16"
     assert facts["memory"].keys() == {"before", "load", "run"}
     assert min(facts["memory"].values()) > 10_000_000  # bytes: Python alone takes more
+
+
+def test_attention_that_a_file_names_is_not_fetched(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """It may be code on the hub."""
+    copy = shutil.copytree(folders[0], tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "attn_implementation": "somebody/attention"}))
+    worker = Worker(Job(str(copy), "cpu", new_tokens=2))
+    worker.load()
+    assert worker.model.config._attn_implementation == "sdpa"
+    assert worker.decode(1) > 0
 
 
 def test_shared_weights_count_once() -> None:

@@ -192,3 +192,9 @@ def test_what_cannot_be_read_is_said_before_any_work(copy, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "LICENSE")  # root may read everything
     with pytest.raises(InputError, match="LICENSE cannot be read"):
         open_model(copy)
+
+
+def test_a_note_of_git_in_place_of_the_weights(copy):
+    (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n")
+    with pytest.raises(InputError, match=r"model\.safetensors: not a readable .*git lfs pull"):
+        open_model(copy)

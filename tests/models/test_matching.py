@@ -150,3 +150,23 @@ def test_norms_in_fp32_and_the_rest_in_bf16(changed):
     source = open_model(changed(lambda tensors: tensors.update({"model.norm.weight": torch.ones(64)})))
     assert source.dtype == torch.bfloat16
     assert source.tensor("model.norm.weight").dtype == torch.float32
+
+
+def test_one_tensor_under_two_names(changed):
+    """transformers takes one of the two without a word: which is the model's, nobody can know."""
+    plain, name = "layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    folder = changed(lambda tensors: tensors.update({plain: tensors[name].clone()}))
+    assert torch.equal(open_model(folder).tensor(name), load_file(folder / "model.safetensors")[name])
+    shutil.rmtree(folder)
+    folder = changed(lambda tensors: tensors.update({plain: tensors[name] + 1}))
+    with pytest.raises(InputError, match=r"hold model\.layers\.0\.mlp\.up_proj\.weight and layers\.0\..*different"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("value", [None, {}])
+def test_an_empty_quantization_config_is_none(changed, value):
+    assert open_model(changed(lambda tensors: None, quantization_config=value)).num_layers == 2
+
+
+def test_how_outputs_are_returned_is_not_left_to_the_file(changed):
+    assert open_model(changed(lambda tensors: None, return_dict=False)).config.return_dict

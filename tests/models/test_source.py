@@ -148,7 +148,7 @@ def test_code_of_a_tokenizer_is_never_run(copy, tmp_path, monkeypatch):
     own = {"AutoTokenizer": ["tokenization_my.MyConfig", None]}
     path.write_text(json.dumps({"tokenizer_class": "MyTokenizer", "auto_map": own}))
     (copy / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match="its tokenizer cannot be read"):
+    with pytest.raises(InputError, match="its tokenizer needs code from the model's folder, which is never run"):
         open_model(copy).tokenizer()
     assert not mark.exists()
 

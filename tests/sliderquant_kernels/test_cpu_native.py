@@ -80,10 +80,15 @@ def test_the_library_is_compiled_once_into_the_cache(tmp_path: Path):
     assert _probe(XDG_CACHE_HOME=str(tmp_path))[0] == "True"
     folder = tmp_path / "sliderquant"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    (library,) = folder.iterdir()
+    library, digest = sorted(folder.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert (library.suffix, digest.suffix) == (".so", ".sha256")
     made = library.stat().st_mtime_ns
     assert _probe(XDG_CACHE_HOME=str(tmp_path))[0] == "True"
     assert library.stat().st_mtime_ns == made
+    # Loading a library without its end would kill the process.
+    library.write_bytes(library.read_bytes()[:3000])
+    assert _probe(XDG_CACHE_HOME=str(tmp_path))[0] == "True"
+    assert library.stat().st_mtime_ns != made
 
 
 @pytest.mark.parametrize(
