@@ -58,10 +58,8 @@ def fits(bits: int, n: int, k: int, group_size: int | None) -> bool:
 def max_op_tokens() -> int:
     """Tokens beyond which dequantizing once and multiplying in bf16 is faster than the op, whose time grows with them.
 
-    Time of the op over that of dequantizing, on AVX512 without AMX, for N x K of 3072 x 576 and 11264 x 2048, two
-    threads: with the compiled loop 0.99, 0.93 for 32 tokens and 1.1, 1.2 for 48; with torch's ops 0.6, 0.6 for 48 and
-    1.0, 1.0 for 64. AMX multiplies bf16 some five times as fast; what that does to these figures has been reckoned,
-    not measured.
+    Both take about the same time at these numbers, on AVX512 without AMX. AMX multiplies bf16 several times as fast;
+    where the two meet there is derived from that, not measured.
     """
     if not cpu_native.is_available():
         return 48

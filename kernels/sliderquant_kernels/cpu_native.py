@@ -1,7 +1,7 @@
 """A compiled loop for what torch has no op for on a CPU: `cpu_int4_dequantize.c`.
 
 The C compiler of the machine (`CC`, cc, gcc or clang: the one that Triton needs too) compiles it when it is first
-wanted, which takes half a second, into the user's cache folder. Where there is no compiler, or with
+wanted, into the user's cache folder. Where there is no compiler, or with
 `SLIDERQUANT_NATIVE=0`, torch's own ops compute the same bits in several passes.
 """
 
