@@ -283,7 +283,7 @@ def _dense(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -
 
 
 def _codes_of_dense(weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    """The inverse of `_dense`: what it rounded by is less than a tenth of a step."""
+    """The inverse of `_dense`: what it rounded by is less than half a step: up to 255 steps, each by 2^-11 in fp16."""
     n, groups = scale.shape
     steps = torch.div(weight.view(n, groups, -1), scale.float().unsqueeze(-1)).round_()
     steps.add_(2 ** (bits - 1) if zero_point is None else zero_point.float().unsqueeze(-1))
