@@ -1,7 +1,7 @@
 """The ops on a CPU: torch's int4 and int8 matmuls where they are faster, dequantization otherwise.
 
-A bf16 weight that must be dequantized is dequantized a few rows at a time on every call, and no dense copy is kept. With
-fp16 and fp32, which torch's ops for packed weights compute in scalar loops, the layout holds the dense weight itself.
+A bf16 weight that must be dequantized is dequantized a few rows at a time on every call, and no dense copy is kept.
+With fp16 and fp32, which torch's ops for packed weights compute in scalar loops, the layout holds the dense weight.
 """
 
 from __future__ import annotations
