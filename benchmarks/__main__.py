@@ -10,6 +10,7 @@ COMMANDS = {
     "ablate": ("benchmarks.ablate", "what each ingredient of sliderquant brings"),
     "random-model": ("benchmarks.random_model", "write a model of random weights in the shapes of a known one"),
     "mixed": ("benchmarks.mixed", "bits chosen for every linear, against the first and last layers at more bits"),
+    "minutes": ("benchmarks.minutes", "minutes of quantizing on known GPUs, by count of operations"),
     "kernels": ("benchmarks.kernels.command", "kernels against their floors and the best public kernels"),
     "load": ("benchmarks.load", "seconds per GB of loading a checkpoint, against plain reading"),
     "step": ("benchmarks.step", "a training step with quantizers against one without"),

@@ -13,8 +13,17 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.ablation_plot import ablation_figures
-from benchmarks.ablations import ABLATIONS, BASE, tables_of
-from benchmarks.accuracy import MODELS, PURPOSES, SEQLEN, material_texts
+from benchmarks.ablations import ABLATIONS, BASE, based_on, tables_of
+from benchmarks.accuracy import (
+    MODELS,
+    PURPOSES,
+    SEQLEN,
+    elsewhere_text,
+    material_texts,
+    model_argument,
+    model_folder,
+    shorter_ramps,
+)
 from benchmarks.accuracy_table import EPOCHS, SAMPLES, usual_epochs
 from benchmarks.runs import (
     DEMO,
@@ -32,6 +41,7 @@ from benchmarks.runs import (
     summarize,
 )
 from sliderquant.errors import InputError
+from sliderquant.overrides import merged
 
 __all__ = ["add_place", "markdown", "place_of", "plan"]
 
@@ -49,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     """The arguments that `place_of` reads."""
-    parser.add_argument("--model", default=DEMO.name, help=f"{', '.join(MODELS)}, or a folder or hub id")
+    parser.add_argument("--model", default=DEMO.name, help=f"{', '.join(MODELS)}, NAME=FOLDER; or any folder or hub id")
     parser.add_argument("--material", type=Path, default=Path("../shared"), help="folder with data/ and models/")
     parser.add_argument("--calibration", help="text, in place of the model's; wikitext2 for others")
     parser.add_argument("--evaluation", help="text, in place of the model's; wikitext2 for others")
@@ -76,16 +86,15 @@ def plan(
 ) -> list[Case]:
     """The runs in their order: the model as it is, then of each ablation the method as it is and every row."""
     spec = MODELS.get(model)
-    base = {} if spec is None or spec.ramps is None else {"windows": {"shallow": spec.ramps, "deep": spec.ramps}}
     cases = [Case.original(model)]
     for name in names:
         ablation = ABLATIONS[name]
-        method = ablation.method
+        method, chosen = ablation.method, scheme or ablation.scheme
+        base = merged(ablation.base, {} if spec is None else shorter_ramps(method, chosen, spec, ablation.base))
         own = epochs or usual_epochs(method)
-        chosen = scheme or ablation.scheme
         budget = Case.of(model, chosen, method, base, own).epochs
         for label, changes in {BASE: {}, **ablation.rows}.items():
-            settings = {**base, **changes}
+            settings = merged(base, changes)
             if label in ablation.longer:
                 settings["epochs"] = round(ablation.longer[label] * budget)
             cases += [
@@ -101,7 +110,13 @@ def plan(
 def place_of(arguments: argparse.Namespace, stack: ExitStack) -> Place:
     """Where the model and the texts of the arguments are; a model with outliers, and texts that take long to put
     together, are there until the stack is left."""
-    spec = MODELS.get(arguments.model)
+    name, named_folder = arguments.model, None
+    if name.partition("=")[0] in MODELS:
+        try:
+            name, named_folder = model_argument(name)
+        except argparse.ArgumentTypeError as error:
+            raise SystemExit(f"--model: {error}") from error
+    spec = MODELS.get(name)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     given = (arguments.calibration, arguments.evaluation)
     if spec is None:
@@ -110,8 +125,8 @@ def place_of(arguments: argparse.Namespace, stack: ExitStack) -> Place:
         model, seqlen = arguments.model, arguments.seqlen
         texts = [named_text(text or "wikitext2", arguments.material) for text in given]
     else:
-        name, seqlen = arguments.model, arguments.seqlen or SEQLEN
-        model = str(arguments.material / spec.folder) if spec.folder else str(DEMO)
+        seqlen = arguments.seqlen or SEQLEN
+        model = named_folder or model_folder(spec, arguments.material)
         if spec.outliers:
             model = stack.enter_context(outlier_model(model))
         texts = [
@@ -119,7 +134,7 @@ def place_of(arguments: argparse.Namespace, stack: ExitStack) -> Place:
             for text, own in zip(given, spec.texts, strict=True)
         ]
     kept: list[Text] = [kept_text(text, purpose, folder) for text, purpose in zip(texts, PURPOSES, strict=True)]
-    others = [] if spec is None else [kept_text(Text(text, text), "evaluation", folder) for text in spec.elsewhere]
+    others = [] if spec is None else [elsewhere_text(text, arguments.material, folder) for text in spec.elsewhere]
     return Place(name, model, *kept, seqlen=seqlen, elsewhere=tuple(others))
 
 
@@ -150,7 +165,7 @@ def markdown(rows: Iterable[Row]) -> str:
             "",
             f"## {name}{question}",
             "",
-            f"`{found[0]['method']}`, {model}, {scheme}, {epochs} epochs, {samples} samples"
+            f"`{found[0]['method']}`{based_on(name)}, {model}, {scheme}, {epochs} epochs, {samples} samples"
             + (f" (16 bits: {originals[model]['perplexity']:.2f})" if model in originals else ""),
             "",
             results.markdown(

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.ablations import ABLATIONS, BASE, tables_of
+from benchmarks.ablations import ABLATIONS, BASE, based_on, tables_of
 from benchmarks.accuracy_plot import finish_bars
 from benchmarks.accuracy_table import figure_text
 from benchmarks.runs import Row
@@ -19,7 +19,7 @@ __all__ = ["ablation_figure", "ablation_figures"]
 BETTER, WORSE = "C0", "C1"
 FARTHEST = 8.0  # times as far off as the row in the middle: longer bars are cut
 CUT = 1.25  # and then this many times as long as the longest of the others
-WIDEST = 40  # letters of a line of a label
+WIDEST, WIDEST_TITLE = 40, 90  # letters of a line of a label, and of one above a panel
 SIDE_BY_SIDE = 2  # ablations of a panel each
 
 
@@ -77,9 +77,11 @@ def ablation_figure(summary: Iterable[Row]) -> Figure:
 def _title(name: str, row: Row, original: float | None) -> str:
     question = f": {ABLATIONS[name].question}" if name in ABLATIONS else ""
     budget = [f"{row['epochs']} epochs"] if row["epochs"] is not None else []
-    parts = [row["method"], row["model"], row["scheme"], *budget, f"{row['samples']} samples"]
+    run = ", ".join([row["model"], row["scheme"], *budget, f"{row['samples']} samples"])
     known = "" if original is None else f" (16 bits: {figure_text(original)})"
-    return textwrap.fill(name + question, 90) + "\n" + ", ".join(parts) + known
+    based = based_on(name)
+    lines = [name + question, *([row["method"] + based, run + known] if based else [f"{row['method']}, {run}{known}"])]
+    return "\n".join(textwrap.fill(line, WIDEST_TITLE, break_on_hyphens=False) for line in lines)
 
 
 def _bars(axes: Any, rows: Sequence[Row]) -> bool:

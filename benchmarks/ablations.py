@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.runs import Row
 
-__all__ = ["ABLATIONS", "BASE", "Ablation", "tables_of"]
+__all__ = ["ABLATIONS", "BASE", "Ablation", "based_on", "tables_of"]
 
 BASE = "as it is"
 
@@ -21,13 +21,17 @@ class Ablation:
         rows: label -> the settings that differ; that of the method as it is comes by itself.
         scheme: the scheme unless another is asked for.
         method: whose settings differ.
+        base: the settings in which every row differs from the method, that of it "as it is" too; `rows` win over them.
+        base_text: what these settings are, for the headings.
         longer: label -> how many times the epochs a row has that takes less time for each: as much time as the others.
     """
 
     question: str
     rows: dict[str, dict[str, Any]]
     scheme: str = "W2A16"
-    method: str = "sliderquant"
+    method: str = "sliderquant-published"
+    base: dict[str, Any] = field(default_factory=dict)
+    base_text: str = ""
     longer: dict[str, float] = field(default_factory=dict)
 
 
@@ -42,6 +46,27 @@ def _scales(use: str, start: str = "ones", space: str = "direct") -> dict[str, A
 # A window of this size is one over all layers of any model: the schedule cuts it to those there are.
 _ALL_LAYERS = 1000
 
+# The published settings with a larger term, and ranges and rates that go well with it.
+_LOW_RANK: dict[str, Any] = {
+    "base": {
+        "clipping_start": "search",
+        "rank": 32,
+        "grid": "free",
+        "learning_rates": {"low_rank": 1e-3, "clipping": 1e-3},
+    },
+    "base_text": "rank 32, free ranges from a search, rates of both 1e-3",
+}
+_LOW_RANK_ACTIVATIONS: dict[str, Any] = {
+    "base": {
+        "clipping_start": "search",
+        "scales": {"start": "outliers", "space": "log"},
+        "rank": 32,
+        "learning_rates": {"low_rank": 1e-3},
+        "activation_clipping": "auto",
+    },
+    "base_text": "rank 32 at a rate of 1e-3, ranges from a search, scales of outliers, clipped activations",
+}
+
 ABLATIONS: dict[str, Ablation] = {
     "windows": Ablation(
         "what sliding over several layers brings",
@@ -52,6 +77,7 @@ ABLATIONS: dict[str, Ablation] = {
             "size 2, ramps of 4": _windows(4, 4, 2),
             "one window over all layers": _windows(0, 0, _ALL_LAYERS),
         },
+        **_LOW_RANK,
     ),
     "ramps": Ablation(
         "what the growing and the shrinking windows at the two ends bring",
@@ -59,18 +85,22 @@ ABLATIONS: dict[str, Ablation] = {
             f"shallow {shallow}, deep {deep}": _windows(shallow, deep, 2)
             for shallow, deep in ((0, 0), (2, 2), (4, 4), (4, 0), (0, 4))
         },
+        **_LOW_RANK,
     ),
     "gamma": Ablation(
         "what quantizing the input channels in stages brings",
         {"one stage": {"gamma": 1.0}, "two stages": {"gamma": 0.5}, "four stages": {"gamma": 0.25}},
+        **_LOW_RANK,
     ),
     "stage_order": Ablation(
         "whether stages go over the whole model one after the other, or within each window",
         {order: {"stage_order": order} for order in ("sweep", "window")},
+        **_LOW_RANK,
     ),
     "rank": Ablation(
         "what the low-rank term brings",
         {"no low-rank term" if rank == 0 else f"rank {rank}": {"rank": rank} for rank in (0, 1, 4, 16, 32)},
+        **_LOW_RANK,
     ),
     "clipping": Ablation(
         "what learned clipping brings, and ends of the ranges that are free of the weights",
@@ -79,6 +109,7 @@ ABLATIONS: dict[str, Ablation] = {
             "clipped ranges": {"grid": "range", "learning_rates": {"clipping": 1e-2}},
             "none": {"clipping": False, "grid": "range"},
         },
+        **_LOW_RANK,
     ),
     "scales": Ablation(
         "which channel scales, where activations are quantized",
@@ -91,9 +122,10 @@ ABLATIONS: dict[str, Ablation] = {
             "outliers from statistics, log": _scales("always", "outliers", "log"),
         },
         scheme="W4A4KV4",
+        **_LOW_RANK_ACTIVATIONS,
     ),
-    "best": Ablation(
-        "what each ingredient of the strongest recipe brings last: without it, everything else as it is",
+    "recipe": Ablation(
+        "what each ingredient brings last: without it, everything else as it is",
         {
             "low-rank terms in place of offsets of weights": {
                 "weights": False,
@@ -116,11 +148,32 @@ ABLATIONS: dict[str, Ablation] = {
             "size 2, no ramps": _windows(0, 0, 2),
             "size 2, no ramps, 1.5 times the epochs": _windows(0, 0, 2),
         },
-        method="sliderquant-best",
+        method="sliderquant",
+        base={"windows": {"shallow": 4, "deep": 4}, "relative_loss": 0.0},
+        base_text="with ramps of 4 and plain squared errors",
         longer={"block by block, 2.5 times the epochs": 2.5, "size 2, no ramps, 1.5 times the epochs": 1.5},
     ),
-    "best_alone": Ablation(
-        "what each ingredient of the strongest recipe brings alone, on top of the published settings",
+    "schedule": Ablation(
+        "which windows win in the same time",
+        {
+            "ramps of 4, 0.63 times the epochs": _windows(4, 4, 2),
+            "block by block, 1.5 times the epochs": _windows(0, 0, 1),
+        },
+        method="sliderquant",
+        longer={"ramps of 4, 0.63 times the epochs": 0.63, "block by block, 1.5 times the epochs": 1.5},
+    ),
+    "loss": Ablation(
+        "whether the error of a token counts relatively to its hidden state",
+        {f"power {x:g}": {"relative_loss": x} for x in (0.0, 0.5, 1.0)},
+        method="sliderquant",
+    ),
+    "matmul": Ablation(
+        "what matrix products in bfloat16 save and cost",
+        {dtype: {"matmul": dtype} for dtype in ("float32", "bfloat16")},
+        method="sliderquant",
+    ),
+    "recipe_alone": Ablation(
+        "what each ingredient brings alone, on top of the published settings",
         {
             "one stage": {"gamma": 1.0},
             "ranges from a search": {"clipping_start": "search"},
@@ -134,9 +187,14 @@ ABLATIONS: dict[str, Ablation] = {
             "free grids": {"grid": "free", "learning_rates": {"clipping": 2e-3}},
             "logits at the end": {"last_loss": "logits"},
         },
-        method="sliderquant-published",
     ),
 }
+
+
+def based_on(name: str) -> str:
+    """What a heading says after the method of an ablation; empty: its settings are the method's."""
+    text = ABLATIONS[name].base_text if name in ABLATIONS else ""
+    return f" ({text})" if text else ""
 
 
 def tables_of(summary: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:

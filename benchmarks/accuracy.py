@@ -12,7 +12,7 @@ import dataclasses
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,32 @@ from benchmarks.runs import (
     run_all,
     scheme_argument,
 )
+from sliderquant.calibration.text import NAMED_SOURCES, read_text
 from sliderquant.errors import InputError
 from sliderquant.methods import METHODS, check_scheme, with_overrides
 from sliderquant.schemes import Scheme
 from sliderquant.settings import Settings
 
-__all__ = ["MODELS", "ModelSpec", "material_texts", "plan"]
+__all__ = [
+    "MODELS",
+    "ModelSpec",
+    "elsewhere_text",
+    "material_texts",
+    "model_argument",
+    "model_folder",
+    "plan",
+    "shorter_ramps",
+]
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
-ROTATED_METHODS = ("rtn", "gptq", "sliderquant")
+ROTATED_METHODS = ("rtn", "gptq", "sliderquant-published")
 SEQLEN = 256
-EFFORTS = tuple(METHODS["sliderquant-best"].efforts)
+EFFORTS = tuple(METHODS["sliderquant"].efforts)
 PURPOSES = ("calibration", "evaluation")
 WIKITEXT = ("data/wikitext2/wiki.valid.txt", "data/wikitext2/wiki.test.raw[:400000]")
 # Manual pages of Python's own documentation.
 OTHER_DOMAIN = ("topics[:100000]",)
+WEB = ("data/c4/c4_sample.jsonl[:120000]",)
 STORIES = ("data/tinystories/tinystories.txt[:1677721]", "data/tinystories/tinystories.txt[-400000:]")
 
 
@@ -56,23 +67,21 @@ class ModelSpec:
     """A model of the table.
 
     Attributes:
-        folder: in --material; empty: the model that the package brings along.
+        folder: in --material; empty: the model that the package brings along; None: it has to be given, NAME=FOLDER.
         texts: to calibrate and to measure on.
-        elsewhere: texts of other domains, to measure on as well.
+        elsewhere: texts of other domains, to measure on as well; documents are joined by blank lines.
         outliers: outliers are injected into the model first.
         methods, schemes: those that are run; None: all.
         ramps: the ramps of methods that have any, where the model has too few layers for theirs.
-        extra: further runs: (label, scheme, method, changed settings, samples).
     """
 
-    folder: str = ""
+    folder: str | None = ""
     texts: tuple[str, str] = WIKITEXT
     elsewhere: tuple[str, ...] = ()
     outliers: bool = False
     methods: tuple[str, ...] | None = None
     schemes: tuple[str, ...] | None = None
     ramps: int | None = None
-    extra: tuple[tuple[str, str, str, dict[str, Any], int], ...] = field(default=())
 
 
 MODELS: dict[str, ModelSpec] = {
@@ -84,27 +93,18 @@ MODELS: dict[str, ModelSpec] = {
         # Its linears have 64 or 172 inputs: groups of 64 are whole rows, or do not divide them.
         schemes=tuple(scheme for scheme in SCHEMES if scheme != "W2A16-g64"),
         ramps=2,
-        # 64 channels leave a low-rank term of 4 and a clipping little room at 4 bits: full rank, one window over the
-        # whole model, and more text, so that full rank does not overfit.
-        extra=(
-            (
-                "full rank, one window",
-                "W4A16",
-                "sliderquant",
-                {
-                    "rank": 64,
-                    "gamma": 1,
-                    "windows": {"shallow": 0, "deep": 0, "size": 5, "stride": 1},
-                    "learning_rates": {"low_rank": 5e-3},
-                },
-                256,
-            ),
-        ),
     ),
     "demo-llama-5m-outliers": ModelSpec(
         outliers=True,
-        methods=("rtn", "smoothquant", "sliderquant", "sliderquant+", "sliderquant-best"),
+        methods=("rtn", "smoothquant", "sliderquant", "sliderquant-published"),
         schemes=("W4A4KV4",),
+    ),
+    "SmolLM2-135M": ModelSpec(
+        folder=None,
+        texts=(WIKITEXT[0], "data/wikitext2/wiki.test.raw[:120000]"),
+        elsewhere=WEB,
+        methods=("rtn", "gptq", "awq", "sliderquant-published", "sliderquant"),
+        schemes=("W4A16-g64", "W3A16-g64", "W2A16-g64", "W4A4KV4", "W4A8KV8"),
     ),
 }
 QUICK_TEXTS, QUICK_SEQLEN = ("topics", "stdlib[:30000]"), 128
@@ -114,7 +114,13 @@ QUICK_EPOCHS, QUICK_SAMPLES, QUICK_SCHEMES = 2, 6, ("W2A16", "W4A4KV4")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the demo model, two schemes, few epochs: two minutes")
     parser.add_argument("--material", type=Path, default=Path("../shared"), help="folder with data/ and models/")
-    parser.add_argument("--models", nargs="+", choices=MODELS, help="only these")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        type=model_argument,
+        metavar="NAME[=FOLDER]",
+        help=f"only these of {', '.join(MODELS)}; all but those that need a folder, if none is named",
+    )
     parser.add_argument("--model", nargs="+", default=[], help="folders or hub ids of other models, in place of ours")
     parser.add_argument("--calibration", default="wikitext2", help="text for --model")
     parser.add_argument("--evaluation", default="wikitext2", help="text for --model")
@@ -191,8 +197,7 @@ def plan(
     with each peer, which says itself why it has no figure at a scheme. Methods with efforts have epochs of their own.
 
     Rounding to nearest depends on no seed unless it rotates, and runs once. Rotated rows are for schemes that quantize
-    activations; the rotated `sliderquant` is `sliderquant+`, and has one of its own only if the settings differ.
-    Methods with efforts that rotate have a row without as well.
+    activations. Methods with efforts that rotate have a row without as well.
     """
     offered = spec.schemes or SCHEMES
     chosen = offered if schemes is None else [s for s in schemes if s in offered or spec.schemes is None]
@@ -202,10 +207,10 @@ def plan(
             allowed = method in methods and (spec.methods is None or method in spec.methods)
             if not (allowed and _go_together(method, scheme)):
                 continue
-            changes = _ramps(method, scheme, spec)
+            changes = shorter_ramps(method, scheme, spec, {})
             if METHODS[method].efforts:
                 for effort in efforts:
-                    changes = _ramps(method, scheme, spec, effort)
+                    changes = shorter_ramps(method, scheme, spec, {}, effort)
                     label = f"{effort} effort"
                     case = Case.of(
                         model, scheme, method, changes, epochs_of_efforts, effort, rotation=rotation, label=label,
@@ -214,15 +219,9 @@ def plan(
                     cases += _seeded(case, seeds)
                 continue
             case = Case.of(model, scheme, method, changes, epochs, rotation=rotation, seed=seeds[0], samples=samples)
-            if rotation and method == "sliderquant" and "sliderquant+" in methods and _is_plus(case, changes, epochs):
-                continue
             cases += [case] if case.settings is None and not rotation else _seeded(case, seeds)
         for peer, settings in versions:
             cases += _seeded(Case(model, scheme, peer.name, settings, samples=samples, peer=peer), seeds)
-    for label, scheme, method, changes, own in spec.extra:
-        if scheme in chosen and method in methods:
-            case = Case.of(model, scheme, method, changes, epochs, label=label, seed=seeds[0], samples=own)
-            cases += _seeded(case, seeds)
     return cases
 
 
@@ -239,14 +238,11 @@ def _with_rotations(scheme: Scheme, own_only: bool) -> list[tuple[str, tuple[str
     return own + plain + [(method, rotations) for method in ROTATED_METHODS]
 
 
-def _is_plus(case: Case, changes: dict[str, Any], epochs: int) -> bool:
-    plus, scheme = METHODS["sliderquant+"], Scheme.parse(case.scheme)
-    same = case.method == "sliderquant" and plus.rotations_for(scheme) == case.rotation
-    return same and Case.of(case.model, case.scheme, plus.name, changes, epochs).settings == case.settings
-
-
-def _ramps(method: str, scheme: str, spec: ModelSpec, effort: str | None = None) -> dict[str, Any]:
-    settings = with_overrides(METHODS[method], Scheme.parse(scheme), {}, effort)
+def shorter_ramps(
+    method: str, scheme: str, spec: ModelSpec, changes: dict[str, Any], effort: str | None = None
+) -> dict[str, Any]:
+    """The ramps of a method with changed settings where the model has too few layers for them, as settings."""
+    settings = with_overrides(METHODS[method], Scheme.parse(scheme), changes, effort)
     if spec.ramps is None or not isinstance(settings, Settings):
         return {}
     windows = settings.windows
@@ -283,15 +279,45 @@ def _places(arguments: argparse.Namespace, stack: ExitStack) -> dict[str, Place]
             places[name] = Place(name, model, *texts, seqlen=arguments.seqlen)
         return places
     places = {}
-    for name in arguments.models or MODELS:
+    given = arguments.models or [(name, None) for name, spec in MODELS.items() if spec.folder is not None]
+    for name, own in given:
         spec = MODELS[name]
-        model = str(material / spec.folder) if spec.folder else str(DEMO)
+        model = own or model_folder(spec, material)
         if spec.outliers:
             model = stack.enter_context(outlier_model(model))
         calibration, evaluation = material_texts(spec.texts, material)
-        others = tuple(kept_text(Text(text, text), "evaluation", folder) for text in spec.elsewhere)
+        others = tuple(elsewhere_text(text, material, folder) for text in spec.elsewhere)
         places[name] = Place(name, model, calibration, evaluation, arguments.seqlen or SEQLEN, others)
     return places
+
+
+def elsewhere_text(name: str, material: Path, folder: Path) -> Text:
+    """A text of another domain: one that sliderquant knows by name, or a file in `material`. Documents are joined by
+    blank lines into a file in `folder`, so that a slice is one of characters."""
+    source, bracket, part = name.partition("[")
+    if source in NAMED_SOURCES or not source.endswith(".jsonl"):
+        return kept_text(Text(name, name), "evaluation", folder)
+    (whole,) = material_texts([source], material)
+    path = folder / f"{Path(source).stem}.txt"
+    path.write_text("\n\n".join(read_text(whole.source, "evaluation").documents), encoding="utf-8")
+    return Text(name, f"{path}{bracket}{part}")
+
+
+def model_folder(spec: ModelSpec, material: Path) -> str:
+    """Where a model is that has not to be given."""
+    return str(material / spec.folder) if spec.folder else str(DEMO)
+
+
+def model_argument(text: str) -> tuple[str, str | None]:
+    """NAME or NAME=FOLDER of one of MODELS."""
+    name, _, folder = text.partition("=")
+    if name not in MODELS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(MODELS)}, not {name!r}; others by --model")
+    if folder and not Path(folder).expanduser().is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {folder}")
+    if not folder and MODELS[name].folder is None:
+        raise argparse.ArgumentTypeError(f"{name} is not in --material: give its folder, {name}=FOLDER")
+    return name, str(Path(folder).expanduser()) if folder else None
 
 
 def material_texts(names: Iterable[str], material: Path) -> list[Text]:

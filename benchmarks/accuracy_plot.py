@@ -47,7 +47,7 @@ def _bars(axes: Any, rows: list[Row], original: float) -> None:
     names = list(METHODS)
     ratios = [row["perplexity"] / original for row in rows]
     least, most = min([1.0, *ratios]), max(ratios)
-    colors = [f"C{names.index(row['method']) % 10}" if row["method"] in names else "gray" for row in rows]
+    colors = [f"C{names.index(row['method']) % 10}" if row["method"] in names else "black" for row in rows]
     hatches = ["///" if _rotated(row) else "" for row in rows]
     bars = axes.barh(
         range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colors, height=0.72, hatch=hatches,
@@ -83,6 +83,5 @@ def _rotated(row: Row) -> bool:
 
 
 def _label(row: Row) -> str:
-    if row.get("label"):
-        return f"{row['method']}\n{row['label']}"
-    return f"{row['method']}, rotated" if _rotated(row) and row["method"] != "sliderquant+" else row["method"]
+    name = f"{row['method']}, rotated" if _rotated(row) else row["method"]
+    return f"{name}\n{row['label']}" if row.get("label") else name

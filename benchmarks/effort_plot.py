@@ -127,7 +127,7 @@ def _changed_epochs(row: Row) -> int | None:
 
 def _name(row: Row, rows: Sequence[Row]) -> str:
     parts = [row["method"]]
-    if column_of(row) != row["scheme"] and row["method"] != "sliderquant+":
+    if column_of(row) != row["scheme"]:
         parts.append("rotated")
     if _effort(row):
         parts += [f"{epochs} epochs" for epochs in [_changed_epochs(row)] if epochs is not None]

@@ -67,14 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.folder}: {arguments.shape}, {weights / 1e9:.2f} billion random weights in bfloat16")
 
 
-def write(folder: Path, shape: str, seed: int = 0) -> int:
-    """Write the model, one shard in memory at a time, and return the number of its weights.
-
-    Raises:
-        FileExistsError: `folder` exists.
-    """
-    folder.mkdir(parents=True)
-    config = LlamaConfig(
+def config_of(shape: str) -> LlamaConfig:
+    """The configuration of a shape."""
+    return LlamaConfig(
         **SHAPES[shape],
         max_position_embeddings=4096,
         dtype="bfloat16",
@@ -82,6 +77,16 @@ def write(folder: Path, shape: str, seed: int = 0) -> int:
         bos_token_id=0,
         eos_token_id=1,
     )
+
+
+def write(folder: Path, shape: str, seed: int = 0) -> int:
+    """Write the model, one shard in memory at a time, and return the number of its weights.
+
+    Raises:
+        FileExistsError: `folder` exists.
+    """
+    folder.mkdir(parents=True)
+    config = config_of(shape)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()

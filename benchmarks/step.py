@@ -92,7 +92,7 @@ def measure(
     """Ratio of the two steps, its quartiles over the rounds, and the median milliseconds of each."""
     decoder = Decoder(source, device)
     settings = Settings.model_validate({"compile": compile_})
-    plan = make_plan(source, scheme, METHODS["sliderquant"], settings, batch, seqlen)
+    plan = make_plan(source, scheme, METHODS["sliderquant-published"], settings, batch, seqlen)
     ids = torch.randint(0, source.config.vocab_size, (batch, seqlen), generator=torch.Generator().manual_seed(0))
     samples, inputs = decoder.embed(ids)
     hidden = torch.cat(list(samples)).detach()

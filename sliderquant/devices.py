@@ -12,7 +12,7 @@ import torch
 from sliderquant._version import __version__
 from sliderquant.errors import InputError
 
-__all__ = ["deterministic", "machine", "peak_memory", "resolve_device", "versions"]
+__all__ = ["deterministic", "has_fast_bfloat16", "machine", "peak_memory", "resolve_device", "versions"]
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -38,6 +38,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
         if resolved.index is not None and resolved.index >= torch.cuda.device_count():
             raise InputError(f"device {str(device)!r}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
     return resolved
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units that multiply bf16 matrices: GPUs from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private in PyTorch, and not in every release.
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(supported() for supported in asked if supported is not None)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -15,6 +15,7 @@ from sliderquant.setting_errors import explained, setting_names
 from sliderquant.settings import Settings
 
 __all__ = [
+    "DEFAULT_EFFORT",
     "METHODS",
     "Method",
     "check_scheme",
@@ -77,42 +78,34 @@ def _changed(settings: Settings, **changes: Any) -> Settings:
     return Settings.model_validate(merged(settings.model_dump(), changes))
 
 
-# Ours, at the same number of steps: see `python -m benchmarks accuracy`. Where attention alone is rounded, clipping of
-# activations does not pay.
-_RECIPE = _changed(
-    _PUBLISHED,
-    clipping_start="search",
-    rank=32,
-    grid="free",
-    learning_rates={"low_rank": 1e-3, "clipping": 1e-3},
-)
-_ACTIVATION_RECIPE = _changed(
-    _PUBLISHED_ACTIVATIONS,
-    clipping_start="search",
-    scales={"start": "outliers", "space": "log"},
-    rank=32,
-    learning_rates={"low_rank": 1e-3},
-    activation_clipping="auto",
-)
-
-# Every weight is learned, and the ends of every range apart from it: `python -m benchmarks ablate best`.
-_STRONGEST = {
-    "epochs": 5,
+# Ours. Every weight is learned, and the ends of every range apart from it: `python -m benchmarks ablate recipe`. Ramps
+# do not pay: epochs of the same minutes bring more (`ablate schedule`). At few bits offsets go far enough to fit the
+# calibration text alone; next to rounded activations decay does not pay.
+_LEARNED = {
+    "epochs": 8,
+    "windows": _NO_RAMPS,
     "gamma": 1,
     "rank": 0,
     "weights": True,
     "hardening": True,
+    "clipping_start": "search",
     "grid": "free",
     "last_loss": "logits",
-    "learning_rates": {"weights": 4e-3, "clipping": 1e-4},
+    "relative_loss": 0.25,
+    "learning_rates": {"weights": 4e-3, "low_rank": 1e-3, "clipping": 1e-4},
 }
-# At few bits offsets go far enough to fit the calibration text alone; next to rounded activations decay does not pay.
-_BEST = _changed(_RECIPE, **_STRONGEST, weights_decay=0.333)
-_ACTIVATION_BEST = _changed(_ACTIVATION_RECIPE, **_STRONGEST, scales={"start": "statistics"})
+_RECIPE = _changed(_PUBLISHED, **_LEARNED, weights_decay=0.333)
+_ACTIVATION_RECIPE = _changed(
+    _PUBLISHED_ACTIVATIONS,
+    **_LEARNED,
+    scales={"start": "statistics", "space": "log"},
+    activation_clipping="auto",
+)
+DEFAULT_EFFORT = "default"
 _EFFORTS: Mapping[str, Mapping[str, Any]] = {
-    "light": {"epochs": 2, "windows": _NO_RAMPS},
-    "default": {},
-    "best": {"epochs": 10},
+    "light": {"epochs": 2},
+    DEFAULT_EFFORT: {},
+    "best": {"epochs": 16},
 }
 # Fewer steps have less to hold against.
 _WEIGHT_ONLY_EFFORTS: Mapping[str, Mapping[str, Any]] = {"light": {"weights_decay": 0.135}}
@@ -154,28 +147,19 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "sliderquant",
-            "sliding windows with ramps and stages; low-rank terms, learned clipping and channel scales",
+            "sliding windows; every weight and range is learned; with 4-bit activations on a rotated model",
             _RECIPE,
             _ACTIVATION_RECIPE,
-        ),
-        Method("sliderquant-published", "sliderquant with the paper's settings", _PUBLISHED, _PUBLISHED_ACTIVATIONS),
-        Method(
-            "sliderquant+",
-            "sliderquant on a rotated model",
-            _RECIPE,
-            # There are no outliers: the rotation has spread them already.
-            _changed(_ACTIVATION_RECIPE, scales={"start": "ones"}),
-            rotations=("R1", "R2", "R3", "R4"),
-        ),
-        Method(
-            "sliderquant-best",
-            "sliderquant with every weight learned and free grids, and with 4-bit activations on a rotated model",
-            _BEST,
-            _ACTIVATION_BEST,
             rotations=("R1", "R2", "R3", "R4"),
             rotates="4-bit activations",
             efforts=_EFFORTS,
             weight_only_efforts=_WEIGHT_ONLY_EFFORTS,
+        ),
+        Method(
+            "sliderquant-published",
+            "sliding windows with ramps and stages, low-rank terms and learned clipping: the paper's settings",
+            _PUBLISHED,
+            _PUBLISHED_ACTIVATIONS,
         ),
     )
 }
@@ -221,7 +205,7 @@ def with_overrides(
     overrides = nested(overrides, "settings")
     if effort is not None:
         if effort not in method.efforts:
-            offered = ", ".join(method.efforts) or "none: use --method sliderquant-best, or the setting epochs"
+            offered = ", ".join(method.efforts) or "none: use --method sliderquant, or the setting epochs"
             raise InputError(f"effort {effort!r}: method {method.name} has {offered}")
         overrides = merged(method.effort_for(scheme, effort), overrides)
     settings = method.settings_for(scheme)

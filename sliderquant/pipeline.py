@@ -22,7 +22,7 @@ from sliderquant.errors import CheckpointError, InputError
 from sliderquant.evaluation.models import evaluation_dtype, original_perplexity
 from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
 from sliderquant.loading import load
-from sliderquant.methods import Method, method_named, with_overrides
+from sliderquant.methods import DEFAULT_EFFORT, Method, method_named, with_overrides
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning import Plan, make_plan
@@ -244,9 +244,7 @@ def quantize(
             "calibration": calibration if needs_text else None,
             "warnings": list(texts.notes),
             "seed": seed,
-            "matmul": (
-                _name(matmul_dtype(settled.settings, target)) if isinstance(settled.settings, Settings) else None
-            ),
+            "matmul": _matmul(settled, target),
             "training": [window.as_dict() for window in reports if isinstance(window, WindowReport)],
             "layer_errors": [layer.as_dict() for layer in reports if isinstance(layer, LayerReport)],
             "perplexity": {name: result.as_dict() for name, result in measured.items()} or None,
@@ -311,6 +309,7 @@ def _plan(
         per_channel_fallback,
         average_bits,
         rotation_seeds,
+        (effort or DEFAULT_EFFORT) if chosen.efforts else None,
     )
 
 
@@ -382,7 +381,10 @@ def _copy_the_rest(settled: Plan, changed: Mapping[str, torch.Tensor], writer: C
         writer.add_tensor(name, tensor)
 
 
-def _name(dtype: torch.dtype) -> str:
+def _matmul(settled: Plan, device: torch.device) -> str | None:
+    if not isinstance(settled.settings, Settings):
+        return None
+    dtype = matmul_dtype(settled.settings, device, settled.source.config.hidden_size)
     return str(dtype).removeprefix("torch.")
 
 

@@ -43,7 +43,8 @@ class Plan:
         settings: those of the method; None for one that needs no calibration text.
         windows: empty for a method that learns nothing.
         steps: optimizer steps of the whole run.
-        work: the same, each counted once for every layer of its window: what the time goes by.
+        work: the same, each counted as `work_of` its window: what the time goes by.
+        layer_weights: quantized weights of a decoder layer, of the largest.
         memory_bytes: estimated peak of the run's own tensors, on the device where layers are refined.
         host_memory_bytes: estimated peak of the run's own tensors in host memory.
         optimizer_bytes: of these, the state of the optimizer: two moments of everything that is learned in the largest
@@ -56,6 +57,7 @@ class Plan:
             model where all linears have the scheme's bits.
         rotation_seeds: seeds of the rotations' signs that are tried.
         rotation_choice: what was measured of them; None: one seed, or not yet, and `source` has the first.
+        effort: of the method's, if it has any; its default unless another was asked for.
     """
 
     source: ModelSource
@@ -67,7 +69,7 @@ class Plan:
     samples: int
     seqlen: int
     steps: int
-    work: int
+    work: float
     memory_bytes: int
     host_memory_bytes: int
     disk_bytes: int
@@ -77,6 +79,14 @@ class Plan:
     optimizer_bytes: int = 0
     rotation_seeds: int = 1
     rotation_choice: RotationChoice | None = None
+    effort: str | None = None
+    layer_weights: int = 0
+
+    def work_of(self, window: Window) -> float:
+        """What a step in the window takes, counted in layers; the head is as many layers as it has times the weights
+        of one."""
+        assert isinstance(self.settings, Settings)
+        return len(window) + _head_layers(self.source, self.settings, window, self.layer_weights)
 
     @property
     def scheme_in_words(self) -> str:
@@ -189,6 +199,7 @@ class Plan:
             "scheme": str(self.scheme),
             "scheme_in_words": self.scheme_in_words,
             "method": self.method.name,
+            "effort": self.effort,
             "settings": None if self.settings is None else self.settings.model_dump(),
             "average_bits": self.average_bits,
             "allocation": None if self.allocation is None else self.allocation.as_dict(),
@@ -223,6 +234,7 @@ def make_plan(
     per_channel_fallback: bool = False,
     average_bits: float | None = None,
     rotation_seeds: int = 1,
+    effort: str | None = None,
 ) -> Plan:
     """Settle a run.
 
@@ -230,6 +242,7 @@ def make_plan(
         per_channel_fallback: linears whose input size the group size does not divide get one scale per channel, where
             the whole model would be refused otherwise.
         average_bits: see `Plan`; the bits are then chosen by `sliderquant.mixed_precision.choose_bits`.
+        effort: see `Plan`; `settings` are those of it.
         rotation_seeds: see `Plan`; of several, one is chosen by
             `sliderquant.evaluation.rotation_seeds.choose_rotation_seed`.
 
@@ -249,15 +262,17 @@ def make_plan(
     shapes = source.shapes
     schemes = _schemes(source, shapes, scheme.of_linear(), per_channel_fallback)
     windows: tuple[Window, ...] = ()
-    steps = work = 0
-    if isinstance(settings, Settings):
-        windows = schedule(source.num_layers, **settings.windows.model_dump())
-        steps_of_window = settings.epochs * math.ceil(samples / settings.batch_size)
-        steps, work = len(windows) * steps_of_window, sum(map(len, windows)) * steps_of_window
+    steps, work = 0, 0.0
     layer_weights = max(
         sum(math.prod(shapes[f"{name}.weight"][0]) for name in source.linear_names(layer))
         for layer in range(source.num_layers)
     )
+    if isinstance(settings, Settings):
+        windows = schedule(source.num_layers, **settings.windows.model_dump())
+        steps_of_window = settings.epochs * math.ceil(samples / settings.batch_size)
+        steps = len(windows) * steps_of_window
+        in_layers = sum(len(window) + _head_layers(source, settings, window, layer_weights) for window in windows)
+        work = in_layers * steps_of_window
     device_bytes, host_bytes = refining_memory(source, scheme, settings, windows, samples, seqlen, layer_weights)
     if average_bits is not None:
         choosing = choosing_memory(source, min(samples, MEASURED_SAMPLES), seqlen, layer_weights)
@@ -283,7 +298,15 @@ def make_plan(
         average_bits=average_bits,
         optimizer_bytes=optimizer_bytes(source, scheme, settings, windows),
         rotation_seeds=rotation_seeds,
+        effort=effort,
+        layer_weights=layer_weights,
     )
+
+
+def _head_layers(source: ModelSource, settings: Settings, window: Window, layer_weights: int) -> float:
+    if settings.last_loss == "hidden" or window.stop < source.num_layers:
+        return 0.0
+    return float(source.config.vocab_size * source.config.hidden_size / layer_weights)
 
 
 def _disk_bytes(source: ModelSource, schemes: dict[str, Scheme]) -> int:

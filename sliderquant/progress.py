@@ -57,13 +57,13 @@ class LayerReport:
 class Progress:
     """Called by long runs; override what is of interest."""
 
-    def run_started(self, steps: int, work: int) -> None:
-        """`steps` optimizer steps are ahead; `work` counts each of them once for every layer of its window."""
+    def run_started(self, steps: int, work: float) -> None:
+        """`steps` optimizer steps are ahead; `work` counts each of them as `sliderquant.planning.Plan.work_of`."""
 
     def window_started(self, label: str, number: int, total: int) -> None:
         """A stage of a window begins, the `number`-th (from 1) of `total`."""
 
-    def epoch_done(self, steps: int, work: int, loss: float) -> None:
+    def epoch_done(self, steps: int, work: float, loss: float) -> None:
         """An epoch of `steps` optimizer steps, `work` of the whole work, ended with this mean loss."""
 
     def window_done(self, report: WindowReport) -> None:

@@ -95,11 +95,19 @@ class Settings(FrozenSettings):
     last_loss: Literal["hidden", "logits"] = Field(
         "hidden", description="what windows that end at the last layer match: its output, or the logits made of it"
     )
+    relative_loss: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="squared errors of a token count by its mean square to the power -x: 0 as they are, 1 relatively",
+    )
     windows: WindowSettings = WindowSettings()
     scales: ScaleSettings = ScaleSettings()
     learning_rates: LearningRates = LearningRates()
     matmul: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="dtype of matrix products while learning; auto: bfloat16 on GPUs that have it, else float32"
+        "auto",
+        description="dtype of matrix products while learning; auto: bfloat16 where the device has units for it, on a "
+        "CPU from a hidden size of 512 on",
     )
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="compile the quantizers; auto: on a CPU, where the run is long enough to gain by it"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sliderquant.calibration.streams import ActivationStream
+from sliderquant.devices import has_fast_bfloat16
 from sliderquant.errors import SliderQuantError
 from sliderquant.hardening import Hardening
 from sliderquant.modules.attention import AttentionRounding
@@ -30,17 +31,30 @@ from sliderquant.refine import (
 from sliderquant.scales import ScaledNorm
 from sliderquant.settings import Settings
 
-__all__ = ["Stage", "StageResult", "WindowLayers", "divergence", "matmul_context", "matmul_dtype", "train_stage"]
+__all__ = [
+    "Stage",
+    "StageResult",
+    "WindowLayers",
+    "divergence",
+    "matmul_context",
+    "matmul_dtype",
+    "squared_error",
+    "train_stage",
+]
 
 
-def matmul_dtype(settings: Settings, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products while learning. `auto` is bfloat16 on GPUs that have it, else float32: on a CPU
-    bfloat16 is little faster in a whole step, and at 3 and 4 bits its noise costs accuracy."""
+SMALLEST_BFLOAT16 = 512
+"""Hidden size from which on a CPU multiplies in bfloat16 while learning, if it has units for it."""
+
+
+def matmul_dtype(settings: Settings, device: torch.device, hidden_size: int) -> torch.dtype:
+    """The dtype of matrix products while learning. `auto` is bfloat16 where the device has units for it, else float32.
+    A CPU takes it for large layers alone: in small ones little of a step are products, and rounding them costs more
+    than it saves (`python -m benchmarks ablate matmul`)."""
     if settings.matmul != "auto":
         return torch.bfloat16 if settings.matmul == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.float32
+    large = device.type != "cpu" or hidden_size >= SMALLEST_BFLOAT16
+    return torch.bfloat16 if large and has_fast_bfloat16(device) else torch.float32
 
 
 def matmul_context(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
@@ -127,15 +141,32 @@ class Stage:
         return self.inputs.data.shape[0]
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Over the samples `rows`: the mean squared error, or of logits the divergence for a token."""
+        """Over the samples `rows`: `squared_error`, or of logits the divergence for a token."""
         targets = self.targets.batch(rows, self.device)
-        with matmul_context(matmul_dtype(self.settings, self.device), self.device):
+        dtype = matmul_dtype(self.settings, self.device, targets.shape[-1])
+        with matmul_context(dtype, self.device):
             out = self.window(self.inputs.batch(rows, self.device))
             if self.output is None:
-                return F.mse_loss(out.float(), targets)
+                return squared_error(out, targets, self.settings.relative_loss)
             with torch.no_grad():
                 wanted = self.output(targets)
             return divergence(self.output(out), wanted)
+
+
+def squared_error(out: Tensor, targets: Tensor, relative: float) -> Tensor:
+    """The mean squared error, each token weighted by its mean square to the power `-relative`, with weights of mean 1.
+
+    A token that collects attention may have hidden states so large that nearly all of the error is its own. It must be
+    kept well, for every other token attends to it, but so must they: a power of 1/4 does best on a real model, 1 worst.
+
+    Args:
+        out, targets: `[batch, seqlen, hidden]`.
+    """
+    if relative == 0:
+        return F.mse_loss(out.float(), targets)
+    energy = targets.square().mean(-1)
+    weights = (energy + 1e-12 * energy.mean() + torch.finfo(energy.dtype).tiny).pow(-relative)
+    return ((out.float() - targets).square().mean(-1) * weights).mean() / weights.mean()
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:

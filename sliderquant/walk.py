@@ -269,7 +269,9 @@ class _Sweep:
             self._output(window),
         )
         start = time.perf_counter()
-        result = train_stage(training, lambda steps, loss: progress.epoch_done(steps, steps * len(window), loss))
+        result = train_stage(
+            training, lambda steps, loss: progress.epoch_done(steps, steps * self.plan.work_of(window), loss)
+        )
         report = WindowReport(list(window.layers), window.phase, sweep, fraction, **asdict(result))
         report.seconds = time.perf_counter() - start
         tokens = len(self.quant.data) * self.plan.seqlen * len(result.losses) * (1 + result.retries)

@@ -129,5 +129,4 @@ def test_which_schemes_have_one():
         for scheme in ("W4A4KV4", "W4A16KV4"):
             settings = method.settings_for(Scheme.parse(scheme))
             found = isinstance(settings, Settings) and settings.clips_activations(Scheme.parse(scheme), False)
-            ours = name in ("sliderquant", "sliderquant+", "sliderquant-best")
-            assert found == (ours and scheme == "W4A4KV4"), name
+            assert found == (name == "sliderquant" and scheme == "W4A4KV4"), name

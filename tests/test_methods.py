@@ -1,7 +1,15 @@
 import pytest
 
 from sliderquant.errors import InputError
-from sliderquant.methods import METHODS, check_scheme, method_named, parse_overrides, setting_names, with_overrides
+from sliderquant.methods import (
+    DEFAULT_EFFORT,
+    METHODS,
+    check_scheme,
+    method_named,
+    parse_overrides,
+    setting_names,
+    with_overrides,
+)
 from sliderquant.schemes import Scheme
 from sliderquant.settings import Settings
 from sliderquant.windows import schedule
@@ -59,6 +67,7 @@ def test_every_setting_is_reachable_by_name():
         "activation_clipping_start": 3.0,
         "learning_rates.scales": 3e-3,
         "last_loss": "logits",
+        "relative_loss": 0.5,
         "scales.use": "always",
         "scales.start": "statistics",
         "scales.space": "log",
@@ -230,13 +239,17 @@ def test_settings_and_rotations_depend_on_the_scheme():
     assert (published.settings_for(activations).epochs, published.settings_for(activations).rank) == (20, 4)
     rates = published.settings_for(activations).learning_rates
     assert (rates.low_rank, rates.clipping, rates.scales) == (1e-4, 1e-2, 1e-3)
-    assert METHODS["sliderquant"].rotations_for(activations) == ()
-    assert METHODS["sliderquant+"].rotations_for(activations) == ("R1", "R2", "R3", "R4")
-    assert METHODS["sliderquant+"].rotations_for(weights) == ("R1", "R2", "R4")
-    best = METHODS["sliderquant-best"]
-    assert best.rotations_for(activations) == ("R1", "R2", "R3", "R4")
-    assert best.rotations_for(Scheme.parse("W4A4")) == ("R1", "R2", "R4")
-    assert all(best.rotations_for(scheme) == () for scheme in (weights, Scheme.parse("W8A8"), Scheme.parse("W4A16KV4")))
+    assert published.rotations_for(activations) == ()
+    ours = METHODS["sliderquant"]
+    assert ours.rotations_for(activations) == ("R1", "R2", "R3", "R4")
+    assert ours.rotations_for(Scheme.parse("W4A4")) == ("R1", "R2", "R4")
+    assert all(ours.rotations_for(scheme) == () for scheme in (weights, Scheme.parse("W8A8"), Scheme.parse("W4A16KV4")))
+
+
+def test_there_is_one_recipe_of_ours_and_the_published_one():
+    assert [name for name in METHODS if "slider" in name] == ["sliderquant", "sliderquant-published"]
+    assert [name for name, method in METHODS.items() if method.efforts] == ["sliderquant"]
+    assert DEFAULT_EFFORT in METHODS["sliderquant"].efforts
 
 
 @pytest.mark.parametrize(("name", "windows"), [("omniquant", "[0] [1] [2] [3]"), ("cbq", "[0..1] [1..2] [2..3]")])
@@ -249,7 +262,7 @@ def test_relatives_are_windows_without_ramps(name, windows):
 
 
 def test_efforts_trade_minutes_for_accuracy():
-    method = METHODS["sliderquant-best"]
+    method = METHODS["sliderquant"]
     steps = []
     for effort in ("light", None, "default", "best"):
         settings = with_overrides(method, SCHEME, {}, effort)
@@ -265,7 +278,7 @@ def test_efforts_trade_minutes_for_accuracy():
 
 
 def test_offsets_decay_with_weight_only_schemes_alone_and_less_in_fewer_steps():
-    method = METHODS["sliderquant-best"]
+    method = METHODS["sliderquant"]
     for scheme, decays in (("W2A16", [0.135, 0.333, 0.333]), ("W4A16KV4", [0.135, 0.333, 0.333]), ("W4A4KV4", [0] * 3)):
         found = [with_overrides(method, Scheme.parse(scheme), {}, effort) for effort in ("light", None, "best")]
         assert [settings.weights_decay for settings in found] == decays, scheme
@@ -274,8 +287,8 @@ def test_offsets_decay_with_weight_only_schemes_alone_and_less_in_fewer_steps():
 @pytest.mark.parametrize(
     ("method", "effort", "message"),
     [
-        ("sliderquant-best", "most", "effort 'most': method sliderquant-best has light, default, best"),
-        ("sliderquant", "light", "method sliderquant has none: use --method sliderquant-best"),
+        ("sliderquant", "most", "effort 'most': method sliderquant has light, default, best"),
+        ("sliderquant-published", "light", "method sliderquant-published has none: use --method sliderquant"),
         ("rtn", "light", "method rtn has none"),
     ],
 )

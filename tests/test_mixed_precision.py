@@ -213,17 +213,17 @@ def test_sizes_averages_and_what_people_read(mixed, tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("method", "settings"),
+    ("method", "settings", "rotate"),
     [
-        ("gptq", {}),
-        ("awq", {}),
-        ("sliderquant", {"epochs": 2, "matmul": "float32"}),
-        ("sliderquant+", {"epochs": 2, "matmul": "float32"}),
-        ("sliderquant-best", {"epochs": 2, "matmul": "float32"}),
+        ("gptq", {}, None),
+        ("awq", {}, None),
+        ("sliderquant-published", {"epochs": 2, "matmul": "float32"}, None),
+        ("sliderquant-published", {"epochs": 2, "matmul": "float32"}, ["R1", "R2", "R4"]),
+        ("sliderquant", {"epochs": 2, "matmul": "float32"}, None),
     ],
 )
-def test_every_kind_of_method(method, settings, tiny_llama, calibration_file, tmp_path):
-    arguments = {"calibration": str(calibration_file), **SMALL}
+def test_every_kind_of_method(method, settings, rotate, tiny_llama, calibration_file, tmp_path):
+    arguments = {"calibration": str(calibration_file), "rotate": rotate, **SMALL}
     result = sliderquant.quantize(tiny_llama, tmp_path / "out", "W2A16", method, settings, average_bits=3, **arguments)
     assert {scheme.bits for scheme in result.plan.schemes.values()} > {2}
     assert result.plan.code_bits_per_weight <= 3

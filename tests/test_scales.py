@@ -34,7 +34,7 @@ IDS = torch.randint(2, 60, (2, 11), generator=torch.Generator().manual_seed(5))
 
 def refined_layers(source, scheme="W4A4KV4", **changes):
     settings = Settings.model_validate({"rank": 0, "clipping": False, **changes})
-    plan = make_plan(source, Scheme.parse(scheme), METHODS["sliderquant"], settings, 2, 8)
+    plan = make_plan(source, Scheme.parse(scheme), METHODS["sliderquant-published"], settings, 2, 8)
     decoder = Decoder(source, CPU)
     return plan, [refined_layer(plan, decoder, index, 0, CPU) for index in range(source.num_layers)]
 

@@ -11,7 +11,7 @@ from sliderquant.modules import AttentionRounding
 from sliderquant.refine import RefinedLinear, generator_for, learned_state
 from sliderquant.schemes import Scheme
 from sliderquant.settings import Settings
-from sliderquant.train import Stage, WindowLayers, divergence, matmul_dtype, train_stage
+from sliderquant.train import Stage, WindowLayers, divergence, matmul_dtype, squared_error, train_stage
 
 CPU = torch.device("cpu")
 LEARNABLES = [
@@ -176,9 +176,52 @@ def test_nothing_to_learn_is_no_error():
 
 
 def test_matmul_dtype_follows_the_setting():
-    assert matmul_dtype(Settings(matmul="bfloat16"), CPU) == torch.bfloat16
-    assert matmul_dtype(Settings(matmul="float32"), CPU) == torch.float32
-    assert matmul_dtype(Settings(), CPU) == torch.float32
+    assert matmul_dtype(Settings(matmul="bfloat16"), CPU, 8) == torch.bfloat16
+    assert matmul_dtype(Settings(matmul="float32"), CPU, 4096) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("units", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"_is_amx_tile_supported": False, "_is_avx512_bf16_supported": False}, torch.float32),
+        ({"_is_amx_tile_supported": False, "_is_avx512_bf16_supported": True}, torch.bfloat16),
+        ({"_is_amx_tile_supported": True}, torch.bfloat16),
+    ],
+)
+def test_a_cpu_multiplies_in_bfloat16_where_it_has_units_for_it(monkeypatch, units, dtype):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    for name, found in units.items():
+        monkeypatch.setattr(torch.cpu, name, lambda found=found: found, raising=False)
+    assert matmul_dtype(Settings(), CPU, 512) == dtype
+    assert matmul_dtype(Settings(), CPU, 511) == torch.float32
+
+
+@pytest.mark.parametrize("relative", [0.0, 0.25, 1.0])
+def test_errors_are_weighted_by_the_energy_of_the_token(relative):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randn(2, 5, 8, generator=generator)
+    targets[:, 0] *= 1000  # a token that collects attention
+    out = (targets * (1 + 0.01 * torch.randn(2, 5, 8, generator=generator))).requires_grad_()
+    loss = squared_error(out, targets, relative)
+    errors = [((o - t) ** 2).mean().item() for o, t in zip(out.flatten(0, 1), targets.flatten(0, 1), strict=True)]
+    weights = [(t**2).mean().item() ** -relative for t in targets.flatten(0, 1)]
+    want = sum(e * w for e, w in zip(errors, weights, strict=True)) / sum(weights)
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, out)
+    shares = gradient.flatten(0, 1).norm(dim=1) / gradient.norm()
+    assert (shares[[0, 5]].square().sum() > 0.9) == (relative < 1)  # nearly all of it is that token's
+
+
+def test_a_token_of_zeros_has_a_finite_weight():
+    targets = torch.zeros(1, 3, 4)
+    targets[0, 1] = 1
+    out = targets.clone().requires_grad_()
+    loss = squared_error(out, targets, 1.0)
+    (gradient,) = torch.autograd.grad(loss, out)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
 
 
 def test_divergence_is_the_kl_of_the_two_distributions():

@@ -1,9 +1,11 @@
 """sliderquant demo: the whole product on the model that ships with it, without any download."""
 
 import importlib.resources
+import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,20 +13,15 @@ from sliderquant.cli.errors import reported
 from sliderquant.cli.options import DeviceOption, QuietOption, VerboseOption
 
 if TYPE_CHECKING:
-    from sliderquant.checkpoint import Description
+    from rich.table import Table
 
 __all__ = ["command"]
 
-# Scheme, method, effort, settings.
-_RUNS: tuple[tuple[str, str, str | None, dict[str, Any] | None], ...] = (
-    ("W4A16-g64", "rtn", None, None),
-    ("W4A16-g64", "sliderquant", None, {"epochs": 6}),
-    ("W2A16-g64", "rtn", None, None),
-    ("W2A16-g64", "sliderquant", None, {"epochs": 6}),
-    ("W2A16-g64", "sliderquant-best", "light", None),
-)
-_CALIBRATION, _EVALUATION = "stdlib", "topics[:250000]"
+_RUNS = tuple((scheme, method) for scheme in ("W4A16-g64", "W2A16-g64") for method in ("rtn", "sliderquant"))
+_EFFORT = "light"
+_CALIBRATION, _EVALUATION = "stdlib", "topics[:80000]"
 _SAMPLES, _SEQLEN = 32, 256
+_NEW_TOKENS, _ROUNDS = 32, 3
 _NEXT = """
 Next, on a model of the Hugging Face hub:
   sliderquant quantize meta-llama/Llama-3.2-1B -o llama-w4 --scheme W4A16-g128
@@ -32,6 +29,20 @@ Next, on a model of the Hugging Face hub:
   sliderquant generate llama-w4 "The capital of France is"
 """
 _PROMPT = "Return a new list containing all items from the iterable in ascending order."
+
+
+@dataclass
+class _Row:
+    """A model of the table: the original, or what a method made of it at a scheme."""
+
+    name: str
+    method: str
+    folder: Path
+    perplexity: float
+    bytes: int
+    bits: float
+    seconds: float | None = None
+    tokens_per_second: float = 0.0
 
 
 @reported
@@ -43,26 +54,23 @@ def command(
 ) -> None:
     """Quantize the embedded 5-million-parameter model, compare, and generate from it. Nothing is downloaded."""
     from rich.console import Console
-    from rich.table import Table
 
     from sliderquant import pipeline
     from sliderquant.checkpoint import describe
     from sliderquant.cli.progress import shown_progress
     from sliderquant.evaluation.models import evaluate
+    from sliderquant.methods import METHODS
 
     model = importlib.resources.files("sliderquant") / "assets" / "demo-llama-5m"
-    table = Table(title="demo-llama-5m, perplexity on Python's help topics (lower is better)")
-    for heading in ("scheme", "method", "perplexity", "MB on disk", "bits per weight", "seconds"):
-        named = heading in ("scheme", "method")
-        table.add_column(heading, justify="left" if named else "right", no_wrap=named)
     with importlib.resources.as_file(model) as folder, shown_progress(quiet, verbose) as progress:
-        progress.message("the original model: perplexity in 16 bits")
-        start = time.perf_counter()
-        original = evaluate(folder, _EVALUATION, seqlen=_SEQLEN, device=device, progress=progress)
+
+        def perplexity(path: Path) -> float:
+            return evaluate(path, _EVALUATION, seqlen=_SEQLEN, device=device, progress=progress).value
+
+        progress.message("the original model: perplexity")
         size = (folder / "model.safetensors").stat().st_size
-        seconds = time.perf_counter() - start
-        table.add_row("16 bits", "-", f"{original.value:.2f}", f"{size / 1e6:.2f}", "16.00", f"{seconds:.0f}")
-        for scheme, method, effort, settings in _RUNS:
+        rows = [_Row("16 bits", "original", folder, perplexity(folder), size, 16.0)]
+        for scheme, method in _RUNS:
             progress.message(f"{scheme} by {method}")
             start = time.perf_counter()
             path = output / f"demo-llama-5m-{scheme}-{method}"
@@ -71,8 +79,7 @@ def command(
                 path,
                 scheme=scheme,
                 method=method,
-                settings=settings,
-                effort=effort,
+                effort=_EFFORT if METHODS[method].efforts else None,
                 calibration=_CALIBRATION,
                 samples=_SAMPLES,
                 seqlen=_SEQLEN,
@@ -80,26 +87,54 @@ def command(
                 overwrite=True,
                 progress=progress,
             )
-            measured = evaluate(path, _EVALUATION, seqlen=_SEQLEN, device=device, progress=progress)
-            _add_row(table, scheme, method, measured.value, describe(path), time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            found = describe(path)
+            bits = found.quantized_bits_per_weight
+            rows.append(_Row(scheme, method, path, perplexity(path), found.total_bytes, bits, seconds))
+        progress.message("tokens per second")
+        _measure_speed(rows, device)
+        best = rows[-1]
+        sample = _sample(best.folder, device)
     console = Console()
-    console.print(table)
-    best = output / "demo-llama-5m-W4A16-g64-sliderquant"
-    console.print(f"\nThe packed W4A16-g64 model goes on from {_PROMPT!r}:\n", markup=False, highlight=False)
-    console.print(_sample(best, device), markup=False, highlight=False)
-    console.print(f"\ncheckpoint  {best}\nreport      {best / 'sliderquant-report.json'}", soft_wrap=True)
+    console.print(_table(rows))
+    console.print(f"\nThe packed {best.name} model goes on from {_PROMPT!r}:\n", markup=False, highlight=False)
+    console.print(sample, markup=False, highlight=False)
+    report = best.folder / "sliderquant-report.html"
+    console.print(f"\ncheckpoint  {best.folder}\nreport      {report}", soft_wrap=True)
     console.print(_NEXT, markup=False, highlight=False, soft_wrap=True)
 
 
-def _add_row(table: Any, scheme: str, method: str, value: float, found: "Description", seconds: float) -> None:
-    table.add_row(
-        scheme,
-        method,
-        f"{value:.2f}",
-        f"{found.total_bytes / 1e6:.2f}",
-        f"{found.quantized_bits_per_weight:.2f}",
-        f"{seconds:.0f}",
-    )
+def _measure_speed(rows: list[_Row], device: str) -> None:
+    """Fill in the median speed of decoding, all models in turns, so that a change of the machine's speed hits all."""
+    from sliderquant.evaluation.bench_worker import Job, Worker
+
+    workers = [Worker(Job(str(row.folder), device, new_tokens=_NEW_TOKENS)) for row in rows]
+    for worker in workers:
+        worker.load()
+        worker.decode(1)  # the first call compiles and allocates
+    rounds = [[worker.decode(1) for worker in workers] for _ in range(_ROUNDS)]
+    for row, speeds in zip(rows, zip(*rounds, strict=True), strict=True):
+        row.tokens_per_second = statistics.median(speeds)
+
+
+def _table(rows: list[_Row]) -> "Table":
+    from rich.table import Table
+
+    table = Table(title="demo-llama-5m; perplexity on Python's help topics; bits of a quantized weight")
+    for heading in ("model", "method", "perplexity", "MB", "bits", "tokens/s", "made in"):
+        named = heading in ("model", "method")
+        table.add_column(heading, justify="left" if named else "right", no_wrap=named)
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.method,
+            f"{row.perplexity:.2f}",
+            f"{row.bytes / 1e6:.2f}",
+            f"{row.bits:.2f}",
+            f"{row.tokens_per_second:.0f}",
+            "" if row.seconds is None else f"{row.seconds:.0f} s",
+        )
+    return table
 
 
 def _sample(checkpoint: Path, device: str) -> str:

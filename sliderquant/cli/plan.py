@@ -3,8 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
+
 from sliderquant.allocation import bits_by_kind
 from sliderquant.checkpoint.readers import Reader
+from sliderquant.cli.progress import in_words
+from sliderquant.devices import machine, resolve_device
+from sliderquant.duration import expected_seconds, measured_speed
 from sliderquant.one_shot_settings import OneShotSettings
 from sliderquant.planning import Plan
 from sliderquant.schemes import attention_in_words
@@ -27,8 +32,8 @@ def print_readers(found: Iterable[Reader]) -> None:
         print(f"{'' if index else 'readers':<11} {reader}")
 
 
-def print_plan(plan: Plan) -> None:
-    """Print what would be done, what would be kept, and what it would take."""
+def print_plan(plan: Plan, device: str = "auto") -> None:
+    """Print what would be done, what would be kept, and what it would take on `device`, whose speed is measured."""
     kinds = Counter(f"{name.split('.', 3)[-1]} {scheme}" for name, scheme in plan.schemes.items())
     print(f"model       {plan.source.name}: {plan.source.num_layers} layers, {plan.source_bytes / 1e9:.3f} GB")
     print(f"scheme      {plan.scheme_in_words}")
@@ -38,7 +43,8 @@ def print_plan(plan: Plan) -> None:
         print(f"rotations   {', '.join(plan.rotations.transforms)}; {_seed_in_words(plan)}")
         for trial in () if plan.rotation_choice is None else plan.rotation_choice.trials:
             print(f"  {trial}")
-    print(f"method      {plan.method.name}: {plan.method.summary}")
+    effort = "" if plan.effort is None else f", {plan.effort} effort"
+    print(f"method      {plan.method.name}{effort}: {plan.method.summary}")
     print("quantized   " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     chosen = "" if plan.allocation is None else f"; chosen on {plan.allocation.samples} calibration samples"
     print(
@@ -60,6 +66,7 @@ def print_plan(plan: Plan) -> None:
         print(f"windows     {' '.join(map(str, plan.windows))}")
         print(f"stages      {shares} of the input channels; stage order: {settings.stage_order}")
         print(f"steps       {plan.steps}")
+        print(f"time        {_expected_time(plan, resolve_device(device))}")
         print("learned     " + ", ".join(_learned(settings, plan)))
     print(
         f"memory      about {plan.memory_bytes / 1e9:.2f} GB where layers are refined, "
@@ -68,6 +75,11 @@ def print_plan(plan: Plan) -> None:
     if plan.optimizer_bytes:
         print(f"optimizer   {plan.optimizer_bytes / 1e9:.3f} GB of these: its state, of the largest window")
     print(f"disk        {plan.disk_bytes / 1e9:.3f} GB")
+
+
+def _expected_time(plan: Plan, device: torch.device) -> str:
+    where = machine(device)["device"]
+    return f"{in_words(expected_seconds(plan, measured_speed(plan, device)))} of refining on {where}, an estimate"
 
 
 def _seed_in_words(plan: Plan) -> str:

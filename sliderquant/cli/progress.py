@@ -10,7 +10,7 @@ from rich.progress import Progress as RichProgress
 
 from sliderquant.progress import LayerReport, Progress, WindowReport
 
-__all__ = ["shown_progress"]
+__all__ = ["in_words", "shown_progress"]
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -50,16 +50,25 @@ def _trouble(report: WindowReport) -> str:
     return ""
 
 
+def in_words(seconds: float) -> str:
+    """About so long, in the unit that suits it."""
+    if seconds < 100:
+        return f"about {seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"about {seconds / 60:.0f} minutes"
+    return f"about {seconds / 3600:.1f} hours"
+
+
 class _Counter:
     """How far the refining is."""
 
-    def __init__(self, steps: int, work: int) -> None:
+    def __init__(self, steps: int, work: float) -> None:
         self.steps, self.work = steps, work
-        self.steps_done = self.work_done = 0
+        self.steps_done, self.work_done = 0, 0.0
         self.window = ""
         self.start = time.monotonic()
 
-    def count(self, steps: int, work: int, loss: float) -> str:
+    def count(self, steps: int, work: float, loss: float) -> str:
         """Add an epoch; what there is to say about it. A repeated window must not count beyond the end."""
         self.steps_done = min(self.steps_done + steps, self.steps)
         self.work_done = min(self.work_done + work, self.work)
@@ -80,11 +89,22 @@ class Silent(Progress):
 
 
 class _Counting(Progress):
-    def run_started(self, steps: int, work: int) -> None:
+    """Knows how far the refining is, and says after the first window how long it will take."""
+
+    windows_done = 0
+
+    def run_started(self, steps: int, work: float) -> None:
         self.counter = _Counter(steps, work)
 
     def window_started(self, label: str, number: int, total: int) -> None:
         self.counter.window = f"window {number} of {total}, {label}"
+
+    def window_done(self, report: WindowReport) -> None:
+        self.windows_done += 1
+        if self.windows_done == 1 and self.counter.work_done:
+            self.message(
+                f"refining takes {in_words(self.counter.seconds_left())} more, by the time of the first window"
+            )
 
 
 class Bars(_Counting):
@@ -115,7 +135,7 @@ class Bars(_Counting):
         self.bars.stop()
 
     def _update(
-        self, name: str, total: int, done: int | None = None, advance: int | None = None, note: str = ""
+        self, name: str, total: float, done: float | None = None, advance: int | None = None, note: str = ""
     ) -> None:
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=total, note=note)
@@ -123,11 +143,12 @@ class Bars(_Counting):
         if done is not None and done >= total:
             self.bars.remove_task(self.tasks.pop(name))  # type: ignore[arg-type]
 
-    def epoch_done(self, steps: int, work: int, loss: float) -> None:
+    def epoch_done(self, steps: int, work: float, loss: float) -> None:
         note = self.counter.count(steps, work, loss)
         self._update("refining", self.counter.work, done=self.counter.work_done, note=note)
 
     def window_done(self, report: WindowReport) -> None:
+        super().window_done(report)
         if self.verbose or report.retries:
             self.console.print(_window_line(report), markup=False, highlight=False)
 
@@ -171,12 +192,13 @@ class Lines(_Counting):
         self.last = now
         return True
 
-    def epoch_done(self, steps: int, work: int, loss: float) -> None:
+    def epoch_done(self, steps: int, work: float, loss: float) -> None:
         note = self.counter.count(steps, work, loss)
         if self._due():
             self._print(f"{note}, {self.counter.seconds_left():.0f} s left")
 
     def window_done(self, report: WindowReport) -> None:
+        super().window_done(report)
         if self.verbose or report.retries:
             self._print(_window_line(report))
 

@@ -95,7 +95,7 @@ def run_row():
     """`run_row(model, scheme, method, perplexity, ...)`: a row of the accuracy table or of an ablation."""
 
     def make(model, scheme, method, perplexity, **more):
-        learned = method in ("omniquant", "cbq", "sliderquant", "sliderquant-published", "sliderquant+")
+        learned = method in ("omniquant", "cbq", "sliderquant", "sliderquant-published")
         known = {
             "model": model, "scheme": scheme, "method": method, "rotation": "", "seed": 2,
             "epochs": 10 if learned else None, "samples": None if method == "rtn" else 64, "seqlen": 256,

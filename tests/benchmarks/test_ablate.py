@@ -22,11 +22,11 @@ def flat(settings, prefix=""):
 
 
 PLACE = Place("a-model", "a-model", Text("a", "a"), Text("b", "b"), seqlen=32)
-ONE_THING = [name for name in ABLATIONS if not name.startswith("best")]
+ONE_THING = [name for name, ablation in ABLATIONS.items() if ablation.method != "sliderquant" and ablation.base]
 
 
 @pytest.mark.parametrize("name", sorted(set(ABLATIONS) - set(ONE_THING)))
-def test_rows_of_the_strongest_recipe_are_runs_of_their_own(name):
+def test_rows_of_the_recipe_are_runs_of_their_own(name):
     ablation = ABLATIONS[name]
     cases = ablate.plan("a-model", [name], None, None, 64, [2])[1:]
     assert {case.method for case in cases} == {ablation.method}
@@ -48,13 +48,34 @@ def test_rows_change_what_they_are_about(name):
     cases = ablate.plan("a-model", [name], None, 10, 64, [2])[1:]
     base = flat(cases[0].settings.model_dump())
     assert cases[0].label == BASE
-    assert base == flat(
-        METHODS["sliderquant"].settings_for(Scheme.parse(cases[0].scheme)).model_dump() | {"epochs": 10}
-    )
+    ablation = ABLATIONS[name]
+    own = METHODS[ablation.method].settings_for(Scheme.parse(cases[0].scheme)).model_dump()
+    assert base == flat(own) | flat(ablation.base) | {"epochs": 10} != flat(own) | {"epochs": 10}
     rows = [flat(case.settings.model_dump()) for case in cases[1:]]
     for row in rows:
         assert all(key.startswith(about) for key in row if row[key] != base[key])
     assert len({json.dumps(row) for row in rows}) == len(rows) >= 2
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_a_heading_says_what_every_row_has(name):
+    ablation = ABLATIONS[name]
+    assert bool(ablation.base) == bool(ablation.base_text)
+
+
+def test_ramps_are_shortened_only_where_there_are_any():
+    def ramps(name):
+        base = next(case for case in ablate.plan("stories260K", [name], None, 10, 64, [2]) if case.label == BASE)
+        return base.settings.windows.shallow, base.settings.windows.deep
+
+    assert [ramps(name) for name in ("gamma", "recipe", "schedule")] == [(2, 2), (2, 2), (0, 0)]
+
+
+def test_rows_win_over_what_every_row_has():
+    cases = ablate.plan("a-model", ["clipping"], None, 10, 64, [2])[1:]
+    rates = {case.label: case.settings.learning_rates for case in cases}
+    assert rates[BASE].clipping == 1e-3 != rates["clipped ranges"].clipping
+    assert {rate.low_rank for rate in rates.values()} == {1e-3}
 
 
 def test_plan():
@@ -71,12 +92,16 @@ def test_plan():
 
 def test_the_table(run_row):
     rows = [
-        run_row("m", "W2A16", "sliderquant", value, seed=seed, ablation="gamma", label=label)
+        run_row("m", "W2A16", "sliderquant-published", value, seed=seed, ablation="gamma", label=label)
         for label, values in (("one stage", (66.0,)), (BASE, (59.0, 61.0)))
         for seed, value in enumerate(values)
     ]
-    lines = ablate.markdown([run_row("m", "16 bits", "original", 40.0), *rows]).splitlines()
-    assert "`sliderquant`, m, W2A16, 10 epochs, 64 samples (16 bits: 40.00)" in lines
+    original = run_row("m", "16 bits", "original", 40.0)
+    lines = ablate.markdown([original, *rows]).splitlines()
+    run = "m, W2A16, 10 epochs, 64 samples (16 bits: 40.00)"
+    assert f"`sliderquant-published` ({ABLATIONS['gamma'].base_text}), {run}" in lines
+    alone = ablate.markdown([original, *({**row, "ablation": "recipe_alone"} for row in rows)])
+    assert f"`sliderquant-published`, {run}" in alone.splitlines()
     assert lines[-2:] == [f"| {BASE} | 60.00 | 2.00 |  | 12 | 0 1 |", "| one stage | 66.00 |  | +10.0% | 12 | 0 |"]
 
 
@@ -89,14 +114,14 @@ def test_a_real_run(parsed, tiny_llama, calibration_file, tmp_path, capsys):
     assert [(row.get("label"), row["seed"]) for row in rows] == [
         (None, None), (BASE, 2), (BASE, 3), ("sweep", 2), ("sweep", 3), ("window", 2), ("window", 3)
     ]  # fmt: skip
-    order = METHODS["sliderquant"].settings.stage_order
+    order = METHODS["sliderquant-published"].settings.stage_order
     for row in rows[3:]:
         same = row["settings"]["stage_order"] == order
-        assert row.get("same_as") == (f"stage_order sliderquant {BASE}" if same else None)
+        assert row.get("same_as") == (f"stage_order sliderquant-published {BASE}" if same else None)
     assert len({row["perplexity"] for row in rows}) == 5
     assert str(tiny_llama.parent) not in file.path.read_text()
     assert "## stage_order" in file.path.with_suffix(".md").read_text()
-    assert (tmp_path / "cpu" / "ablations-sliderquant.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert (tmp_path / "cpu" / "ablations-sliderquant-published.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     capsys.readouterr()
     # What another ablation has in common with it is taken from the file.
     ablate.run(parsed(ablate, "clipping", *words, "--resume"))

@@ -11,7 +11,7 @@ from benchmarks.runs import summarize
 def ablated(run_row):
     """`ablated(name, label, perplexity of each seed, ...)`: rows of one label."""
 
-    def make(name, label, *values, model="m", method="sliderquant", **more):
+    def make(name, label, *values, model="m", method="sliderquant-published", **more):
         more = {"ablation": name, "label": label, **more}
         return [run_row(model, "W2A16", method, value, seed=seed, **more) for seed, value in enumerate(values)]
 
@@ -38,8 +38,12 @@ def texts_of(axes):
 
 def test_bars_go_from_the_method_as_it_is(table):
     (axes,) = panels_of(table)
-    question = ABLATIONS["rank"].question
-    assert axes.get_title("left") == f"rank: {question}\nsliderquant, m, W2A16, 10 epochs, 64 samples (16 bits: 40.00)"
+    rank = ABLATIONS["rank"]
+    assert axes.get_title("left").splitlines() == [
+        f"rank: {rank.question}",
+        f"sliderquant-published ({rank.base_text})",
+        "m, W2A16, 10 epochs, 64 samples (16 bits: 40.00)",
+    ]
     assert [label.get_text() for label in axes.get_yticklabels()] == [BASE, "no low-rank term", "rank 16"]
     bars = [(bar.get_x(), bar.get_width()) for bar in axes.containers[1].patches + axes.containers[2].patches]
     assert bars == [(60, 6), (60, -2)]
@@ -92,9 +96,12 @@ def test_ablations_of_a_single_panel_stand_in_twos(table, ablated):
 
 
 def test_every_method_has_a_picture(table, ablated):
-    best = ablated("best", BASE, 44.0, method="sliderquant-best")
-    figures = ablation_figures(summarize([*table, *best]))
-    assert {method: len(figure.axes) for method, figure in figures.items()} == {"sliderquant": 1, "sliderquant-best": 1}
+    recipe = ablated("schedule", BASE, 44.0, method="sliderquant")
+    figures = ablation_figures(summarize([*table, *recipe]))
+    panels = {method: len(figure.axes) for method, figure in figures.items()}
+    assert panels == {"sliderquant-published": 1, "sliderquant": 1}
+    title = figures["sliderquant"].axes[0].get_title("left")
+    assert title.splitlines()[1:] == ["sliderquant, m, W2A16, 10 epochs, 64 samples (16 bits: 40.00)"]
     # The 16-bit perplexity is of the model, not of a method.
     assert all("16 bits: 40.00" in figure.axes[0].get_title("left") for figure in figures.values())
 

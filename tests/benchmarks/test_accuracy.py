@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 import sliderquant
-from benchmarks import accuracy, accuracy_plot
+from benchmarks import ablate, accuracy, accuracy_plot
 from benchmarks.accuracy import MODELS, ModelSpec, plan
 from benchmarks.accuracy_table import SCHEMES, markdown, order_sentences, summary_of
 from benchmarks.runs import Case, Place, RunFile, Text, named_text, outlier_model, run_all, summarize
+from sliderquant.calibration.text import read_text
 from sliderquant.methods import METHODS
 
 DEMO, STORIES, OUTLIERS = "demo-llama-5m", "stories260K", "demo-llama-5m-outliers"
@@ -34,29 +36,38 @@ def test_every_method_meets_every_scheme_that_it_goes_with():
 def test_rotated_rows_are_there_once():
     rotated = [(case.method, case.rotation) for case in planned(DEMO, ["W4A4KV4"]) if case.rotation]
     every = ("R1", "R2", "R3", "R4")
-    methods = ["sliderquant+", "sliderquant-best", "rtn", "gptq", "sliderquant"]
+    methods = ["sliderquant", "rtn", "gptq", "sliderquant-published"]
     assert rotated == [(method, every) for method in methods]
-    alone = planned(DEMO, ["W4A4KV4"], ["sliderquant"])
+    alone = planned(DEMO, ["W4A4KV4"], ["sliderquant-published"])
     assert [case.rotation for case in alone[1:]] == [(), every]
     assert not any("R3" in case.rotation for case in planned(DEMO, ["W2A16"]))
 
 
-def test_the_rotated_sliderquant_has_no_row_where_its_settings_are_those_of_sliderquant_plus(monkeypatch):
-    plus = METHODS["sliderquant+"]
-    same = METHODS["sliderquant"].settings_for(accuracy.Scheme.parse("W4A4KV4"))
-    changed = {**METHODS, plus.name: type(plus)(plus.name, "", plus.settings, same, rotations=plus.rotations)}
-    monkeypatch.setattr("benchmarks.accuracy.METHODS", changed)
-    monkeypatch.setattr("benchmarks.runs.METHODS", changed)
-    rotated = [case.method for case in planned(DEMO, ["W4A4KV4"]) if case.rotation]
-    assert rotated == ["sliderquant+", "sliderquant-best", "rtn", "gptq"]
-
-
 def test_a_method_that_rotates_has_a_row_without():
-    best = [case.rotation for case in planned(DEMO, ["W4A4KV4"], ["sliderquant-best"])[1:]]
-    assert best == [("R1", "R2", "R3", "R4"), ()]
-    assert [case.rotation for case in planned(DEMO, ["W2A16"], ["sliderquant-best"])[1:]] == [()]
-    (outliers,) = planned(OUTLIERS, ["W4A4KV4"], ["sliderquant-best"])[1:]
+    ours = [case.rotation for case in planned(DEMO, ["W4A4KV4"], ["sliderquant"])[1:]]
+    assert ours == [("R1", "R2", "R3", "R4"), ()]
+    assert [case.rotation for case in planned(DEMO, ["W2A16"], ["sliderquant"])[1:]] == [()]
+    (outliers,) = planned(OUTLIERS, ["W4A4KV4"], ["sliderquant"])[1:]
     assert outliers.rotation == ("R1", "R2", "R3", "R4")
+
+
+def test_a_model_that_is_not_in_the_material_needs_its_folder(tmp_path, parsed):
+    chosen = parsed(accuracy, "--models", DEMO, f"SmolLM2-135M={tmp_path}").models
+    assert chosen == [(DEMO, None), ("SmolLM2-135M", str(tmp_path))]
+    for word in ("SmolLM2-135M", "SmolLM2-135M=nowhere", "unknown"):
+        with pytest.raises(SystemExit):
+            parsed(accuracy, "--models", word)
+    with pytest.raises(SystemExit, match="give its folder, SmolLM2-135M=FOLDER"):
+        ablate.place_of(parsed(ablate, "recipe", "--model", "SmolLM2-135M"), ExitStack())
+
+
+def test_documents_of_another_domain_are_joined_before_a_slice(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "web.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
+    text = accuracy.elsewhere_text("data/web.jsonl[:12]", tmp_path, tmp_path)
+    assert text.name == "data/web.jsonl[:12]"
+    assert read_text(text.source, "evaluation").documents == ("first\n\nsecon",)
+    assert accuracy.elsewhere_text("topics[:9]", tmp_path, tmp_path).name == "topics[:9]"
 
 
 def test_what_depends_on_no_seed_runs_once():
@@ -74,10 +85,8 @@ def test_models_have_their_own_runs():
     assert (published.settings.windows.shallow, published.settings.windows.deep) == (2, 2)
     blocks = next(case for case in stories if case.method == "omniquant")
     assert (blocks.settings.windows.shallow, blocks.settings.windows.deep) == (0, 0)
-    (extra,) = (case for case in stories if case.label and case.method == "sliderquant")
-    assert (extra.scheme, extra.settings.rank, extra.samples) == ("W4A16", 64, 256)
     outliers = planned(OUTLIERS)
-    methods = ["rtn", "smoothquant", "sliderquant", "sliderquant+", "sliderquant-best"]
+    methods = ["rtn", "smoothquant", "sliderquant", "sliderquant-published"]
     assert [case.method for case in outliers[1:]] == methods
     assert {case.scheme for case in outliers[1:]} == {"W4A4KV4"}
     assert [case.scheme for case in planned("another", ["W4A16-g128"], ["rtn"])] == ["16 bits", "W4A16-g128"]
@@ -85,14 +94,14 @@ def test_models_have_their_own_runs():
 
 def test_epochs_are_those_of_learned_methods_alone():
     for case in planned(DEMO, ["W4A4KV4"], epochs=3):
-        if case.method != "sliderquant-best":
+        if case.method != "sliderquant":
             assert getattr(case.settings, "epochs", 3) == 3
 
 
 def test_a_method_with_efforts_runs_with_each_that_is_asked_for():
     def runs(**more):
         spec = MODELS[DEMO]
-        return plan(DEMO, spec, ["W2A16"], ["sliderquant-best"], 10, 64, (2, 3), **more)[1:]
+        return plan(DEMO, spec, ["W2A16"], ["sliderquant"], 10, 64, (2, 3), **more)[1:]
 
     assert [(case.label, case.seed) for case in runs()] == [("default effort", 2), ("default effort", 3)]
     several = runs(efforts=("light", "best"))
@@ -102,8 +111,9 @@ def test_a_method_with_efforts_runs_with_each_that_is_asked_for():
     epochs = [case.settings.epochs for case in several]
     assert epochs[0] < runs()[0].settings.epochs < epochs[2]
     assert {case.settings.epochs for case in runs(epochs_of_efforts=3)} == {3}
-    stories = plan(STORIES, MODELS[STORIES], ["W2A16"], ["sliderquant-best"], 10, 64, (2,), ("light", "default"))
-    assert [case.settings.windows.shallow for case in stories[1:]] == [0, 2]
+    # There are no ramps to shorten.
+    stories = plan(STORIES, MODELS[STORIES], ["W2A16"], ["sliderquant"], 10, 64, (2,), ("light", "default"))
+    assert [case.settings.windows.shallow for case in stories[1:]] == [0, 0]
 
 
 @pytest.fixture
@@ -154,8 +164,8 @@ def test_resuming_runs_what_differs(tmp_path, place, measured, other):
 
 def test_a_row_with_other_settings_or_texts_is_replaced(tmp_path, place, measured):
     file = RunFile("accuracy", tmp_path)
-    case = Case.of("tiny", "W2A16", "sliderquant", {}, 10, seed=2, samples=8)
-    changed = Case.of("tiny", "W2A16", "sliderquant", {"rank": 9}, 10, seed=2, samples=8)
+    case = Case.of("tiny", "W2A16", "sliderquant-published", {}, 10, seed=2, samples=8)
+    changed = Case.of("tiny", "W2A16", "sliderquant-published", {"rank": 9}, 10, seed=2, samples=8)
     elsewhere = Place("tiny", "", place.calibration, Text("c.txt", ""), 32)
     for one, at in ((case, place), (changed, place), (changed, elsewhere)):
         run_all([one], {"tiny": at}, file, resume=True)
@@ -169,7 +179,7 @@ def test_rows_of_other_seeds_stay_as_long_as_nothing_else_changes(tmp_path, plac
     file = RunFile("accuracy", tmp_path)
 
     def run(rank, seed):
-        case = Case.of("tiny", "W2A16", "sliderquant", {"rank": rank}, 10, seed=seed, samples=8)
+        case = Case.of("tiny", "W2A16", "sliderquant-published", {"rank": rank}, 10, seed=seed, samples=8)
         run_all([case], {"tiny": place}, file, resume=True)
         return [(row["settings"]["rank"], row["seed"]) for row in file.rows()]
 
@@ -241,12 +251,12 @@ def test_texts_are_named_without_the_machine(tmp_path):
 def test_the_order_holds(run_row):
     rows = [
         run_row("m", "W2A16", method, value)
-        for method, value in (("rtn", 300.0), ("omniquant", 74.0), ("cbq", 65.0), ("sliderquant", 60.0))
+        for method, value in (("rtn", 300.0), ("omniquant", 74.0), ("cbq", 65.0), ("sliderquant-published", 60.0))
     ]
-    rotated = run_row("m", "W2A16", "sliderquant", 500.0, rotation="R1")
-    labelled = run_row("m", "W2A16", "sliderquant", 500.0, label="another")
+    rotated = run_row("m", "W2A16", "sliderquant-published", 500.0, rotation="R1")
+    labelled = run_row("m", "W2A16", "sliderquant-published", 500.0, label="another")
     (sentence,) = order_sentences(summarize([*rows, rotated, labelled]))
-    assert sentence == "m W2A16: order holds: sliderquant 60.00 < cbq 65.00 < omniquant 74.00 < rtn 300.00"
+    assert sentence == "m W2A16: order holds: sliderquant-published 60.00 < cbq 65.00 < omniquant 74.00 < rtn 300.00"
 
 
 def test_the_order_breaks_and_says_where(run_row):
@@ -254,17 +264,32 @@ def test_the_order_breaks_and_says_where(run_row):
         run_row("m", "W2A16", method, value) for method, value in (("rtn", 70.0), ("omniquant", 74.0), ("cbq", 65.0))
     ]
     (sentence,) = order_sentences(summarize(rows))
-    assert sentence == "m W2A16: breaks: omniquant 74.00 is not below rtn 70.00 (not run: sliderquant)"
+    assert sentence == "m W2A16: breaks: omniquant 74.00 is not below rtn 70.00 (not run: sliderquant-published)"
     assert order_sentences(summarize(rows[:1])) == []
 
 
-def test_with_outliers_the_rotated_method_comes_first(run_row):
-    rows = [
-        run_row(OUTLIERS, "W4A4KV4", method, value, rotation=rotation)
-        for method, value, rotation in (("rtn", 9e3, ""), ("sliderquant", 50.0, ""), ("sliderquant+", 51.0, "R1"))
+@pytest.mark.parametrize(
+    ("rounded", "said"),
+    [
+        (1e3, "order holds: sliderquant, default effort 51.00 < rtn 1000"),
+        (50.0, "breaks: sliderquant, default effort 51.00 is not below rtn 50.00"),
+    ],
+)
+def test_with_outliers_ours_comes_before_what_they_ruin(run_row, rounded, said):
+    ours = [
+        run_row(OUTLIERS, "W4A4KV4", "sliderquant", value, rotation=rotation, label=label, epochs=5)
+        for value, rotation, label in (
+            (51.0, "R1,R2,R3,R4", "default effort"),
+            (9e3, "", "default effort"),
+            (9e3, "R1,R2,R3,R4", "light effort"),
+        )
     ]
-    (sentence,) = order_sentences(summarize(rows))
-    assert sentence == f"{OUTLIERS} W4A4KV4: breaks: sliderquant+ 51.00 is not below sliderquant 50.00"
+    others = [
+        run_row(OUTLIERS, "W4A4KV4", "rtn", rounded),
+        run_row(OUTLIERS, "W4A4KV4", "rtn", 9e3, rotation="R1,R2,R3,R4"),
+        run_row(OUTLIERS, "W4A4KV4", "sliderquant-published", 9e3),
+    ]
+    assert order_sentences(summarize([*ours, *others])) == [f"{OUTLIERS} W4A4KV4: {said}"]
 
 
 def test_means_and_spreads_are_over_seeds(run_row):
@@ -279,13 +304,13 @@ def table(run_row):
     return [
         run_row(DEMO, "W4A4KV4", "rtn", 70.0, **rotated),
         run_row(DEMO, "W4A4KV4", "rtn", 90.0),
-        run_row(DEMO, "W2A16", "sliderquant", 57.5),
         run_row(DEMO, "W2A16", "sliderquant-published", 60.27),
         run_row(DEMO, "W2A16", "cbq", 66.0),
         run_row(DEMO, "16 bits", "original", 40.0, elsewhere={"topics": 30.0}),
-        run_row(DEMO, "W4A4KV4", "sliderquant+", 44.0, **rotated),
-        run_row(DEMO, "W2A16", "sliderquant-best", 46.0, label="default effort", elsewhere={"topics": 33.0}),
-        run_row(DEMO, "W2A16", "sliderquant-best", 46.0, label="best effort"),
+        run_row(DEMO, "W4A4KV4", "sliderquant", 44.0, label="default effort", **rotated),
+        run_row(DEMO, "W2A16", "sliderquant", 46.0, label="best effort"),
+        run_row(DEMO, "W2A16", "sliderquant", 46.0, label="default effort", elsewhere={"topics": 33.0}),
+        run_row(DEMO, "W2A16", "sliderquant", 49.0, label="light effort"),
     ]
 
 
@@ -294,22 +319,26 @@ def test_the_table(table):
     assert "16 bits: 40.00" in lines
     assert "| method | W2A16 | W4A4KV4 | W4A4KV4, rotated |" in lines
     assert "| rtn |  | 90.00 (12 s) | 70.00 (12 s) |" in lines
-    assert "| sliderquant+ |  |  | 44.00 (12 s) |" in lines
+    first = lines.index("| sliderquant, light effort | 49.00 (12 s) |  |  |")
+    assert lines[first + 1 : first + 3] == [
+        "| sliderquant, default effort | 46.00 (12 s) |  | 44.00 (12 s) |",
+        "| sliderquant, best effort | 46.00 (12 s) |  |  |",
+    ]
     goals = {line.split(" | ")[2]: line for line in lines if line.startswith(f"| {DEMO} | W2A16")}
-    assert " | 1.438 | " in goals["sliderquant"]
-    assert "57.5 reached" in goals["sliderquant"]
+    assert " | 1.650 | " in goals["cbq"]
     assert "60.26 missed" in goals["sliderquant-published"]
     assert "| 64.96 |" in goals["cbq"]
-    assert "47 reached" in goals["sliderquant-best, default effort"]
-    assert "45.5 missed" in goals["sliderquant-best, best effort"]
+    assert "47 reached" in goals["sliderquant, default effort"]
+    assert "45.5 missed" in goals["sliderquant, best effort"]
     other = lines.index("On another domain than it was calibrated on, topics:")
     assert lines[other + 2] == "16 bits: 30.00"
-    assert lines[other + 6] == "| sliderquant-best, default effort | 33.00 (12 s) |"
-    assert any("order holds: sliderquant 57.50 < cbq 66.00" in line for line in lines)
+    assert lines[other + 6] == "| sliderquant, default effort | 33.00 (12 s) |"
+    assert any("order holds: sliderquant-published 60.27 < cbq 66.00" in line for line in lines)
 
 
 def test_goals_are_for_their_budget_alone(run_row):
-    assert "reached" not in markdown([run_row(DEMO, "W2A16", "sliderquant", 50.0, epochs=60)])
+    assert "60.26 reached" in markdown([run_row(DEMO, "W2A16", "sliderquant-published", 60.26)])
+    assert "reached" not in markdown([run_row(DEMO, "W2A16", "sliderquant-published", 50.0, epochs=60)])
 
 
 def test_the_picture(table, tmp_path, run_row):
@@ -320,7 +349,7 @@ def test_the_picture(table, tmp_path, run_row):
     assert (first.get_title(), second.get_title()) == ("W2A16", "W4A4KV4")
     assert (first.get_xscale(), second.get_xscale()) == ("log", "linear")
     labels = [label.get_text() for label in second.get_yticklabels()]
-    assert labels == ["rtn", "rtn, rotated", "sliderquant+"]
+    assert labels == ["rtn", "rtn, rotated", "sliderquant, rotated\ndefault effort"]
     widths = [bar.get_width() for bar in second.patches]
     assert widths == pytest.approx([1.25, 0.75, 0.1])
     assert len(first.patches) == 6
@@ -330,22 +359,24 @@ def test_the_picture(table, tmp_path, run_row):
 
 def test_a_real_run(parsed, tiny_llama, calibration_file, tmp_path, capsys):
     words = ["--model", tiny_llama, "--calibration", calibration_file, "--evaluation", f"{calibration_file}[:2000]"]
-    words += ["--seqlen", 32, "--samples", 4, "--epochs", 1, "--schemes", "w4a4kv4", "--methods", "rtn", "sliderquant+"]
+    words += ["--seqlen", 32, "--samples", 4, "--epochs", 1, "--schemes", "w4a4kv4", "--methods", "rtn", "sliderquant"]
     accuracy.run(parsed(accuracy, *words))
     path = tmp_path / "cpu" / "accuracy-models.json"
     text = path.read_text()
     rows = {(row["method"], row["rotation"]): row for row in json.loads(text)["rows"]}
     every = "R1,R2,R3,R4"
-    assert list(rows) == [("original", ""), ("rtn", ""), ("sliderquant+", every), ("rtn", every)]
+    assert list(rows) == [
+        ("original", ""), ("rtn", ""), ("sliderquant", every), ("sliderquant", ""), ("rtn", every)
+    ]  # fmt: skip
     assert all(row["perplexity"] > 1 for row in rows.values())
-    assert rows["sliderquant+", every]["settings"]["epochs"] == 1
+    assert rows["sliderquant", every]["settings"]["epochs"] == 1
     assert str(tiny_llama.parent) not in text
     assert str(calibration_file.parent) not in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert "| rtn |" in path.with_suffix(".md").read_text()
     capsys.readouterr()
     accuracy.run(parsed(accuracy, *words, "--resume"))
-    assert capsys.readouterr().out.count("is in the file") == 4
+    assert capsys.readouterr().out.count("is in the file") == 5
     assert json.loads(path.read_text())["rows"] == json.loads(text)["rows"]
 
 

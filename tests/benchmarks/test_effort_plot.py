@@ -10,7 +10,7 @@ from benchmarks.effort_plot import effort_figure
 from sliderquant.methods import METHODS, with_overrides
 from sliderquant.schemes import Scheme
 
-MODEL, BEST = "demo-llama-5m", "sliderquant-best"
+MODEL, OURS = "demo-llama-5m", "sliderquant"
 
 
 @pytest.fixture
@@ -19,10 +19,10 @@ def efforts(run_row):
 
     def make(scheme, *points, **more):
         rows = []
-        for name, (perplexity, seconds) in zip(METHODS[BEST].efforts, points, strict=False):
-            epochs = with_overrides(METHODS[BEST], Scheme.parse(scheme), {}, name).epochs
+        for name, (perplexity, seconds) in zip(METHODS[OURS].efforts, points, strict=False):
+            epochs = with_overrides(METHODS[OURS], Scheme.parse(scheme), {}, name).epochs
             known = {"label": f"{name} effort", "seconds": seconds, "epochs": epochs}
-            rows.append(run_row(MODEL, scheme, BEST, perplexity, **{**known, **more}))
+            rows.append(run_row(MODEL, scheme, OURS, perplexity, **{**known, **more}))
         return rows
 
     return make
@@ -32,13 +32,14 @@ def efforts(run_row):
 def table(run_row, efforts):
     others = {
         "rtn": (308.0, 0.0), "gptq": (113.6, 9.0), "awq": (140.2, 25.0), "omniquant": (74.0, 130.0),
-        "cbq": (65.0, 310.0), "sliderquant": (57.6, 369.0), "sliderquant-published": (60.3, 454.0),
-        "sliderquant+": (56.9, 390.0),
+        "cbq": (65.0, 310.0), "sliderquant-published": (60.3, 454.0),
         "autoround": (48.7, 114.0), "llm-compressor-gptq": (111.0, 12.0),
     }  # fmt: skip
     return [
         run_row(MODEL, "16 bits", "original", 40.0),
         *(run_row(MODEL, "W2A16", name, value, seconds=seconds) for name, (value, seconds) in others.items()),
+        run_row(MODEL, "W2A16", "cbq", 57.6, seconds=369.0, label="another"),
+        run_row(MODEL, "W2A16", "omniquant", 56.9, seconds=390.0, label="another"),
         *efforts("W2A16", (50.0, 35.0), (46.0, 170.0), (45.0, 640.0))[::-1],
         run_row(MODEL, "W4A16", "rtn", 41.8),
     ]
@@ -55,7 +56,7 @@ def test_a_line_through_the_efforts(table):
     line, *_ = axes.lines
     assert line.get_xydata().tolist() == [[35, 50], [170, 46], [640, 45]]
     names = labels_of(axes)
-    assert {f"{BEST}, light 50.00", "default 46.00", "best 45.00", "16 bits 40.00", "rtn 308.00"} <= set(names)
+    assert {f"{OURS}, light 50.00", "default 46.00", "best 45.00", "16 bits 40.00", "rtn 308.00"} <= set(names)
     assert len(names) == len(table) - 1
     original = axes.lines[-1]
     assert (set(original.get_ydata()), original.get_linestyle()) == ({40}, "--")
@@ -98,16 +99,16 @@ def test_efforts_with_other_epochs_or_samples_have_lines_of_their_own(table, eff
     (axes,) = effort_figure(summary_of([*table, *changed, *fewer])).axes
     assert sorted(len(line.get_xdata()) for line in axes.lines[:3]) == [1, 2, 3]
     names = set(labels_of(axes))
-    assert f"{BEST}, 3 epochs, 64 samples, light 55.00" in names
-    assert f"{BEST}, 8 samples, light 58.00" in names
+    assert f"{OURS}, 3 epochs, 64 samples, light 55.00" in names
+    assert f"{OURS}, 8 samples, light 58.00" in names
 
 
 def test_only_models_and_schemes_with_efforts_have_panels(table, run_row, efforts):
     assert effort_figure([]) is None
-    assert effort_figure(summary_of([row for row in table if row["method"] != BEST])) is None
+    assert effort_figure(summary_of([row for row in table if row["method"] != OURS])) is None
     assert effort_figure(summary_of(efforts("W2A16", (50.0, 35.0)))) is None  # 16 bits are not known
     infinite = efforts("W3A16", (float("inf"), 30.0))
-    labelled = run_row(MODEL, "W3A16", "sliderquant", 50.0, label="light effort")
+    labelled = run_row(MODEL, "W3A16", "cbq", 50.0, label="light effort")
     rotated = [run_row(MODEL, "W4A4KV4", "gptq", 46.0, rotation="R1", seconds=5.0)]
     rotated += [run_row(MODEL, "W4A4KV4", "gptq", 60.0, epochs=epochs) for epochs in (None, 4)]
     rows = [*table, *infinite, labelled, *rotated, *efforts("W4A4KV4", (44.0, 60.0))]
@@ -126,5 +127,5 @@ def test_the_command_writes_it(parsed, tiny_llama, calibration_file, tmp_path, m
     words += ["--schemes", "W2A16", "--resume", "--methods", "rtn"]
     accuracy.run(parsed(accuracy, *words))
     assert not path.exists()
-    accuracy.run(parsed(accuracy, *words, BEST, "--efforts", *METHODS[BEST].efforts))
+    accuracy.run(parsed(accuracy, *words, OURS, "--efforts", *METHODS[OURS].efforts))
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

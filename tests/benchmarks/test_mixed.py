@@ -63,14 +63,16 @@ def test_a_real_run(parsed, deep_model, calibration_file, tmp_path, capsys, monk
         mixed.run(parsed(mixed, *words, "--average-bits", 1))
 
 
-@pytest.mark.parametrize(("given", "epochs"), [((), {"sliderquant": 10, "sliderquant-best": 5}), (("--epochs", 3), 3)])
+@pytest.mark.parametrize(
+    ("given", "epochs"), [((), {"sliderquant-published": 10, "sliderquant": 8}), (("--epochs", 3), 3)]
+)
 def test_methods_with_efforts_have_epochs_of_their_own(
     parsed, deep_model, calibration_file, tmp_path, monkeypatch, given, epochs
 ):
     monkeypatch.setattr("sliderquant.quantize", lambda *_, **__: SimpleNamespace(path=tmp_path))
     monkeypatch.setattr("sliderquant.evaluate", lambda *_, **__: SimpleNamespace(value=9.0, blocks=1, tokens=32))
     words = ["--model", deep_model, "--calibration", calibration_file, "--evaluation", calibration_file, "--seqlen", 32]
-    methods = ("sliderquant", "sliderquant-best")
+    methods = ("sliderquant-published", "sliderquant")
     mixed.run(parsed(mixed, *words, "--samples", 3, "--methods", *methods, *given))
     found = {row["method"]: row["epochs"] for row in RunFile("mixed", tmp_path).rows()}
     assert found == (epochs if isinstance(epochs, dict) else dict.fromkeys(methods, epochs))

@@ -74,7 +74,8 @@ def test_a_dry_run_refuses_an_output_that_the_run_would_refuse(tiny_llama, tmp_p
 
 
 def test_dry_run_prints_the_plan(tiny_llama, tmp_path):
-    done = invoke("quantize", tiny_llama, "--scheme", "W4A16-g32", "--dry-run", "--set", "epochs=4", "--seqlen", "32")
+    published = ["--method", "sliderquant-published", "--set", "epochs=4"]
+    done = invoke("quantize", tiny_llama, "--scheme", "W4A16-g32", "--dry-run", *published, "--seqlen", "32")
     assert done.exit_code == 0, done.output
     for line in (
         r"scheme +W4A16-g32",
@@ -83,6 +84,7 @@ def test_dry_run_prints_the_plan(tiny_llama, tmp_path):
         r"windows +\[0\] \[0\.\.1\] \[1\]",
         r"stages +50% for 2 epochs, 100% for 2 epochs",
         r"steps +516",
+        r"time +about [\d.]+ (s|minutes) of refining on cpu \(.*\), an estimate",
         r"memory +about \d+\.\d\d GB",
         r"disk +0\.\d+ GB",
     ):
@@ -90,12 +92,13 @@ def test_dry_run_prints_the_plan(tiny_llama, tmp_path):
 
 
 def test_efforts_show_in_the_plan(tiny_llama):
-    arguments = ["quantize", tiny_llama, "--scheme", "W4A16-g32", "--dry-run", "--method", "sliderquant-best"]
+    arguments = ["quantize", tiny_llama, "--scheme", "W4A16-g32", "--dry-run", "--seqlen", 32]
     steps = []
     for effort in ("light", "default", "best"):
         shown = invoke(*arguments, "--effort", effort).stdout
         assert re.search(r"^learned +an offset of every weight, free ends of ranges from search$", shown, re.M)
         assert re.search(r"^optimizer +0\.\d+ GB of these", shown, re.M)
+        assert re.search(rf"^method +sliderquant, {effort} effort: ", shown, re.M)
         steps.append(int(re.search(r"^steps +(\d+)$", shown, re.M)[1]))
     assert steps == sorted(set(steps))
 
@@ -177,7 +180,10 @@ def test_inspect_and_verify(checkpoint, tmp_path):
         (["quantize", "{model}", "-o", "{out}", "--scheme", "W9A16"], "weights of 9 bits are not supported"),
         (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--method", "best"], "unknown method 'best'"),
         (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--set", "x=1"], "unknown setting 'x'"),
-        (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--effort", "best"], "sliderquant-best"),
+        (
+            ["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--method", "gptq", "--effort", "best"],
+            "method gptq has none: use --method sliderquant",
+        ),
         (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--device", "cuda:77"], "device 'cuda:77'"),
         (["quantize", "{model}", "-o", "{out}", "--scheme", "W4A16-g32", "--calibration", "no.txt"], "no such file"),
         (["quantize", "{model}", "-o", "{model}", "--scheme", "W4A16-g32"], "exists already"),
@@ -222,7 +228,7 @@ def test_a_signal_in_the_middle_leaves_nothing(tiny_llama, calibration_file, tmp
     """The real process, stopped while it refines."""
     command = [sys.executable, "-c", "from sliderquant.cli import main; main()", "quantize", str(tiny_llama)]
     command += ["-o", str(tmp_path / "out"), "--scheme", "W4A16-g32", "--calibration", str(calibration_file)]
-    command += ["--samples", "64", "--seqlen", "128", "--set", "epochs=2000"]
+    command += ["--samples", "64", "--seqlen", "128", "--set", "epochs=2000", "--set", "compile=never"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command,
@@ -255,16 +261,14 @@ def test_the_demo_shows_the_whole_product(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_EVALUATION", "topics[:6000]")
     monkeypatch.setattr(demo, "_SAMPLES", 3)
     monkeypatch.setattr(demo, "_SEQLEN", 64)
-    short = {"epochs": 1, "windows": {"shallow": 0, "deep": 0, "size": 1}}
-    runs = tuple((*run[:3], short if run[1] != "rtn" else None) for run in demo._RUNS)
-    assert runs[-1][:3] == ("W2A16-g64", "sliderquant-best", "light")
-    monkeypatch.setattr(demo, "_RUNS", runs)
+    monkeypatch.setattr(demo, "_NEW_TOKENS", 4)
     done = invoke("demo", "-o", tmp_path / "demo", "-q")
     assert done.exit_code == 0, done.output
-    for scheme, method, *_ in runs:
+    for scheme, method in demo._RUNS:
         row = next(line for line in done.stdout.splitlines() if scheme in line and f" {method} " in line)
-        assert re.search(r"\d+\.\d\d", row), row
+        # Perplexity, megabytes, bits, tokens per second, seconds.
+        assert re.search(r"\d+\.\d\d +│ +\d\.\d\d +│ +\d\.\d\d +│ +\d+ +│ +\d+ s", row), row
         assert (tmp_path / "demo" / f"demo-llama-5m-{scheme}-{method}" / "sliderquant-report.json").is_file()
-    assert "16 bits" in done.stdout
+    assert re.search(r"16 bits +│ original +│ +\d+\.\d\d +│ +\d+\.\d\d +│ 16|16 bits", done.stdout)
     assert "goes on from" in done.stdout
     assert "sliderquant quantize meta-llama" in done.stdout

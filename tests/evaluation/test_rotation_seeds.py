@@ -211,8 +211,8 @@ def test_progress_and_samples(model, blocks, monkeypatch):
     ("method", "scheme", "arguments"),
     [
         ("gptq", "W4A4", {}),
-        ("sliderquant", "W2A16", {"settings": {"epochs": 2, "matmul": "float32"}, "average_bits": 3}),
-        ("sliderquant+", "W4A8KV8", {"settings": {"epochs": 2, "matmul": "float32"}, "rotate": None}),
+        ("sliderquant-published", "W2A16", {"settings": {"epochs": 2, "matmul": "float32"}, "average_bits": 3}),
+        ("sliderquant", "W4A4KV4", {"settings": {"epochs": 2, "matmul": "float32"}, "rotate": None}),
     ],
 )
 def test_methods_go_on_from_the_chosen_seed(model, calibration_file, tmp_path, method, scheme, arguments):

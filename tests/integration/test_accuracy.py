@@ -1,9 +1,12 @@
 """A real trained model, quantized with less text and fewer epochs than the published figures take."""
 
+import pytest
+
 import sliderquant
 
 
-def test_two_bits_of_a_real_model(shared, tmp_path):
+@pytest.mark.parametrize(("method", "epochs", "worst"), [("sliderquant", 5, 15), ("sliderquant-published", 10, 60)])
+def test_two_bits_of_a_real_model(shared, tmp_path, method, epochs, worst):
     """Rounding to nearest destroys stories260K at 2 bits per channel; refining in sliding windows keeps it talking."""
     model = shared / "models" / "stories260K"
     text = shared / "data" / "tinystories" / "tinystories.txt"
@@ -12,16 +15,17 @@ def test_two_bits_of_a_real_model(shared, tmp_path):
     rounded = sliderquant.quantize(model, tmp_path / "rtn", scheme="W2A16", method="rtn")
     refined = sliderquant.quantize(
         model,
-        tmp_path / "sliderquant",
+        tmp_path / "refined",
         scheme="W2A16",
-        settings={"epochs": 10, "windows": {"shallow": 2, "deep": 2}},
+        method=method,
+        settings={"epochs": epochs, "windows": {"shallow": 2, "deep": 2}},
         calibration=f"{text}[:400000]",
         samples=64,
         seqlen=128,
     )
     assert 5 < original < 7
     assert sliderquant.evaluate(rounded.path, evaluation, seqlen=256).value > 300
-    assert sliderquant.evaluate(refined.path, evaluation, seqlen=256).value < 60
+    assert sliderquant.evaluate(refined.path, evaluation, seqlen=256).value < worst
     losses = [entry["losses"] for entry in refined.report["training"]]
     assert all(loss[-1] < loss[0] for loss in losses)
 
@@ -46,4 +50,4 @@ def test_three_bits_of_the_embedded_model(demo_model, tmp_path):
     values = {name: sliderquant.evaluate(result.path, text, seqlen=128).value for name, result in results.items()}
     original = sliderquant.evaluate(demo_model, text, seqlen=128).value
     assert original < values["sliderquant"] < values["rtn"]
-    assert values["sliderquant"] - original < 0.9 * (values["rtn"] - original)
+    assert values["sliderquant"] - original < 0.4 * (values["rtn"] - original)

@@ -46,7 +46,7 @@ def checkpoint(request, original, tmp_path_factory, calibration_file):
         out = tmp_path_factory.mktemp("clipping") / "out"
         settings = {"epochs": 2, "activation_clipping": choice, "learning_rates": {"activation_clipping": 0.1}}
         result = sliderquant.quantize(
-            original, out, scheme, "sliderquant-best", settings=settings, rotate=rotate, device="cpu",
+            original, out, scheme, "sliderquant", settings=settings, rotate=rotate, device="cpu",
             calibration=str(calibration_file), samples=4, seqlen=32,
         )  # fmt: skip
     return result.path, scheme, learned
@@ -220,7 +220,7 @@ def test_a_configuration_that_does_not_say_so(checkpoint, damaged):
 def test_a_model_without_it_stores_nothing(original, tmp_path, calibration_file):
     for scheme, choice in (("W4A8", "auto"), ("W4A4", "never"), ("W4A16", "always")):
         result = sliderquant.quantize(
-            original, tmp_path / scheme, scheme, "sliderquant-best", rotate=(), device="cpu",
+            original, tmp_path / scheme, scheme, "sliderquant", rotate=(), device="cpu",
             settings={"epochs": 1, "activation_clipping": choice}, calibration=str(calibration_file),
             samples=2, seqlen=32,
         )  # fmt: skip

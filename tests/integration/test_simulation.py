@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 import sliderquant
 from sliderquant import pipeline
 from sliderquant.baselines import walk
-from sliderquant.methods import METHODS
 from sliderquant.modules import attention, linear, rotated
 from sliderquant.modules.merged import MergedLinear
 from sliderquant.refine import refined_linears
@@ -20,6 +19,14 @@ from sliderquant_kernels import LowBitLayout, QuantizedActivations
 
 ALL = ("R1", "R2", "R3", "R4")
 IDS = torch.randint(2, 2000, (2, 13), generator=torch.Generator().manual_seed(5))
+# What may be learned without learning every weight.
+LOW_RANK = {
+    "epochs": 2,
+    "rank": 32,
+    "clipping_start": "search",
+    "scales": {"start": "outliers", "space": "log"},
+    "activation_clipping": "auto",
+}
 RTN = {"rank": 0, "clipping": False, "epochs": 1, "scales": {"use": "never"}}
 
 
@@ -31,7 +38,7 @@ def original(random_model, tmp_path_factory):
 
 @pytest.fixture
 def quantize(original, tmp_path, calibration_file, monkeypatch):
-    def run(scheme, rotate=(), **settings):
+    def run(scheme, rotate=(), method="sliderquant-published", **settings):
         trained = {}
 
         def kept(plan, decoder, blocks, seed, device, emit, progress):
@@ -45,7 +52,7 @@ def quantize(original, tmp_path, calibration_file, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(pipeline, "refine_model", kept)
             result = sliderquant.quantize(
-                original, tmp_path / "out", scheme, settings=settings, rotate=rotate, device="cpu",
+                original, tmp_path / "out", scheme, method, settings=settings, rotate=rotate, device="cpu",
                 calibration=str(calibration_file), samples=4, seqlen=32, overwrite=True,
             )  # fmt: skip
         return result, [trained[index] for index in sorted(trained)]
@@ -104,8 +111,10 @@ SCHEMES = ("W4A16", "W2A16-g32", "W3A16-sym", "W4A16KV4", "W4A8KV8", "W8A8", "W4
 def test_learned(quantize, scheme, rotate):
     if "KV" not in scheme:
         rotate = tuple(name for name in rotate if name != "R3")
-    result, trained = quantize(scheme, rotate, epochs=2)
-    rounds = Scheme.parse(scheme).quantizes_activations or Scheme.parse(scheme).quantizes_attention
+    parsed = Scheme.parse(scheme)
+    grid = "range" if parsed.quantizes_activations else "free"
+    result, trained = quantize(scheme, rotate, **LOW_RANK, grid=grid)
+    rounds = parsed.quantizes_activations or parsed.quantizes_attention
     found = errors(calls_of(result.load(device="cpu", dtype="float32")), trained)
     assert max(found) < (5e-3 if rounds or rotate else 1e-6)
 
@@ -115,8 +124,7 @@ def test_learned(quantize, scheme, rotate):
 def test_every_weight_learned(quantize, scheme, rotate):
     if "KV" not in scheme:
         rotate = tuple(name for name in rotate if name != "R3")
-    strongest = METHODS["sliderquant-best"].settings_for(Scheme.parse(scheme)).model_dump()
-    result, trained = quantize(scheme, rotate, **{**strongest, "epochs": 2, "activation_clipping": "always"})
+    result, trained = quantize(scheme, rotate, "sliderquant", epochs=2, activation_clipping="always")
     moved = [linear.offset.abs().max() for layer in trained for linear in refined_linears(layer).values()]
     assert min(moved) > 0
     found = errors(calls_of(result.load(device="cpu", dtype="float32")), trained)

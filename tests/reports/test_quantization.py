@@ -28,7 +28,7 @@ def finished(tiny_llama, calibration_file, tmp_path_factory):
         tiny_llama,
         tmp_path_factory.mktemp("run") / "out",
         scheme="W2A16-g32",
-        settings={"epochs": 4, "matmul": "float32"},
+        settings={"epochs": 4, "gamma": 0.5, "matmul": "float32"},
         calibration=str(calibration_file),
         samples=4,
         seqlen=32,

@@ -1,0 +1,58 @@
+"""How long a run is expected to take."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import sliderquant
+from sliderquant.duration import Speed, expected_seconds, measured_speed
+
+ONE_FLOP_A_SECOND = Speed(learning=1.0, fp32=1.0, updates=math.inf, calls=math.inf)
+# So few tokens that attention, which PyTorch does not count on a CPU, is next to nothing.
+TINY = {"scheme": "W4A16-g32", "samples": 24, "seqlen": 8, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("sliderquant", {"epochs": 1}),
+        ("sliderquant", {"epochs": 1, "last_loss": "hidden", "windows": {"shallow": 0, "deep": 0}}),
+        ("sliderquant-published", {"epochs": 2}),
+        ("sliderquant-published", {"epochs": 2, "stage_order": "window"}),
+    ],
+)
+def test_the_operations_are_those_that_pytorch_counts(tiny_llama, calibration_file, tmp_path, method, settings):
+    arguments = {
+        **TINY,
+        "method": method,
+        "settings": {**settings, "batch_size": 12, "compile": "never", "matmul": "float32"},
+    }
+    arguments |= {"calibration": str(calibration_file), "rotate": ()}
+    plan = sliderquant.plan(tiny_llama, **arguments)
+    with FlopCounterMode(display=False) as counter:
+        sliderquant.quantize(tiny_llama, tmp_path / "out", **arguments)
+    counts = counter.get_flop_counts()["Global"]
+    # A window's first linears need no gradient of their input, and low-rank terms multiply too.
+    assert expected_seconds(plan, ONE_FLOP_A_SECOND) == pytest.approx(sum(counts.values()), rel=0.1)
+
+
+def test_what_is_slow_is_what_takes_the_time(tiny_llama, calibration_file):
+    plan = sliderquant.plan(tiny_llama, **TINY, calibration=str(calibration_file))
+    fast = dict.fromkeys(("learning", "fp32", "updates", "calls"), math.inf)
+    assert expected_seconds(plan, Speed(**fast)) == 0
+    for name in fast:
+        assert expected_seconds(plan, Speed(**{**fast, name: 1e6})) > 0
+    # A call costs the same whatever its size: layers of steps times calls.
+    layers = plan.work * 500
+    assert expected_seconds(plan, Speed(**{**fast, "calls": 1.0})) == pytest.approx(layers)
+
+
+def test_the_speed_is_that_of_this_machine(tiny_llama, calibration_file):
+    plan = sliderquant.plan(tiny_llama, **TINY, calibration=str(calibration_file))
+    speed = measured_speed(plan, torch.device("cpu"))
+    for rate, least, most in (
+        (speed.learning, 1e8, 1e15), (speed.fp32, 1e8, 1e15), (speed.updates, 1e6, 1e13), (speed.calls, 1e3, 1e8)
+    ):  # fmt: skip
+        assert least < rate < most
