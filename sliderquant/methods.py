@@ -78,9 +78,9 @@ def _changed(settings: Settings, **changes: Any) -> Settings:
     return Settings.model_validate(merged(settings.model_dump(), changes))
 
 
-# Ours. Every weight is learned, and the ends of every range apart from it: `python -m benchmarks ablate recipe`. Ramps
-# do not pay: epochs of the same minutes bring more (`ablate schedule`). At few bits offsets go far enough to fit the
-# calibration text alone; next to rounded activations decay does not pay.
+# Ours. Every weight is learned, and the ends of every range apart from it: `python -m benchmarks ablate recipe`. On a
+# real model epochs bring more than ramps in the same minutes (docs/recipe.md). At few bits offsets go far enough to fit
+# the calibration text alone; next to rounded activations decay does not pay.
 _LEARNED = {
     "epochs": 8,
     "windows": _NO_RAMPS,

@@ -43,7 +43,6 @@ class Plan:
         settings: those of the method; None for one that needs no calibration text.
         windows: empty for a method that learns nothing.
         steps: optimizer steps of the whole run.
-        work: the same, each counted as `work_of` its window: what the time goes by.
         layer_weights: quantized weights of a decoder layer, of the largest.
         memory_bytes: estimated peak of the run's own tensors, on the device where layers are refined.
         host_memory_bytes: estimated peak of the run's own tensors in host memory.
@@ -69,7 +68,6 @@ class Plan:
     samples: int
     seqlen: int
     steps: int
-    work: float
     memory_bytes: int
     host_memory_bytes: int
     disk_bytes: int
@@ -82,11 +80,21 @@ class Plan:
     effort: str | None = None
     layer_weights: int = 0
 
+    @property
+    def work(self) -> float:
+        """Of all steps, each counted as `work_of` its window: what the time goes by."""
+        if not self.windows:
+            return 0.0
+        return self.steps / len(self.windows) * sum(map(self.work_of, self.windows))
+
     def work_of(self, window: Window) -> float:
-        """What a step in the window takes, counted in layers; the head is as many layers as it has times the weights
-        of one."""
+        """What a step in the window takes, counted in layers. Where logits are matched the head counts too: as so many
+        layers as it has times the weights of one."""
         assert isinstance(self.settings, Settings)
-        return len(window) + _head_layers(self.source, self.settings, window, self.layer_weights)
+        if self.settings.last_loss == "hidden" or window.stop < self.source.num_layers:
+            return float(len(window))
+        config = self.source.config
+        return len(window) + config.vocab_size * config.hidden_size / self.layer_weights
 
     @property
     def scheme_in_words(self) -> str:
@@ -262,17 +270,14 @@ def make_plan(
     shapes = source.shapes
     schemes = _schemes(source, shapes, scheme.of_linear(), per_channel_fallback)
     windows: tuple[Window, ...] = ()
-    steps, work = 0, 0.0
+    steps = 0
+    if isinstance(settings, Settings):
+        windows = schedule(source.num_layers, **settings.windows.model_dump())
+        steps = len(windows) * settings.epochs * math.ceil(samples / settings.batch_size)
     layer_weights = max(
         sum(math.prod(shapes[f"{name}.weight"][0]) for name in source.linear_names(layer))
         for layer in range(source.num_layers)
     )
-    if isinstance(settings, Settings):
-        windows = schedule(source.num_layers, **settings.windows.model_dump())
-        steps_of_window = settings.epochs * math.ceil(samples / settings.batch_size)
-        steps = len(windows) * steps_of_window
-        in_layers = sum(len(window) + _head_layers(source, settings, window, layer_weights) for window in windows)
-        work = in_layers * steps_of_window
     device_bytes, host_bytes = refining_memory(source, scheme, settings, windows, samples, seqlen, layer_weights)
     if average_bits is not None:
         choosing = choosing_memory(source, min(samples, MEASURED_SAMPLES), seqlen, layer_weights)
@@ -290,7 +295,6 @@ def make_plan(
         samples=samples,
         seqlen=seqlen,
         steps=steps,
-        work=work,
         memory_bytes=device_bytes,
         host_memory_bytes=host_bytes,
         disk_bytes=_disk_bytes(source, schemes),
@@ -301,12 +305,6 @@ def make_plan(
         effort=effort,
         layer_weights=layer_weights,
     )
-
-
-def _head_layers(source: ModelSource, settings: Settings, window: Window, layer_weights: int) -> float:
-    if settings.last_loss == "hidden" or window.stop < source.num_layers:
-        return 0.0
-    return float(source.config.vocab_size * source.config.hidden_size / layer_weights)
 
 
 def _disk_bytes(source: ModelSource, schemes: dict[str, Scheme]) -> int:

@@ -49,8 +49,8 @@ SMALLEST_BFLOAT16 = 512
 
 def matmul_dtype(settings: Settings, device: torch.device, hidden_size: int) -> torch.dtype:
     """The dtype of matrix products while learning. `auto` is bfloat16 where the device has units for it, else float32.
-    A CPU takes it for large layers alone: in small ones little of a step are products, and rounding them costs more
-    than it saves (`python -m benchmarks ablate matmul`)."""
+    A CPU takes it for large layers alone, for in small ones products are little of a step; `python -m benchmarks
+    ablate matmul` measures what it saves and costs."""
     if settings.matmul != "auto":
         return torch.bfloat16 if settings.matmul == "bfloat16" else torch.float32
     large = device.type != "cpu" or hidden_size >= SMALLEST_BFLOAT16
@@ -157,7 +157,7 @@ def squared_error(out: Tensor, targets: Tensor, relative: float) -> Tensor:
     """The mean squared error, each token weighted by its mean square to the power `-relative`, with weights of mean 1.
 
     A token that collects attention may have hidden states so large that nearly all of the error is its own. It must be
-    kept well, for every other token attends to it, but so must they: a power of 1/4 does best on a real model, 1 worst.
+    kept well, for every other token attends to it, but so must they: docs/recipe.md has what a power of 1/4 brings.
 
     Args:
         out, targets: `[batch, seqlen, hidden]`.

@@ -1,12 +1,14 @@
 """How long a run is expected to take."""
 
 import math
+import time
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sliderquant
+from sliderquant import duration
 from sliderquant.duration import Speed, expected_seconds, measured_speed
 
 ONE_FLOP_A_SECOND = Speed(learning=1.0, fp32=1.0, updates=math.inf, calls=math.inf)
@@ -49,10 +51,19 @@ def test_what_is_slow_is_what_takes_the_time(tiny_llama, calibration_file):
     assert expected_seconds(plan, Speed(**{**fast, "calls": 1.0})) == pytest.approx(layers)
 
 
-def test_the_speed_is_that_of_this_machine(tiny_llama, calibration_file):
+def test_speeds_count_what_the_calls_did(tiny_llama, calibration_file, monkeypatch):
+    """If every call took a second."""
+
+    def second(call, device, times=3):
+        call()
+        return 1.0
+
+    monkeypatch.setattr(duration, "_seconds", second)
     plan = sliderquant.plan(tiny_llama, **TINY, calibration=str(calibration_file))
     speed = measured_speed(plan, torch.device("cpu"))
-    for rate, least, most in (
-        (speed.learning, 1e8, 1e15), (speed.fp32, 1e8, 1e15), (speed.updates, 1e6, 1e13), (speed.calls, 1e3, 1e8)
-    ):  # fmt: skip
-        assert least < rate < most
+    tokens, weights = 3 * 8, 64 * 96  # of the largest linear
+    assert speed == Speed(learning=2 * tokens * weights, fp32=2 * tokens * weights, updates=weights, calls=1)
+
+
+def test_seconds_are_those_of_one_call():
+    assert duration._seconds(lambda: time.sleep(0.02), torch.device("cpu"), times=2) == pytest.approx(0.02, rel=0.5)

@@ -2,18 +2,16 @@
 
 import json
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 import sliderquant
-from benchmarks import ablate, accuracy, accuracy_plot
+from benchmarks import accuracy, accuracy_plot
 from benchmarks.accuracy import MODELS, ModelSpec, plan
 from benchmarks.accuracy_table import SCHEMES, markdown, order_sentences, summary_of
 from benchmarks.runs import Case, Place, RunFile, Text, named_text, outlier_model, run_all, summarize
-from sliderquant.calibration.text import read_text
 from sliderquant.methods import METHODS
 
 DEMO, STORIES, OUTLIERS = "demo-llama-5m", "stories260K", "demo-llama-5m-outliers"
@@ -49,25 +47,6 @@ def test_a_method_that_rotates_has_a_row_without():
     assert [case.rotation for case in planned(DEMO, ["W2A16"], ["sliderquant"])[1:]] == [()]
     (outliers,) = planned(OUTLIERS, ["W4A4KV4"], ["sliderquant"])[1:]
     assert outliers.rotation == ("R1", "R2", "R3", "R4")
-
-
-def test_a_model_that_is_not_in_the_material_needs_its_folder(tmp_path, parsed):
-    chosen = parsed(accuracy, "--models", DEMO, f"SmolLM2-135M={tmp_path}").models
-    assert chosen == [(DEMO, None), ("SmolLM2-135M", str(tmp_path))]
-    for word in ("SmolLM2-135M", "SmolLM2-135M=nowhere", "unknown"):
-        with pytest.raises(SystemExit):
-            parsed(accuracy, "--models", word)
-    with pytest.raises(SystemExit, match="give its folder, SmolLM2-135M=FOLDER"):
-        ablate.place_of(parsed(ablate, "recipe", "--model", "SmolLM2-135M"), ExitStack())
-
-
-def test_documents_of_another_domain_are_joined_before_a_slice(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "web.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
-    text = accuracy.elsewhere_text("data/web.jsonl[:12]", tmp_path, tmp_path)
-    assert text.name == "data/web.jsonl[:12]"
-    assert read_text(text.source, "evaluation").documents == ("first\n\nsecon",)
-    assert accuracy.elsewhere_text("topics[:9]", tmp_path, tmp_path).name == "topics[:9]"
 
 
 def test_what_depends_on_no_seed_runs_once():

@@ -269,6 +269,6 @@ def test_the_demo_shows_the_whole_product(tmp_path, monkeypatch):
         # Perplexity, megabytes, bits, tokens per second, seconds.
         assert re.search(r"\d+\.\d\d +│ +\d\.\d\d +│ +\d\.\d\d +│ +\d+ +│ +\d+ s", row), row
         assert (tmp_path / "demo" / f"demo-llama-5m-{scheme}-{method}" / "sliderquant-report.json").is_file()
-    assert re.search(r"16 bits +│ original +│ +\d+\.\d\d +│ +\d+\.\d\d +│ 16|16 bits", done.stdout)
+    assert re.search(r"16 bits +│ original +│ +\d+\.\d\d +│ +10\.\d\d +│ +16\.00 +│ +\d+ +│", done.stdout)
     assert "goes on from" in done.stdout
     assert "sliderquant quantize meta-llama" in done.stdout
