@@ -10,8 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,6 +71,7 @@ class Peer:
         worker: the script that runs it.
         python: the interpreter that has the package.
         multiple: it leaves linears in 16 bits whose numbers of inputs and outputs this does not divide.
+        options: arguments that differ from the package's defaults, by the package's names.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Peer:
     worker: Path
     python: Path = Path(sys.executable)
     multiple: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self) -> PeerSettings:
         """With the version of the package that `python` has."""
@@ -140,6 +142,7 @@ class Peer:
                     "group_size": scheme.group_size or -1,
                     "seed": seed,
                     "threads": threads,
+                    "options": dict(self.options),
                     "output": str(output.resolve()),
                 },
             )
@@ -205,6 +208,8 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("autoround", "auto-round", WORKERS / "autoround.py", multiple=32),
+        # What `auto-round --light` is, aside from samples and their length, which all methods share.
+        Peer("autoround-light", "auto-round", WORKERS / "autoround.py", multiple=32, options={"iters": 50, "lr": 5e-3}),
         Peer("llm-compressor-gptq", "llmcompressor", WORKERS / "llm_compressor_gptq.py"),
     )
 }

@@ -295,9 +295,10 @@ def _measured(case: Case, place: Place, row: Row) -> Row:
                 measured = {"seconds": round(time.perf_counter() - start, 1), "steps": result.plan.steps}
                 measured["threads"] = torch.get_num_threads()
                 checkpoint = result.path
-            value = sliderquant.evaluate(checkpoint, place.evaluation.source, seqlen=place.seqlen)
+            # In fp32 on every device: what is compared is quantization, not the rounding of 16-bit activations.
+            value = sliderquant.evaluate(checkpoint, place.evaluation.source, seqlen=place.seqlen, dtype="float32")
             others = {
-                text.name: sliderquant.evaluate(checkpoint, text.source, seqlen=place.seqlen).value
+                text.name: sliderquant.evaluate(checkpoint, text.source, seqlen=place.seqlen, dtype="float32").value
                 for text in place.elsewhere
             }
         except PeerError as error:

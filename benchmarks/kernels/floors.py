@@ -29,6 +29,14 @@ class Floors:
         """The least time for moving the bytes and doing the operations, whichever takes longer."""
         return max(work_bytes / self.copy_gbps / 1e3, flops / self.matmul_tflops / 1e6)
 
+    def better(self, other: Floors) -> Floors:
+        """The better of both for each: what another program's work was in says nothing about the machine."""
+        return Floors(
+            max(self.copy_gbps, other.copy_gbps),
+            max(self.matmul_tflops, other.matmul_tflops),
+            min(self.empty_kernel_us, other.empty_kernel_us),
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain data."""
         return asdict(self)

@@ -15,6 +15,7 @@ def quantize(task: peer_worker.Task, tokens: Tensor) -> peer_worker.Quantized:
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
         seed=task.seed,
+        **task.options,
     )
     model, _ = tuner.quantize()
     tuned = tuner.quantize_config

@@ -2,9 +2,10 @@
 
 `PYTHON worker.py TASK.json` reads a task and writes its answer. The task: `model`, folder of the model; `calibration`,
 a safetensors file with `input_ids`, int64 `[samples, seqlen]`; `bits`; `group_size`, -1: one group per output channel;
-`seed`; `threads`; `output`, a folder that does not exist yet. Weights have zero-points. The worker writes the model to
-`output`, dequantized, with `save_pretrained`, and next to it `<output>.json`: `seconds` of quantizing, with reading the
-model and without importing the package or writing, and the `settings` that were used.
+`seed`; `threads`; `options`, arguments that differ from the package's defaults; `output`, a folder that does not exist
+yet. Weights have zero-points. The worker writes the model to `output`, dequantized, with `save_pretrained`, and next to
+it `<output>.json`: `seconds` of quantizing, with reading the model and without importing the package or writing; and
+the `settings` that were used.
 """
 
 import json
@@ -31,6 +32,7 @@ class Task:
     group_size: int
     seed: int
     threads: int
+    options: dict[str, Any]
     output: str
 
 

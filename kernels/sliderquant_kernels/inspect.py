@@ -81,10 +81,10 @@ def cases(ops: tuple[str, ...], full: bool = False) -> Iterator[Case]:
         yield from GRIDS[op](full)
 
 
-def inspect(case: Case, arch: str) -> Row:
-    """Compile one case for one architecture such as `sm_90`."""
+def inspect(case: Case, arch: str, choice: Choice | None = None) -> Row:
+    """Compile one case for one architecture such as `sm_90`; `choice` as for `describe_launch`."""
     number = int(arch.removeprefix("sm_"))
-    launch = describe_launch(case, number)
+    launch = describe_launch(case, number, choice)
     row = Row(arch, case.op, case.describe(), launch.choice)
     if launch.function is None:
         return replace(row, matrix_instruction="cuBLAS", weights_from="-")

@@ -50,9 +50,11 @@ class Launch:
         return self.options["num_warps"]
 
 
-def describe_launch(case: Case, arch: int) -> Launch:
-    """The launch of a case on the device that stands for an architecture."""
-    return _BUILDERS[case.op](case, Device.typical(arch))
+def describe_launch(case: Case, arch: int, choice: Choice | None = None) -> Launch:
+    """The launch of a case on the device that stands for an architecture; with `choice`, for a weight-only linear
+    alone, by that tile instead of the one that the rules choose."""
+    device = Device.typical(arch)
+    return _BUILDERS[case.op](case, device) if choice is None else _weight_only(case, device, choice)
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:
@@ -84,12 +86,13 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
-def _weight_only(case: Case, device: Device) -> Launch:
+def _weight_only(case: Case, device: Device, choice: Choice | None = None) -> Launch:
     from . import matmul_triton as kernels
     from . import weight_only_triton as host
 
     problem, values = case.problem, _POINTER[case.problem.dtype]
-    choice = tiles.choose(replace(problem, m=max(problem.m, host.FEWEST_TOKENS)), device, case.variant)
+    if choice is None:
+        choice = tiles.choose(replace(problem, m=max(problem.m, host.FEWEST_TOKENS)), device, case.variant)
     if choice.variant == "dense":
         return Launch(choice)
     types = {"weight_ptr": "*u8", "partial_ptr": "*fp32", "counter_ptr": "*i32"}

@@ -114,6 +114,14 @@ def choose(problem: Problem, device: Device, variant: str | None = None, batch_i
     if batch_invariant:
         # As if there were one tile of tokens: their number must not count.
         return _rows(problem, device, 32, 1, "batch-invariant: one tile for every number of tokens")
+    if family(device.arch) == 90 and variant != "dense":
+        # It needs what is defined here.
+        from .estimate import fastest
+
+        known = ("warp_k", "rows") if RULES_TAKE_WARP_K else ("rows",)
+        found = fastest(problem, device, known if variant is None else (variant,))
+        if found is not None:
+            return found
     if variant is None:
         variant, reason = _variant(problem, device)
     else:

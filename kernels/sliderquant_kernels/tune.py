@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import tiles, tuned
+from . import estimate, tiles, tuned
 from .layout import PackedWeight, WeightLayout
 from .tiles import Choice, Device, Problem
 
@@ -28,11 +28,17 @@ WEIGHTS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (10240, 819
            (8192, 28672))  # fmt: skip
 MARGIN = 0.03
 ROUNDS = 7
+# Where there is an estimate, what it says are the fastest tiles.
+MOST_BY_ESTIMATE = 24
 
 
 def candidates(problem: Problem, device: Device) -> list[Choice]:
     """What is worth measuring for a problem, the rules' own choice first."""
     found = [tiles.choose(problem, device)]
+    if tiles.family(device.arch) == 90 and problem.m <= estimate.MAX_TOKENS:
+        known = estimate.candidates(problem, device)
+        promising = sorted(known, key=lambda choice: estimate.estimate(problem, choice, device).microseconds)
+        return _unique([*found, *promising[:MOST_BY_ESTIMATE], Choice("dense")], problem, device)
     block_m = 8 if problem.m <= 8 else 16
     if problem.m <= 64:
         for row_blocks in (1, 2, 4):
@@ -49,6 +55,10 @@ def candidates(problem: Problem, device: Device) -> list[Choice]:
                     for split in (1, 2, 4):
                         found.append(Choice("rows", block, row_blocks, warps, stages, split))
     found.append(Choice("dense"))
+    return _unique(found, problem, device)
+
+
+def _unique(found: list[Choice], problem: Problem, device: Device) -> list[Choice]:
     unique: dict[Choice, Choice] = {}
     for choice in filter(lambda choice: _sensible(choice, problem, device), found):
         unique.setdefault(replace(choice, reason=""), choice)

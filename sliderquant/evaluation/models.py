@@ -49,9 +49,10 @@ def evaluate(
     target = resolve_device(device)
     folder = Path(model).expanduser()
     if is_quantized(folder):
-        stored = torch.float16 if target.type == "cuda" else torch.float32
         text = read_text(perplexity_on, "evaluation")  # loading takes longer
-        packed = load(folder, device=target, dtype=evaluation_dtype(stored, target) if dtype == "auto" else dtype)
+        if dtype == "auto" and target.type != "cuda":
+            dtype = torch.float32
+        packed = load(folder, device=target, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         seqlen = check_seqlen(packed.config, seqlen)
         blocks = evaluation_blocks(text, tokenizer, seqlen, packed.get_input_embeddings().num_embeddings)

@@ -8,6 +8,9 @@ import torch
 from benchmarks.kernels import checking, weight_only
 from benchmarks.kernels.case import Arithmetic, Case, Prepared
 from benchmarks.kernels.checking import Expected, compare, sample_rows
+from benchmarks.kernels.low_bit import linear as low_bit_linear
+from benchmarks.kernels.low_bit.linear.operands import LowBitArithmetic
+from sliderquant_kernels import hadamard, quantize_activations
 
 SHAPE, EXACT = (256, 512), Arithmetic()
 
@@ -121,3 +124,22 @@ def test_sampled_rows_miss_no_stretch(m):
         edges = [*rows.tolist(), m]
         longest = 2 * -(-m // checking.MAX_CHECKED_ROWS)
         assert all(after - before <= longest for before, after in zip([0, *edges], edges, strict=False))
+
+
+@pytest.mark.parametrize("m", [90, 100])
+def test_a_code_that_comes_out_differently_is_no_fault(m):
+    """Rotated values are rounded to 16 bits before they are quantized: now and then one gets its neighbour's code,
+    also in a token of which none was likely to."""
+    device = torch.device("cpu")
+    case = Case(low_bit_linear.NAME, "test", (256, 2048), m, "W4A4+silu_mul+hadamard+residual", "fp16")
+    given = low_bit_linear.operands(case, device)
+    x = low_bit_linear.activations(case, given)
+    prepared = Prepared((given.weight.codes,), lambda x, tensors: x, lambda m: LowBitArithmetic(between=1))
+    expected = low_bit_linear.expected(given, x, prepared)
+    gated = torch.nn.functional.silu(x[0].float()).to(x.dtype) * x[1]
+    activations = quantize_activations(hadamard(gated, given.transform), 4, False).dequantize().double()
+    weight = given.weight.weight(torch.float64)
+    y = (activations @ weight.t()).to(x.dtype) + given.residual
+    assert compare(y, expected).correct
+    activations[:, :32] = 0  # a step of a kernel
+    assert not compare((activations @ weight.t()).to(x.dtype) + given.residual, expected).correct

@@ -113,6 +113,22 @@ def result(tmp_path):
     return tmp_path / "cpu" / "kernels-tiny.json"
 
 
+def test_floors_are_the_better_of_before_and_after(arguments, fake_gpu, tmp_path, monkeypatch):
+    """What ran before may still be running when they are measured first."""
+    found = iter([Floors(2500.0, 800.0, 2.0), Floors(4000.0, 700.0, 1.5)])
+    ask = InThisProcess.ask
+
+    def asked(self, task, timeout):
+        return next(found) if task == "floors" else ask(self, task, timeout)
+
+    monkeypatch.setattr(InThisProcess, "ask", asked)
+    command.run(arguments())
+    content = json.loads((tmp_path / "fake-gpu" / "kernels-tiny.json").read_text())
+    assert content["runs"][0]["floors"] == {"copy_gbps": 4000.0, "matmul_tflops": 800.0, "empty_kernel_us": 1.5}
+    row = next(row for row in content["rows"] if row["kind"] == "time")
+    assert row["percent_of_copy"] == pytest.approx(100 * row["gbps"] / 4000, rel=1e-3)
+
+
 def test_measure_resume_and_report(arguments, result, capsys):
     command.run(arguments())
     first = json.loads(result.read_text())

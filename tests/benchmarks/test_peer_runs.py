@@ -97,6 +97,12 @@ def test_it_runs_by_the_interpreter_that_was_named(peer, quantized, tmp_path):
     assert quantized(named)[0]["peer"]["found"] == "1"
 
 
+def test_options_reach_the_package(peer, quantized):
+    assert quantized(peer(found="task.options", options={"iters": 50}))[0]["peer"]["found"] == {"iters": 50}
+    assert PEERS["autoround"].options == {}
+    assert PEERS["autoround-light"].options == {"iters": 50, "lr": 5e-3}
+
+
 def test_an_interpreter_reads_nothing_of_ours(peer, quantized, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     assert quantized(peer(found="'/somewhere' in sys.path"))[0]["peer"]["found"] is False
@@ -229,7 +235,8 @@ def test_interpreters_are_named(tmp_path):
     with pytest.raises(SystemExit, match="there is no interpreter at"):
         peers_in(["autoround"], [f"autoround={python}"])
     python.chmod(0o755)
-    assert [peer.python for peer in peers_in(PEERS, [f"autoround={python}"])] == [python, Path(sys.executable)]
+    found = {peer.name: peer.python for peer in peers_in(PEERS, [f"autoround={python}"])}
+    assert found == {name: python if name == "autoround" else Path(sys.executable) for name in PEERS}
     for given in (str(python), f"llm-compressor-gptq={python}"):
         with pytest.raises(SystemExit, match="expected NAME=PATH with a name of autoround"):
             peers_in(["autoround"], [given])

@@ -124,7 +124,7 @@ def test_damage_is_found(tiny: Tiny) -> None:
 @torch.no_grad()
 def test_a_loaded_model_is_the_stored_one(tiny: Tiny) -> None:
     made = tiny(INT8)
-    merged, single = load(made.path), load(made.path, merge=False)
+    merged, single = load(made.path, "cpu"), load(made.path, "cpu", merge=False)
     assert isinstance(merged.model.layers[0].self_attn.q_proj, LinearSlice)
     for name, module in single.named_modules():
         if isinstance(module, QuantizedLinear):
@@ -139,12 +139,12 @@ def test_a_loaded_model_is_the_stored_one(tiny: Tiny) -> None:
 @torch.no_grad()
 def test_save_pretrained(tiny: Tiny, tmp_path: Path) -> None:
     made = tiny(INT8, dtype="bfloat16", tie_word_embeddings=True)
-    model = load(made.path)
+    model = load(made.path, "cpu")
     model.save_pretrained(tmp_path / "again")
     before, after = (load_file(folder / "model.safetensors") for folder in (made.path, tmp_path / "again"))
     assert before.keys() == after.keys()
     assert all(before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(load(tmp_path / "again")(IDS).logits, model(IDS).logits)
+    assert torch.equal(load(tmp_path / "again", "cpu")(IDS).logits, model(IDS).logits)
     assert (
         verify(tmp_path / "again").problems
         == ("sliderquant-checksums.json: missing: the folder is incomplete, or was saved again by another tool",)
@@ -154,7 +154,7 @@ def test_save_pretrained(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_load_state_dict(tiny: Tiny) -> None:
     made = tiny(INT8)
-    model = load(made.path)
+    model = load(made.path, "cpu")
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     key = "model.layers.1.self_attn.k_proj.weight"
     assert state[key].dtype == torch.int8
@@ -170,15 +170,15 @@ def test_load_state_dict(tiny: Tiny) -> None:
 @torch.no_grad()
 def test_packed_by_an_earlier_version(tiny: Tiny, edit_config: Edit, tmp_path: Path) -> None:
     made = tiny(INT8)
-    expected = load(made.path)
+    expected = load(made.path, "cpu")
     to_packed(made.path, edit_config)
     assert read_checkpoint(made.path).codes_of(NAME).dtype == "I32"
-    model = load(made.path)
+    model = load(made.path, "cpu")
     same(model, expected)
     model.save_pretrained(tmp_path / "again")  # as it is written now
     config = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
     assert config["format"] == config["config_groups"]["group_0"]["format"] == "int-quantized"
-    same(load(tmp_path / "again"), expected)
+    same(load(tmp_path / "again", "cpu"), expected)
 
 
 @pytest.mark.parametrize("named", ["int-quantized", "naive-quantized"])
@@ -186,21 +186,21 @@ def test_packed_by_an_earlier_version(tiny: Tiny, edit_config: Edit, tmp_path: P
 @torch.no_grad()
 def test_other_schemes_of_other_tools(scheme: str, named: str, tiny: Tiny, edit_config: Edit, tmp_path: Path) -> None:
     made = tiny(scheme)
-    expected = load(made.path)
+    expected = load(made.path, "cpu")
     to_int8(made.path, edit_config, named)
     assert {str(found) for found in read_checkpoint(made.path).schemes.values()} == {scheme}
-    model = load(made.path)
+    model = load(made.path, "cpu")
     same(model, expected)
     assert torch.equal(model(IDS).logits, expected(IDS).logits)
     model.save_pretrained(tmp_path / "again")
     assert read_checkpoint(tmp_path / "again").codes_of(NAME).dtype == "I32"
-    same(load(tmp_path / "again"), expected)
+    same(load(tmp_path / "again", "cpu"), expected)
 
 
 def test_of_llm_compressor(tiny: Tiny, edit_config: Edit) -> None:
     """Its W8A8: no format in the group, fields that sliderquant does not write."""
     made = tiny(INT8)
-    expected = load(made.path)
+    expected = load(made.path, "cpu")
 
     def configure(config: dict[str, Any]) -> None:
         del config["sliderquant"]
@@ -215,7 +215,7 @@ def test_of_llm_compressor(tiny: Tiny, edit_config: Edit) -> None:
     edit_config(made.path, configure)
     for name in ("sliderquant-report.json", "sliderquant-checksums.json", "README.md"):
         (made.path / name).unlink()
-    same(load(made.path), expected)
+    same(load(made.path, "cpu"), expected)
     found = verify(made.path)
     assert (found.ok, found.has_checksums) == (True, False)
 
@@ -226,9 +226,9 @@ def test_two_formats_in_one_model(tiny: Tiny, tmp_path: Path) -> None:
     assert checkpoint.codes_of(NAME).dtype == "I8"
     assert checkpoint.codes_of("model.layers.0.mlp.up_proj").dtype == "I32"
     assert verify(made.path).ok
-    model = load(made.path)
+    model = load(made.path, "cpu")
     model.save_pretrained(tmp_path / "again")
-    same(load(tmp_path / "again"), model)
+    same(load(tmp_path / "again", "cpu"), model)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) 
 @torch.no_grad()
 def test_logits_are_those_of_the_stored_weights(scheme: str, tied: bool, tiny: Tiny) -> None:
     made = tiny(scheme, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
-    model = load(made.path)
+    model = load(made.path, "cpu")
     close(model(IDS).logits, made.model(IDS).logits)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -56,7 +56,7 @@ def test_logits_are_those_of_the_stored_weights(scheme: str, tied: bool, tiny: T
 @torch.no_grad()
 def test_shards_and_two_schemes(tiny: Tiny) -> None:
     made = tiny("W4A16-g64", down_proj="W3A16", max_shard_bytes=20_000)
-    close(load(made.path)(IDS).logits, made.model(IDS).logits)
+    close(load(made.path, "cpu")(IDS).logits, made.model(IDS).logits)
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def test_merging_across_shards(tiny: Tiny) -> None:
     owner = {key: path for path in files for key in load_file(path)}
     prefix = "model.layers.0.self_attn"
     assert owner[f"{prefix}.q_proj.weight_packed"] != owner[f"{prefix}.k_proj.weight_packed"]
-    merged, single = load(made.path), load(made.path, merge=False)
+    merged, single = load(made.path, "cpu"), load(made.path, "cpu", merge=False)
     assert sum(isinstance(module, MergedLinear) for module in merged.modules()) == 4
     assert not any(isinstance(module, (MergedLinear, LinearSlice)) for module in single.modules())
     assert torch.equal(merged(IDS).logits, single(IDS).logits)
@@ -81,7 +81,7 @@ def test_rotary_frequencies_are_computed(tiny: Tiny) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     made = tiny(rope_parameters=rope)
-    model = load(made.path)
+    model = load(made.path, "cpu")
     assert torch.equal(model.model.rotary_emb.inv_freq, made.model.model.rotary_emb.inv_freq)
     close(model(IDS).logits, made.model(IDS).logits)
 
@@ -92,7 +92,7 @@ def test_a_generation_config_that_cannot_be_read_is_ignored(
 ) -> None:
     made = tiny()
     (made.path / "generation_config.json").write_text(text)
-    assert load(made.path).generate(IDS, max_new_tokens=2, pad_token_id=0).shape[1] == IDS.shape[1] + 2
+    assert load(made.path, "cpu").generate(IDS, max_new_tokens=2, pad_token_id=0).shape[1] == IDS.shape[1] + 2
     assert any("generation_config.json cannot be read and is ignored" in message for message in caplog.messages)
 
 
@@ -101,7 +101,7 @@ def test_a_generation_config_that_cannot_be_read_is_ignored(
 @torch.no_grad()
 def test_dtypes(stored: str, wanted: str | torch.dtype, tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     made = tiny("W4A16-g64", dtype=stored)
-    model = load(made.path, dtype=wanted)
+    model = load(made.path, "cpu", wanted)
     expected = getattr(torch, stored) if wanted == "auto" else getattr(torch, str(wanted).removeprefix("torch."))
     if (stored, wanted) == ("float16", "auto"):  # slow on a CPU, which the user hears of
         expected = torch.bfloat16
@@ -115,7 +115,7 @@ def test_dtypes(stored: str, wanted: str | torch.dtype, tiny: Tiny, caplog: pyte
     reference = made.model.float()(IDS).logits
     close(logits.float(), reference, 1e-5 if wanted == stored == "float32" else 3e-2)
     codes = model.model.layers[0].mlp.up_proj.quantized().codes
-    assert torch.equal(codes, load(made.path).model.layers[0].mlp.up_proj.quantized().codes)
+    assert torch.equal(codes, load(made.path, "cpu").model.layers[0].mlp.up_proj.quantized().codes)
 
 
 def test_bad_arguments(tiny: Tiny) -> None:
@@ -181,7 +181,7 @@ def test_a_dense_linear_that_should_be_packed(tiny: Tiny) -> None:
     with pytest.raises(
         CheckpointError, match=rf"tensor {name}.weight is not packed, but config.json says .* W4A16-g64"
     ):
-        load(made.path)
+        load(made.path, "cpu")
 
 
 def test_config_of_another_size(tiny: Tiny, edit_config: Callable[..., None]) -> None:
@@ -221,7 +221,7 @@ def test_values_that_cannot_be_packed(value: float, tiny: Tiny) -> None:
 def test_tied_weights_stored_under_the_other_name(tiny: Tiny) -> None:
     made = tiny(tie_word_embeddings=True)
     rewrite(made.path, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
-    close(load(made.path)(IDS).logits, made.model(IDS).logits)
+    close(load(made.path, "cpu")(IDS).logits, made.model(IDS).logits)
 
 
 @torch.no_grad()
@@ -232,7 +232,7 @@ def test_a_packed_output_head(tiny: Tiny, edit_config: Callable[..., None]) -> N
     head = round_to_nearest(made.model.lm_head.weight * 2, scheme, torch.float32)
     rewrite(made.path, lambda tensors: tensors.update({f"lm_head.{k}": v for k, v in pack(head, scheme).items()}))
     edit_config(made.path, lambda config: config["quantization_config"].update(ignore=[]))
-    model = load(made.path)
+    model = load(made.path, "cpu")
     assert isinstance(model.lm_head, PackedLinear)
     hidden = made.model.model(IDS).last_hidden_state
     close(model(IDS).logits, hidden @ dequantize(head, scheme).T)
@@ -240,7 +240,7 @@ def test_a_packed_output_head(tiny: Tiny, edit_config: Callable[..., None]) -> N
 
 def test_loaded_weights_do_not_depend_on_the_file(tiny: Tiny) -> None:
     made = tiny()
-    model = load(made.path)
+    model = load(made.path, "cpu")
     size = (made.path / "model.safetensors").stat().st_size
     with (made.path / "model.safetensors").open("r+b") as file:
         file.write(b"\xff" * size)
@@ -250,7 +250,7 @@ def test_loaded_weights_do_not_depend_on_the_file(tiny: Tiny) -> None:
 @torch.no_grad()
 def test_save_pretrained_writes_a_correct_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     made = tiny("W3A16-g32", dtype="bfloat16", tie_word_embeddings=True)
-    model = load(made.path)
+    model = load(made.path, "cpu")
     model.save_pretrained(tmp_path / "again")
     assert read_checkpoint(tmp_path / "again").schemes == read_checkpoint(made.path).schemes
     before, after = (load_file(folder / "model.safetensors") for folder in (made.path, tmp_path / "again"))
@@ -289,7 +289,7 @@ def test_filling_makes_no_dense_weight(tiny: Tiny, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(loading, "_fill_dense", recording(loading._fill_dense))
     monkeypatch.setattr(loading, "_fill_packed", recording(loading._fill_packed))
-    load(made.path)
+    load(made.path, "cpu")
     embedding, smallest_of_interest = 64 * 128, 128 * 128
     assert largest[0] == embedding
     assert 0 < largest[1] < smallest_of_interest
@@ -307,7 +307,7 @@ def peak():  # getrusage would count the parent of this process
 
 load(sys.argv[1])
 before = peak()
-model = load(sys.argv[2])
+model = load(sys.argv[2], "cpu")
 print(peak() - before)
 """
 

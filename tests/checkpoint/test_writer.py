@@ -382,7 +382,7 @@ def test_the_model_can_be_loaded_before_it_is_published(tiny: Tiny, source: Path
         target._schemes = dict(read_checkpoint(made.path).schemes)
         folder = target.write_model(made.model.config, source)
         assert not out.exists()
-        model = load(folder)
+        model = load(folder, "cpu")
         assert target.publish({"method": "rtn"}) == out
     assert verify(out).ok
     assert not folder.exists()

@@ -37,6 +37,11 @@ def test_version_and_help():
     assert all(name in invoke("--help").stdout for name in ("quantize", "eval", "generate", "inspect", "demo"))
 
 
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "sliderquant", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"sliderquant {__version__}")
+
+
 @pytest.mark.parametrize("columns", [80, 200])
 def test_help_lists_every_method(columns):
     shown = invoke("quantize", "--help", env={"COLUMNS": str(columns)})

@@ -85,9 +85,10 @@ def test_quantized_activations_equal_the_cpu(dtype, bits, symmetric, make_x):
             want = quantize_activations(x, bits, symmetric, clip=clip, **kwargs)
             moved = {name: tensor.cuda() for name, tensor in kwargs.items()}
             got = _moved(quantize_activations(x.cuda(), bits, symmetric, clip=clip, **moved), "cpu")
-            # The fused steps may round one value in many to its neighbour in `dtype`.
-            same = (got.codes == want.codes).float().mean().item()
-            assert same == 1 if not kwargs else same > 0.999
+            # The fused steps may round one value in many to its neighbour in `dtype`: of few values, one.
+            different = got.codes != want.codes
+            assert different.sum() <= (max(1, different.numel() // 1000) if kwargs else 0)
+            assert (got.codes.int() - want.codes.int()).abs().max() <= 1
             assert ((got.scale - want.scale).abs() <= want.scale * (0 if not kwargs else 2.0**-7)).all()
             assert torch.equal(got.token_sum, got.codes.int().sum(-1).int())
 

@@ -44,7 +44,7 @@ def test_every_choice_is_launchable_and_explained(problem, arch):
         assert size >= 1
     assert choice.block_m >= 8
     assert choice.num_stages >= 2
-    assert choice.split in (1, 2, 4)
+    assert choice.split in (1, 2, 4, 8)
     k_blocks = -(-problem.k // block_inputs(problem.bits))
     if choice.variant == "warp_k":
         assert choice.num_warps * choice.split <= k_blocks
@@ -73,8 +73,11 @@ def test_variants_by_number_of_tokens(takes, rules_take):
         device = Device.typical(arch)
         limit = tiles.DENSE_FROM[arch]
         found = [tiles.choose(_problem(m), device).variant for m in (1, 8, 16, 17, 64, limit, limit + 1, 8192)]
-        assert found == ["warp_k" if takes else "rows"] * 3 + ["rows"] * 3 + ["dense"] * 2
-        assert ("Triton 3.8" in tiles.choose(_problem(16), device).reason) is not takes
+        assert found[3:] == ["rows"] * 3 + ["dense"] * 2
+        if arch != 90:  # there an estimate decides
+            assert found[:3] == ["warp_k" if takes else "rows"] * 3
+            assert ("Triton 3.8" in tiles.choose(_problem(16), device).reason) is not takes
+        assert takes or "warp_k" not in found
         assert tiles.choose(_problem(), device, "warp_k").variant == "warp_k"
 
 

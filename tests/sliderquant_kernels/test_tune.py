@@ -20,12 +20,19 @@ def test_candidates_hold_the_rules_choice_and_no_other_twice(m):
     bare = [tune.replace(choice, reason="") for choice in found]
     assert len(set(bare)) == len(bare)
     variants = {choice.variant for choice in found}
-    assert ("warp_k" in variants) == (m <= 64)
-    assert ("rows" in variants) == (m > 4)
+    assert ("warp_k" in variants) == (m <= 16)
+    assert "rows" in variants
     assert ("dense" in variants) == (m >= 16)
     for choice in found:
         if choice.variant == "warp_k":
             assert choice.num_warps * choice.split <= 4096 // 128
+
+
+def test_elsewhere_than_on_sm_90_all_tiles_are_candidates():
+    found = tune.candidates(_problem(16), Device(100, 148, "NVIDIA Test GPU"))
+    assert len(found) > 100
+    assert {choice.variant for choice in found} == set(tiles.VARIANTS)
+    assert len(tune.candidates(_problem(16), _DEVICE)) <= tune.MOST_BY_ESTIMATE + 2
 
 
 def test_only_a_clear_win_replaces_the_rules():
@@ -50,7 +57,9 @@ def test_tables_are_written_after_every_problem_and_resumed(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         tune.tune(problems, _DEVICE, measure, out, torch="2", triton="3")
     entries = tuned.read(out)
-    assert [(up_to, choice.variant) for up_to, choice in entries[tuned.key(problems[0])]] == [(1, "warp_k")]
+    assert [(up_to, choice.variant) for up_to, choice in entries[tuned.key(problems[0])]] == [
+        (1, tune.candidates(problems[0], _DEVICE)[-1].variant)
+    ]
     measured.append(-1)
     tune.tune(problems, _DEVICE, measure, out, torch="2", triton="3")
     assert measured == [1, 4, -1, 4, 16]

@@ -1,0 +1,288 @@
+"""How long a weight-only launch of up to 64 tokens takes on sm_90, by count. The rules of `tiles` choose by it.
+
+    python -m sliderquant_kernels.estimate [--shape 14336x4096 ...] [--bits 4 ...] [--tokens 1 ...]
+    python -m sliderquant_kernels.estimate --write-resources
+
+A multiprocessor holds `programs` programs at a time; where the grid has more than all of them hold, another round
+begins when a program ends. The time of a launch is
+
+    START + sum over the rounds of (OVERHEAD + bytes of the round / rate)
+
+with the bytes of packed weight that the busiest multiprocessor streams in the round. Its rate is the least of four:
+
+- memory: its share of `MEMORY`;
+- latency: the bytes that the pipelines of its programs have in flight, over `LATENCY` (Little's law);
+- L2 cache: its share of `L2`, through which the activations of every tile come as well as the weights;
+- issue: its four schedulers at `ISSUE` of their slots, by the instructions of the main loop per 16 packed bytes.
+
+What a program takes of a multiprocessor comes from `resources.json`, which `--write-resources` compiles. The constants
+are fitted to what `python -m benchmarks kernels --subset quick` measured on an H200 (benchmarks/results/nvidia-h200);
+tests/sliderquant_kernels/test_estimate.py compares each row with its estimate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .fragments import ROWS, block_bytes, block_inputs
+from .tiles import Choice, Device, Problem
+
+__all__ = ["Estimate", "candidates", "estimate", "fastest"]
+
+RESOURCES = Path(__file__).parent / "resources.json"
+_FIELDS = ("variant", "bits", "groups in a block of inputs", "block_m", "row_blocks", "warps", "registers",
+           "instructions per 16 packed bytes", "may be split")  # fmt: skip
+_Tile = tuple[str, int, int, int]
+# Of one multiprocessor of sm_90: shared memory, of which a program reserves 1 KB, registers, warps, programs.
+SHARED, RESERVED, REGISTERS, WARPS, PROGRAMS = 233472, 1024, 65536, 64, 32
+SCHEDULERS, CLOCK = 4, 1.9e3  # cycles per microsecond
+# Fitted, bytes per microsecond of the whole GPU, microseconds, and a share.
+MEMORY, L2, LATENCY, ISSUE = 3.95e6, 6.6e6, 1.3, 0.6
+START = 1.3
+SPLIT_OVERHEAD = 0.5
+MAX_TOKENS = 64
+MAX_SPLIT = 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    Attributes:
+        microseconds: of one launch with cold weights.
+        bound: what decides most of it: `memory`, `latency`, `L2` or `issue`.
+        programs: that a multiprocessor holds.
+        rounds: of programs, one after the other.
+    """
+
+    microseconds: float
+    bound: str
+    programs: int
+    rounds: int
+
+
+def estimate(problem: Problem, choice: Choice, device: Device) -> Estimate:
+    """The time of a `warp_k` or `rows` launch.
+
+    Raises:
+        KeyError: the tile is none of those that `resources.json` knows.
+    """
+    taken = _resources(problem)[_key(choice)]
+    programs = _programs(problem, choice, taken.registers)
+    tiles_m, tiles_n = -(-problem.m // choice.block_m), -(-problem.n // (ROWS * choice.row_blocks))
+    grid = tiles_m * tiles_n * choice.split
+    k_blocks = -(-problem.k // block_inputs(problem.bits))
+    warps = choice.num_warps if choice.variant == "warp_k" else 1
+    steps = -(-k_blocks // (choice.split * warps))
+    step_bytes = choice.row_blocks * warps * block_bytes(problem.bits)
+    streamed = steps * step_bytes * (1 + _scale_share(problem))
+    # What passes the L2 cache per byte of weight: `warp_k` leaves out the tokens that are not there.
+    tokens = min(problem.m, choice.block_m) if choice.variant == "warp_k" else choice.block_m
+    through_l2 = 1 + tokens * 2 * block_inputs(problem.bits) / (choice.row_blocks * block_bytes(problem.bits))
+    total, rounds, left = START, 0, -(-grid // device.sm_count)
+    if choice.split > 1:  # fp32 sums are written and read again, most of them in the L2 cache
+        total += SPLIT_OVERHEAD + 2 * choice.split * problem.m * problem.n * 4 / L2
+    spent: dict[str, float] = {}
+    while left > 0:
+        held = min(programs, left)
+        # In the last round a multiprocessor may have one program less than the busiest one.
+        flight = min(held, grid / device.sm_count) * (choice.num_stages - 1) * step_bytes
+        rates = {
+            "memory": MEMORY / device.sm_count,
+            "latency": flight / LATENCY,
+            "L2": L2 / device.sm_count / through_l2,
+            "issue": 16 * 32 * SCHEDULERS * CLOCK * ISSUE / taken.per_16_bytes,
+        }
+        bound = min(rates, key=lambda name: rates[name])
+        streaming = held * streamed / rates[bound]
+        spent[bound] = spent.get(bound, 0.0) + streaming
+        total += _overhead(choice) + streaming
+        rounds, left = rounds + 1, left - held
+    return Estimate(total, max(spent, key=lambda name: spent[name]), programs, rounds)
+
+
+def _overhead(choice: Choice) -> float:
+    """Microseconds of a round aside from its main loop: filling the pipeline, adding up what warps hold, storing."""
+    if choice.variant == "rows":
+        return 2.6
+    return 3.2 if choice.num_warps <= 4 and choice.block_m == 8 else 5.6
+
+
+def _scale_share(problem: Problem) -> float:
+    """Bytes of scales and zero-points per byte of codes."""
+    if problem.group_size is None:
+        return 0.0
+    return (2 if problem.symmetric else 4) * 8 / (problem.group_size * problem.bits)
+
+
+def _programs(problem: Problem, choice: Choice, registers: int) -> int:
+    """Programs that a multiprocessor holds at a time."""
+    rows, inputs = ROWS * choice.row_blocks, block_inputs(problem.bits)
+    weight, x = choice.row_blocks * block_bytes(problem.bits), inputs * choice.block_m * 2
+    scales = 4 * _groups(problem)
+    stages = choice.num_stages
+    if choice.variant == "warp_k":
+        shared = (stages - 1) * choice.num_warps * (weight + x + scales * max(rows, 32))
+    else:
+        shared = (stages - 1) * (weight + scales * max(rows, 128)) + stages * x
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * choice.num_warps)
+    return min(SHARED // (shared + RESERVED), by_registers, WARPS // choice.num_warps, PROGRAMS)
+
+
+def _groups(problem: Problem) -> int:
+    """Groups in a block of inputs."""
+    return 1 if problem.group_size is None else max(1, block_inputs(problem.bits) // problem.group_size)
+
+
+def fastest(problem: Problem, device: Device, variants: tuple[str, ...]) -> Choice | None:
+    """The candidate with the least estimate; None where there is none: for more tokens than `MAX_TOKENS`."""
+    # The estimate for 5 tokens is that for 8: a new number of tokens is no reason to think again.
+    tokens = 1 << (problem.m - 1).bit_length()
+    return _fastest(replace(problem, m=tokens), device, variants) if tokens <= MAX_TOKENS else None
+
+
+@lru_cache(maxsize=4096)
+def _fastest(problem: Problem, device: Device, variants: tuple[str, ...]) -> Choice | None:
+    found = [(estimate(problem, choice, device), choice) for choice in candidates(problem, device, variants)]
+    if not found:
+        return None
+    # Of equals the one with fewer programs and shorter pipelines, which come first.
+    best, choice = min(found, key=lambda pair: round(pair[0].microseconds, 2))
+    return replace(choice, reason=f"least of {len(found)} estimates: {best.microseconds:.1f} us, by {best.bound}")
+
+
+def candidates(problem: Problem, device: Device, variants: tuple[str, ...] = ("warp_k", "rows")) -> list[Choice]:
+    """The tiles that are worth a thought for up to `MAX_TOKENS` tokens: they fit, and every program has some steps."""
+    found: list[Choice] = []
+    k_blocks = -(-problem.k // block_inputs(problem.bits))
+    for (variant, block_m, row_blocks, warps), taken in _resources(problem).items():
+        if variant not in variants or not _holds(variant, block_m, problem.m):
+            continue
+        for stages, split in itertools.product((3, 4, 5), (1, 2, 4, MAX_SPLIT) if taken.may_split else (1,)):
+            choice = Choice(variant, block_m, row_blocks, warps, stages, split)
+            steps = k_blocks // (split * (warps if variant == "warp_k" else 1))
+            if (steps >= 2 or split == 1) and steps >= 1 and _programs(problem, choice, taken.registers) > 0:
+                found.append(choice)
+    return found
+
+
+def _holds(variant: str, block_m: int, m: int) -> bool:
+    """Whether a tile of `block_m` tokens is the smallest that holds m, up to 16 for `warp_k` and from 16 for `rows`."""
+    sizes = (8, 16) if variant == "warp_k" else (16, 32, 64)
+    return block_m == min((size for size in sizes if size >= m), default=0)
+
+
+def _key(choice: Choice) -> _Tile:
+    return choice.variant, choice.block_m, choice.row_blocks, choice.num_warps
+
+
+class _Resources(NamedTuple):
+    """What a tile takes: registers of a thread, instructions per 16 packed bytes; and whether it compiles without
+    spilling where several programs share the K of a tile."""
+
+    registers: int
+    per_16_bytes: float
+    may_split: bool
+
+
+def _resources(problem: Problem) -> dict[_Tile, _Resources]:
+    """Of every tile that compiles without spilling; of groups smaller than were compiled, those with registers to
+    spare."""
+    groups = _groups(problem)
+    found = _table().get((problem.bits, min(groups, 4)), {})
+    return found if groups <= 4 else {tile: taken for tile, taken in found.items() if taken.registers <= 192}
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[tuple[int, int], dict[_Tile, _Resources]]:
+    table: dict[tuple[int, int], dict[_Tile, _Resources]] = {}
+    for variant, bits, groups, block_m, row_blocks, warps, *taken in json.loads(RESOURCES.read_text("utf-8"))["tiles"]:
+        table.setdefault((bits, groups), {})[variant, block_m, row_blocks, warps] = _Resources(*taken)
+    return table
+
+
+def _tiles_to_compile(bits: int) -> Iterator[Choice]:
+    for block_m, row_blocks, warps in itertools.product((8, 16), (1, 2, 4, 8), (4, 8)):
+        yield Choice("warp_k", block_m, row_blocks, warps, 3)
+    for block_m, (row_blocks, warps) in itertools.product((16, 32, 64), ((4, 4), (8, 4), (8, 8), (16, 8))):
+        yield Choice("rows", block_m, row_blocks, warps, 4)
+
+
+def _compiled(job: tuple[int, int, Choice]) -> list[Any] | None:
+    """A row of `resources.json`; None for a tile that spills."""
+    from .inspect import inspect
+    from .problems import Case
+
+    bits, groups, choice = job
+    # There are no larger groups: one for a block of 256 inputs is one for all of them.
+    group_size = block_inputs(bits) // groups if block_inputs(bits) // groups <= 128 else None
+    case = Case("weight_only_linear", Problem(choice.block_m, 4096, 4096, bits, group_size, False, torch.bfloat16))
+    # A split's own epilogue takes registers too.
+    whole, split = (inspect(case, "sm_90", replace(choice, split=split)) for split in (1, MAX_SPLIT))
+    print(f"W{bits}, {groups} groups, {choice}: {whole.registers} and {split.registers} registers, {whole.spills} and "
+          f"{split.spills} spilled {whole.error}", flush=True)  # fmt: skip
+    if not whole.passed:
+        return None
+    tile = (choice.block_m, choice.row_blocks, choice.num_warps)
+    return [choice.variant, bits, groups, *tile, whole.registers, whole.per_16_bytes, split.passed]
+
+
+def write_resources() -> None:
+    """Compile every tile for sm_90 and write those that do not spill to `resources.json`."""
+    import triton
+
+    jobs = [
+        (bits, groups, choice)
+        for bits, groups in itertools.product((2, 3, 4, 8), (1, 2, 4))
+        if block_inputs(bits) // groups >= 32
+        for choice in _tiles_to_compile(bits)
+    ]
+    with ProcessPoolExecutor() as pool:
+        rows = [row for row in pool.map(_compiled, jobs) if row is not None]
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    content = f'{{"triton": "{triton.__version__}", "fields": {json.dumps(_FIELDS)}, "tiles": [\n{lines}\n]}}\n'
+    temporary = RESOURCES.with_suffix(".partial")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(RESOURCES)
+
+
+def main() -> None:
+    """Print the estimate of what the rules choose."""
+    from .tiles import choose
+
+    parser = argparse.ArgumentParser(prog="python -m sliderquant_kernels.estimate", description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", nargs="+", default=["8192x28672", "28672x4096", "14336x4096", "4096x4096"])
+    parser.add_argument("--bits", nargs="+", type=int, default=[4])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 32, 64])
+    parser.add_argument("--write-resources", action="store_true", help="compile all tiles anew; takes minutes")
+    arguments = parser.parse_args()
+    if arguments.write_resources:
+        write_resources()
+        return
+    device = Device.typical(90)
+    print("groups of 128, bf16, 132 multiprocessors, memory of an H200; share of what memory can stream")
+    for shape, bits, m in itertools.product(arguments.shape, arguments.bits, arguments.tokens):
+        n, k = (int(size) for size in shape.split("x"))
+        problem = Problem(m, n, k, bits, 128, False, torch.bfloat16)
+        choice = choose(problem, device)
+        found = estimate(problem, replace(choice, reason=""), device)
+        share = n * k * bits / 8 * (1 + _scale_share(problem)) / MEMORY / found.microseconds
+        tile = f"{choice.variant} {choice.block_m} x {choice.row_blocks * ROWS}, {choice.num_warps} warps"
+        print(
+            f"{shape:>12} W{bits} M={m:<3} {found.microseconds:7.1f} us {share:5.0%}  {tile}, "
+            f"{choice.num_stages} stages, split {choice.split}, {found.programs} a multiprocessor, "
+            f"{found.rounds} rounds, {found.bound}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The estimate that the rules choose by: against what was measured on a GPU, and against counting by hand."""
+
+import json
+import math
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sliderquant_kernels import estimate, tiles
+from sliderquant_kernels.estimate import candidates, fastest
+from sliderquant_kernels.tiles import Choice, Device, Problem
+
+H200 = Device(90, 132, "NVIDIA H200")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200" / "kernels-quick.json"
+BOTH = ("warp_k", "rows")
+
+
+def _problem(m=1, n=4096, k=4096, bits=4, group_size=128, symmetric=False):
+    return Problem(m, n, k, bits, group_size, symmetric, torch.bfloat16)
+
+
+def _measured():
+    """(problem, tile, microseconds) of each launch of up to 64 tokens in the result file."""
+    pattern = re.compile(r"(warp_k|rows) (\d+) x (\d+), (\d+) warps, (\d) stages(?:, split (\d))?:")
+    found = {}
+    for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]:
+        ours = row["op"] == "weight_only_linear" and row["kind"] == "time" and row["provider"].startswith("sliderquant")
+        if not (ours and row["status"] == "ok" and row["m"] <= 64):
+            continue
+        match = pattern.match(row["note"])
+        variant, block_m, rows, warps, stages, split = (match[1], *map(int, match.groups("1")[1:]))
+        scheme = re.fullmatch(r"W(\d)A16-g(\d+)", row["scheme"])
+        n, k = map(int, row["shape"].split("x"))
+        problem = _problem(row["m"], n, k, int(scheme[1]), int(scheme[2]))
+        choice = Choice(variant, block_m, rows // 16, warps, stages, split)
+        if estimate._key(choice) in estimate._resources(problem):  # others spill with the release that it is of
+            found[problem, choice] = row["q50_us"]
+    return found
+
+
+def test_estimates_are_near_what_an_h200_took():
+    ratios = {}
+    for (problem, choice), microseconds in _measured().items():
+        ratios[problem, choice] = estimate.estimate(problem, choice, H200).microseconds / microseconds
+    assert len(ratios) >= 40
+    assert statistics.fmean(abs(math.log(ratio)) for ratio in ratios.values()) < 0.07
+    worst = max(ratios, key=lambda key: abs(math.log(ratios[key])))
+    assert 0.75 < ratios[worst] < 1.33, worst
+
+
+def test_by_hand():
+    """28672 rows in tiles of 64: 448 programs of 4 warps, of which 132 multiprocessors hold 396 with 4 stages."""
+    problem, choice = _problem(n=28672), Choice("warp_k", 8, 4, 4, 4)
+    got = estimate.estimate(problem, choice, H200)
+    assert (got.programs, got.rounds) == (3, 2)
+    # Codes of 64 rows, and a scale with its zero-point, 4 bytes, for each 128 of them; of 4 programs at the most.
+    streamed = 4 * 64 * 4096 / 2 * (1 + 4 / 64)
+    want = estimate.START + 2 * 3.2 + streamed / (estimate.MEMORY / 132)
+    assert got.microseconds == pytest.approx(want, rel=1e-9)
+    assert got.bound == "memory"
+    # With 3 stages all of them are held at once.
+    assert (estimate.estimate(problem, replace(choice, num_stages=3), H200).rounds) == 1
+
+
+def test_each_limit_binds_where_it_should():
+    bounds = {
+        "latency": estimate.estimate(_problem(n=14336), Choice("rows", 16, 4, 4, 4), H200),
+        "L2": estimate.estimate(_problem(64, n=14336), Choice("rows", 64, 4, 4, 4), H200),
+        "issue": estimate.estimate(_problem(bits=2, n=8192, k=28672), Choice("warp_k", 8, 2, 4, 4), H200),
+        "memory": estimate.estimate(_problem(n=8192, k=28672), Choice("warp_k", 8, 2, 8, 4), H200),
+    }
+    assert {name: found.bound for name, found in bounds.items()} == {name: name for name in bounds}
+
+
+problems = st.builds(
+    _problem,
+    m=st.integers(1, 64),
+    n=st.integers(1, 60000),
+    k=st.integers(1, 30000),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    group_size=st.sampled_from([32, 64, 128, None]),
+    symmetric=st.booleans(),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems, st.sampled_from([78, 114, 132, 144]))
+def test_the_least_of_all_candidates_is_taken(problem, sm_count):
+    device = Device(90, sm_count)
+    rounded = replace(problem, m=1 << (problem.m - 1).bit_length())
+    found = candidates(rounded, device)
+    assert found
+    best = fastest(problem, device, BOTH)
+    least = min(estimate.estimate(rounded, choice, device).microseconds for choice in found)
+    got = estimate.estimate(rounded, replace(best, reason=""), device)
+    assert got.microseconds == pytest.approx(least, abs=0.011)
+    assert best.block_m >= min(problem.m, 64)
+    assert f"{got.microseconds:.1f} us, by {got.bound}" in best.reason
+    for choice in found:
+        of = estimate.estimate(rounded, choice, device)
+        assert of.programs >= 1
+        assert of.rounds >= 1
+        assert 0 < of.microseconds < math.inf
+
+
+def test_more_tokens_than_a_tile_holds_have_no_estimate():
+    assert fastest(_problem(65), H200, BOTH) is None
+    assert tiles.choose(_problem(65), H200).variant == "rows"
+
+
+def test_the_rules_of_sm_90_take_it_and_those_of_others_do_not():
+    problem = _problem(3, n=14336)
+    assert tiles.choose(problem, H200) == fastest(problem, H200, BOTH if tiles.RULES_TAKE_WARP_K else ("rows",))
+    assert tiles.choose(problem, H200, "warp_k") == fastest(problem, H200, ("warp_k",))
+    assert "estimate" not in tiles.choose(problem, Device.typical(100)).reason
+    assert "estimate" not in tiles.choose(problem, H200, batch_invariant=True).reason
+
+
+def test_the_command_prints_what_the_rules_choose(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["estimate", "--shape", "14336x4096", "--bits", "4", "2", "--tokens", "1", "64"])
+    estimate.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    found = tiles.choose(_problem(n=14336), Device.typical(90))
+    assert f"{found.variant} {found.block_m} x {found.row_blocks * 16}, {found.num_warps} warps" in lines[1]
