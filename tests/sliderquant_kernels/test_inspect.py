@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from sliderquant_kernels import inspect, sass
+from sliderquant_kernels import estimate, inspect, sass
 
 # What may multiply, by op and kernel: warps that split K stay on the instruction of a warp; the others take the widest
 # there is.
@@ -63,7 +63,8 @@ def test_grid(arch, tmp_path):
 
 def _check_main_job(arch, row):
     """W4A16-g128, bf16, zero-points, even shapes: at most 90 instructions per 16 packed bytes for decoding and 115 up
-    to 32 tokens; 80 on sm_100, which moves more bytes for each instruction. 64 KB in flight on sm_90."""
+    to 32 tokens; 80 on sm_100, which moves more bytes for each instruction. On sm_90 as many bytes in flight as memory
+    delivers within its latency, as measured on an H200: 39 KB."""
     words = row["shape"].split()
     if words[:2] != ["W4-g128-asym", "bfloat16"] or words[3] not in ("large", "small") or len(words) > 4:
         return
@@ -73,7 +74,7 @@ def _check_main_job(arch, row):
     elif tokens <= 32:
         assert row["per_16_bytes"] <= 115, row
     if arch == "sm_90" and tokens <= 32:
-        assert row["in_flight"] >= 64 * 1024, row
+        assert row["in_flight"] >= estimate.MEMORY / 132 * estimate.LATENCY, row
 
 
 def _check_waits(row):
