@@ -124,8 +124,7 @@ def _matrix(summary: list[Row]) -> list[str]:
         parts = [row["method"], row.get("label"), *_unusual(row, quantized)]
         name = ", ".join(part for part in parts if part)
         if "perplexity" in row:
-            # Of runs that shared their device no seconds are kept.
-            cell = figure_text(row["perplexity"]) + (f" ({row['seconds']:.3g} s)" if row["seconds"] is not None else "")
+            cell = f"{figure_text(row['perplexity'])} ({row['seconds']:.3g} s)"
         else:
             cell = row.get("reason", "refused")
         cells.setdefault(name, {"method": name})[column_of(row)] = cell

@@ -29,7 +29,7 @@ def effort_figure(summary: Iterable[Row]) -> Figure | None:
     originals = {row["model"]: row["perplexity"] for row in rows if row["method"] == "original"}
     panels: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        if row["method"] != "original" and row["model"] in originals and row["seconds"] is not None:
+        if row["method"] != "original" and row["model"] in originals:
             panels.setdefault(row["model"], {}).setdefault(row["scheme"], []).append(row)
     for model, found in list(panels.items()):
         panels[model] = {scheme: some for scheme, some in found.items() if any(map(_effort, some))}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -296,11 +297,9 @@ def _measured(case: Case, place: Place, row: Row) -> Row:
                 measured["threads"] = torch.get_num_threads()
                 checkpoint = result.path
             # In fp32 on every device: what is compared is quantization, not the rounding of 16-bit activations.
-            value = sliderquant.evaluate(checkpoint, place.evaluation.source, seqlen=place.seqlen, dtype="float32")
-            others = {
-                text.name: sliderquant.evaluate(checkpoint, text.source, seqlen=place.seqlen, dtype="float32").value
-                for text in place.elsewhere
-            }
+            measure = partial(sliderquant.evaluate, checkpoint, seqlen=place.seqlen, dtype="float32")
+            value = measure(place.evaluation.source)
+            others = {text.name: measure(text.source).value for text in place.elsewhere}
         except PeerError as error:
             if str(error) != error.summary:
                 print(error, flush=True)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -62,12 +63,14 @@ class Estimate:
         bound: what decides most of it: `memory`, `latency`, `L2` or `issue`.
         programs: that a multiprocessor holds.
         rounds: of programs, one after the other.
+        in_flight: packed bytes that the pipelines of these programs have under way.
     """
 
     microseconds: float
     bound: str
     programs: int
     rounds: int
+    in_flight: int
 
 
 def estimate(problem: Problem, choice: Choice, device: Device) -> Estimate:
@@ -107,7 +110,8 @@ def estimate(problem: Problem, choice: Choice, device: Device) -> Estimate:
         spent[bound] = spent.get(bound, 0.0) + streaming
         total += _overhead(choice) + streaming
         rounds, left = rounds + 1, left - held
-    return Estimate(total, max(spent, key=lambda name: spent[name]), programs, rounds)
+    in_flight = programs * (choice.num_stages - 1) * step_bytes
+    return Estimate(total, max(spent, key=lambda name: spent[name]), programs, rounds, in_flight)
 
 
 def _overhead(choice: Choice) -> float:
@@ -128,7 +132,8 @@ def _programs(problem: Problem, choice: Choice, registers: int) -> int:
     """Programs that a multiprocessor holds at a time."""
     rows, inputs = ROWS * choice.row_blocks, block_inputs(problem.bits)
     weight, x = choice.row_blocks * block_bytes(problem.bits), inputs * choice.block_m * 2
-    scales = 4 * _groups(problem)
+    # One scale a row and group, with its zero-point; that of a whole row is not in the loop.
+    scales = 0 if problem.group_size is None else (2 if problem.symmetric else 4) * _groups(problem)
     stages = choice.num_stages
     if choice.variant == "warp_k":
         shared = (stages - 1) * choice.num_warps * (weight + x + scales * max(rows, 32))
@@ -155,8 +160,8 @@ def _fastest(problem: Problem, device: Device, variants: tuple[str, ...]) -> Cho
     found = [(estimate(problem, choice, device), choice) for choice in candidates(problem, device, variants)]
     if not found:
         return None
-    # Of equals the one with fewer programs and shorter pipelines, which come first.
-    best, choice = min(found, key=lambda pair: round(pair[0].microseconds, 2))
+    # Of equals the one that a longer latency than was measured would hurt least.
+    best, choice = min(found, key=lambda pair: (round(pair[0].microseconds, 2), -pair[0].in_flight))
     return replace(choice, reason=f"least of {len(found)} estimates: {best.microseconds:.1f} us, by {best.bound}")
 
 
@@ -248,6 +253,8 @@ def write_resources() -> None:
     ]
     with ProcessPoolExecutor() as pool:
         rows = [row for row in pool.map(_compiled, jobs) if row is not None]
+    if not rows:
+        raise SystemExit(f"no tile compiled without spilling: {RESOURCES} stays as it is; the lines above say why")
     lines = ",\n".join(json.dumps(row) for row in rows)
     content = f'{{"triton": "{triton.__version__}", "fields": {json.dumps(_FIELDS)}, "tiles": [\n{lines}\n]}}\n'
     temporary = RESOURCES.with_suffix(".partial")
@@ -266,6 +273,8 @@ def main() -> None:
     parser.add_argument("--write-resources", action="store_true", help="compile all tiles anew; takes minutes")
     arguments = parser.parse_args()
     if arguments.write_resources:
+        if os.environ.get("TRITON_INTERPRET", "0") == "1":
+            parser.error("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
         write_resources()
         return
     device = Device.typical(90)

@@ -62,13 +62,6 @@ def test_a_line_through_the_efforts(table):
     assert (set(original.get_ydata()), original.get_linestyle()) == ({40}, "--")
 
 
-def test_runs_without_seconds_have_no_place(table, run_row):
-    shared = run_row(MODEL, "W2A16", "omniquant", 55.0, label="beside others", seconds=None)
-    (axes,) = effort_figure(summary_of([*table, shared])).axes
-    assert not any("55.00" in name for name in labels_of(axes))
-    assert "rtn 308.00" in labels_of(axes)
-
-
 def test_what_is_far_off_is_at_the_upper_edge(table):
     figure = effort_figure(summary_of(table))
     (axes,) = figure.axes

@@ -216,7 +216,8 @@ def test_every_peer_names_its_package():
 def test_ours_is_held_to_the_arithmetic_of_the_kernel_that_is_launched(m, variant, rounded):
     problem = tiles.Problem(m, 4096, 4096, 4, 128, False, torch.bfloat16)
     chosen = ours.choice(problem, variant, tiles.Device.typical(90))
-    assert chosen.variant in ([variant] if variant else ["dense"] if m == 4096 else ["warp_k", "rows"])
+    assert chosen == tiles.choose(problem, tiles.Device.typical(90), variant)
+    assert (chosen.variant == "dense") == bool(rounded)
     assert ours.arithmetic(chosen).weight_roundings == rounded
     assert ours.describe(chosen).startswith(f"{chosen.variant} {chosen.block_m} x" if chosen.num_warps else "dense: ")
     assert ours.describe(chosen).endswith(chosen.reason)

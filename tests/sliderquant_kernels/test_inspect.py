@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 from sliderquant_kernels import estimate, inspect, sass
+from sliderquant_kernels.tiles import Choice
 
 # What may multiply, by op and kernel: warps that split K stay on the instruction of a warp; the others take the widest
 # there is.
@@ -56,6 +57,7 @@ def test_grid(arch, tmp_path):
             assert row["weights_from"] == "registers", row
         if row["op"] == "weight_only_linear":
             _check_main_job(arch, row)
+            _check_estimate(arch, row)
         _check_waits(row)
     wanted = {("weight_only_linear", name) for name in ("warp_k", "rows", "dense")} | {("dequantize", "dequantize")}
     assert wanted | {("low_bit_linear", "warp_k"), ("low_bit_linear", "rows")} <= variants
@@ -63,8 +65,7 @@ def test_grid(arch, tmp_path):
 
 def _check_main_job(arch, row):
     """W4A16-g128, bf16, zero-points, even shapes: at most 90 instructions per 16 packed bytes for decoding and 115 up
-    to 32 tokens; 80 on sm_100, which moves more bytes for each instruction. On sm_90 as many bytes in flight as memory
-    delivers within its latency, as measured on an H200: 39 KB."""
+    to 32 tokens; 80 on sm_100, which moves more bytes for each instruction. 64 KB in flight on sm_90."""
     words = row["shape"].split()
     if words[:2] != ["W4-g128-asym", "bfloat16"] or words[3] not in ("large", "small") or len(words) > 4:
         return
@@ -74,7 +75,15 @@ def _check_main_job(arch, row):
     elif tokens <= 32:
         assert row["per_16_bytes"] <= 115, row
     if arch == "sm_90" and tokens <= 32:
-        assert row["in_flight"] >= estimate.MEMORY / 132 * estimate.LATENCY, row
+        assert row["in_flight"] >= 64 * 1024, row
+
+
+def _check_estimate(arch, row):
+    """The estimate counts as many programs on a multiprocessor as the compiler's shared memory and registers allow."""
+    problem = next(case.problem for case in inspect.GRIDS[row["op"]](False) if case.describe() == row["shape"])
+    if arch == "sm_90" and problem.m <= estimate.MAX_TOKENS:
+        choice = Choice(**row["choice"])
+        assert estimate._programs(problem, choice, row["registers"]) == row["programs"], row
 
 
 def _check_waits(row):
@@ -89,8 +98,6 @@ def _check_waits(row):
 
 
 def test_budgets_may_only_shrink(tmp_path):
-    from sliderquant_kernels.tiles import Choice
-
     row = inspect.Row("sm_90", "weight_only_linear", "W4", Choice("warp_k"), per_16_bytes=70.0)
     path = tmp_path / "budgets.json"
     inspect.write_budgets([row], path)
