@@ -12,7 +12,7 @@ from .activations import QuantizedActivations, quantize_activations
 from .hadamard import hadamard, hadamard_quantize
 from .hadamard_matrix import HadamardTransform, factor_hadamard
 from .layout import PackedWeight, WeightLayout, choose_layout
-from .low_bit import low_bit_linear
+from .low_bit import direct_low_bit_linear, low_bit_linear
 from .low_bit_layout import LowBitLayout, choose_low_bit_layout
 from .weight_only import dequantize, direct_linear, weight_only_linear
 
@@ -26,6 +26,7 @@ __all__ = [
     "choose_low_bit_layout",
     "dequantize",
     "direct_linear",
+    "direct_low_bit_linear",
     "factor_hadamard",
     "hadamard",
     "hadamard_quantize",

@@ -16,7 +16,7 @@ in fp32; when symmetric max|x| becomes the larger of -c_low min(x, 0) and c_high
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -165,11 +165,19 @@ def _check(
 
 def _on_cpu(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip=None):
     _check(x, bits, norm_weight, gate, packed, clip)
-    codes, scale, zero, total = quantize(prepared(x, norm_weight, norm_eps, gate), bits, symmetric, clip)
+    x = prepared(x, norm_weight, norm_eps, gate)
+    codes, scale, zero, total = _quantizer(x.dtype)(x, bits, symmetric, clip)
     if packed:
         nibbles = codes.view(torch.uint8) & 15
         codes = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
     return codes, scale, zero, total
+
+
+def _quantizer(dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """`quantize`, by the compiled loop where there is one for this dtype."""
+    from . import cpu_native, cpu_vnni  # they need this module
+
+    return cpu_vnni.quantize if cpu_vnni.takes(dtype) and cpu_native.vnni(4) else quantize
 
 
 def _on_cuda(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip=None):

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import bits as bitpack
-from . import cpu_int4
+from . import cpu_int4, cpu_vnni
 from .cpu_scratch import scratch
-from .layout import WeightLayout
+from .cpu_vnni import DirectVnniLinear, prefers_torch
+from .layout import PackedWeight, WeightLayout
 
 # As in cpu_int4, for torch's int8 matmul: its time over the dequantizing path's is 0.23-0.31 for one token, 0.84-1.15
 # for 16, 1.3-1.7 for 32. One token takes 0.6 of a dense bf16 matmul; dequantizing every time takes 3 to 4 of them.
@@ -35,6 +36,8 @@ def weight_only_linear(
 ) -> Tensor:
     """x `[..., K]` -> `[..., N]`, contiguous. Arguments have been validated."""
     shape = x.shape[:-1]
+    if layout.kind == "cpu_vnni" and (batch_invariant or not prefers_torch(x.numel() // layout.k, rounded=False)):
+        return cpu_vnni.weight_only_linear(x, PackedWeight(weight, scale, zero_point), layout, bias, residual)
     x = x.reshape(-1, layout.k).contiguous()
     if batch_invariant and x.shape[0] > 1:
         y = x.new_empty(x.shape[0], layout.n)
@@ -53,6 +56,8 @@ def _weights_for(
     """(rows, their weights `[K, rows]` in x's dtype), each valid until the next are asked for."""
     if layout.kind == "cpu_dense":
         yield slice(0, layout.n), weight.t()
+    elif layout.kind == "cpu_vnni":
+        yield from cpu_vnni.dequantized_chunks(PackedWeight(weight, scale, zero_point), layout, x.dtype)
     elif layout.kind == "cpu_int4":
         yield from cpu_int4.dequantized_chunks(weight, scale, layout.symmetric, x.dtype)
     else:
@@ -68,7 +73,10 @@ def _matmul(x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None,
     if layout.kind == "cpu_dense":
         return linear(x, weight)
     y = x.new_empty(x.shape[0], layout.n)
-    if x.shape[0]:
+    if layout.kind == "cpu_vnni":
+        for rows, w in _weights_for(x, weight, scale, zero_point, layout):
+            torch.mm(x, w, out=y[:, rows])
+    elif x.shape[0]:
         for rows, w in _dequantized_chunks(weight, scale, zero_point, layout, x.dtype):
             y[:, rows] = linear(x, w)
     return y
@@ -81,12 +89,15 @@ class DirectLinear:
     serves eager calls without gradients; tracing needs the op.
     """
 
-    __slots__ = ("bias", "layout", "scale", "weight", "zero_point")
+    __slots__ = ("_loop", "bias", "layout", "scale", "weight", "zero_point")
 
     def __init__(
         self, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, layout: WeightLayout
     ) -> None:
         self.weight, self.scale, self.zero_point, self.bias, self.layout = weight, scale, zero_point, bias, layout
+        self._loop: DirectVnniLinear | None = None
+        if layout.kind == "cpu_vnni":
+            self._loop = DirectVnniLinear(PackedWeight(weight, scale, zero_point), layout, scale.dtype, bias, None)
 
     def fits(self, x: Tensor) -> bool:
         """Whether `x` is what the op would compute with these tensors, outside of gradients and tracing."""
@@ -105,6 +116,8 @@ class DirectLinear:
         For many tokens: what reads a slice of one product, which is strided, takes up to twice as long.
         """
         rows = x.reshape(-1, self.layout.k).contiguous()
+        if self._loop is not None and not prefers_torch(rows.shape[0], rounded=False):
+            return self._loop.parts(x, sizes)
         found = [rows.new_empty(rows.shape[0], size) for size in sizes]
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
         for done, w in _weights_for(rows, self.weight, self.scale, self.zero_point, self.layout):
@@ -121,6 +134,8 @@ class DirectLinear:
         """x `[..., K]` -> `[..., N]`, contiguous."""
         layout = self.layout
         rows = x.reshape(-1, layout.k).contiguous()
+        if self._loop is not None and not prefers_torch(rows.shape[0], rounded=False):
+            return self._loop(x)
         y = _matmul(rows, self.weight, self.scale, self.zero_point, layout)
         if self.bias is not None:
             y.add_(self.bias)
@@ -149,6 +164,12 @@ def dequantize(
     if layout.kind == "cpu_dense" and dtype == weight.dtype:
         return weight.clone()
     out = torch.empty(layout.n, layout.k, dtype=dtype)
+    if layout.kind == "cpu_vnni":
+        # fp16 has a narrower range than the bf16 scales: it is rounded to last.
+        exact = dtype if cpu_vnni.takes(dtype) else torch.float32
+        for rows, w in cpu_vnni.dequantized_chunks(PackedWeight(weight, scale, zero_point), layout, exact):
+            out[rows] = w.t()
+        return out
     compute = dtype if dtype == scale.dtype else torch.float32
     for rows, w in _dequantized_chunks(weight, scale, zero_point, layout, compute):
         out[rows] = w

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu_native
+from . import cpu_int4_native, cpu_native
 from .cpu_scratch import scratch
 
 BITS = (2, 3, 4)
@@ -61,10 +61,9 @@ def max_op_tokens() -> int:
     Both take about the same time at these numbers, on AVX512 without AMX. AMX multiplies bf16 several times as fast;
     where the two meet there is derived from that, not measured.
     """
-    if not cpu_native.is_available():
+    if not cpu_int4_native.is_available():
         return 48
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return 16 if has_amx is not None and has_amx() else 32
+    return 16 if cpu_native.has_amx() else 32
 
 
 @lru_cache(maxsize=1)
@@ -223,10 +222,10 @@ def dequantized_chunks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their weights `[K, rows]` in `dtype`): each is valid until the next one is asked for."""
     groups, n, k = fused.shape[0], weight.shape[0], weight.shape[1] * 2
-    if cpu_native.is_available() and dtype in (torch.bfloat16, torch.float32):
+    if cpu_int4_native.is_available() and dtype in (torch.bfloat16, torch.float32):
         for chunk in _chunks(n, k):
             w = scratch("weights", dtype, k, chunk.size)
-            cpu_native.dequantize_int4(
+            cpu_int4_native.dequantize_int4(
                 weight[chunk.rows], fused[:, chunk.rows], chunk.block, chunk.halves, symmetric, w
             )
             yield chunk.rows, w

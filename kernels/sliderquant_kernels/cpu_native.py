@@ -1,6 +1,6 @@
-"""A compiled loop for what torch has no op for on a CPU: `cpu_int4_dequantize.c`.
+"""Compiled loops for what torch has no op for on a CPU: the C files of this package.
 
-The C compiler of the machine (`CC`, cc, gcc or clang: the one that Triton needs too) compiles it when it is first
+The C compiler of the machine (`CC`, cc, gcc or clang: the one that Triton needs too) compiles each when it is first
 wanted, into the user's cache folder. Where there is no compiler, or with
 `SLIDERQUANT_NATIVE=0`, torch's own ops compute the same bits in several passes.
 """
@@ -20,100 +20,88 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-__all__ = ["dequantize_int4", "is_available"]
+__all__ = ["dequantize_int4", "has_amx", "openmp", "threads_for", "vnni"]
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("cpu_int4_dequantize.c")
 # -ffp-contract=off: a fused multiply-add would round otherwise than torch does.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 _SECONDS = 60
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-# Fewer weights than this take less time than waking another thread does.
-_WEIGHTS_PER_THREAD = 1 << 16
 
 
-class _Job(ctypes.Structure):
-    _fields_ = (
-        ("packed", ctypes.c_void_p),
-        ("fused", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("k", "groups", "block", "blocks", "fused_stride", "out_stride")),
-        *((name, ctypes.c_int32) for name in ("halves", "symmetric", "as_float", "threads")),
-    )
+def dequantize_int4() -> Callable[..., int] | None:
+    """The function of `cpu_int4_dequantize.c`, which `cpu_int4_native` calls; None: there is none here, see the log."""
+    return _compiled("cpu_int4_dequantize.c", "sliderquant_dequantize_int4")
 
 
-def is_available() -> bool:
-    """Whether the loop is compiled here, after trying once."""
-    return _function() is not None
-
-
-def dequantize_int4(packed: Tensor, fused: Tensor, block: int, halves: bool, symmetric: bool, out: Tensor) -> None:
-    """Write rows of a `cpu_int4` weight to `out`.
-
-    Args:
-        packed: bytes of whole blocks, uint8 `[rows, K / 2]`, contiguous.
-        fused: scale and zero of the same rows, bf16 `[G, rows, 2]`; the rows may be a slice.
-        block, halves: how rows are ordered, see `cpu_int4.RowOrder`.
-        out: `[K, rows]` bf16 or fp32, with rows next to each other.
-
-    Raises:
-        RuntimeError: the loop is not available, or does not take such a weight.
-    """
-    function = _function()
-    if function is None:
-        raise RuntimeError("there is no compiled loop on this machine; ask is_available() first")
-    rows, k = packed.shape[0], packed.shape[1] * 2
-    runtime = _openmp()
-    threads = min(torch.get_num_threads(), max(1, rows * k // _WEIGHTS_PER_THREAD)) if runtime else 1
-    job = _Job(
-        packed.data_ptr(),
-        fused.data_ptr(),
-        out.data_ptr(),
-        k,
-        fused.shape[0],
-        block,
-        rows // block,
-        fused.stride(0) // 2,
-        out.stride(0),
-        halves,
-        symmetric,
-        out.dtype == torch.float32,
-        threads,
-    )
-    if function(ctypes.byref(job), *(runtime or (None, None, None))):
-        raise RuntimeError(f"the compiled loop takes blocks of up to 64 rows, got {block}")
+def vnni(bits: int) -> Callable[..., int] | None:
+    """The function of `cpu_vnni.c` for codes of 2, 3, 4 or 8 bits, which `cpu_vnni` calls; None: there is none here, as
+    there never is without AVX512-VNNI, see the log."""
+    return _compiled("cpu_vnni.c", "sliderquant_vnni", f"-DBITS={4 if bits == 3 else bits}")
 
 
 @lru_cache(maxsize=1)
-def _function() -> Callable[..., int] | None:
+def has_amx() -> bool:
+    """Whether the processor multiplies matrices of bf16 and int8 by AMX, and torch uses it."""
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and bool(asked())
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str, name: str, *flags: str) -> Callable[..., int] | None:
+    """The C function `int name(const Job *, ...)`, whose other arguments are `openmp()` or None."""
     if os.environ.get("SLIDERQUANT_NATIVE", "1") == "0" or platform.system() not in ("Linux", "Darwin"):
         return None
     try:
-        function = ctypes.CDLL(str(_compiled())).sliderquant_dequantize_int4
+        function = getattr(ctypes.CDLL(str(_library(Path(__file__).with_name(source), flags))), name)
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
-        logger.info("int4 weights are dequantized by torch's ops: %s", error)
+        logger.info("%s is not used, torch's ops take its place: %s", source, error)
         return None
-    function.argtypes = (ctypes.POINTER(_Job), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    function.argtypes = (ctypes.c_void_p,) * 4
     function.restype = ctypes.c_int
     return function
 
 
-def _compiled() -> Path:
-    """The shared library for this source, compiler and processor; compiled if it is not in the cache yet."""
+def threads_for(work: int, least: int) -> int:
+    """Threads for so much work, of which a thread takes `least` at the least: to wake it takes time too."""
+    return min(torch.get_num_threads(), max(1, work // least))
+
+
+@lru_cache(maxsize=1)
+def openmp() -> tuple[ctypes.c_void_p, ...] | None:
+    """GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the OpenMP runtime that torch runs on.
+
+    None: it is not one with all of them, and loops run in one thread.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    paths = {line.split()[-1] for line in lines if "omp" in line.rpartition("/")[2]}
+    for path in sorted(paths):
+        try:
+            library = ctypes.CDLL(path)
+            return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in _OPENMP)
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _library(source: Path, flags: tuple[str, ...]) -> Path:
+    """The shared library for this source, compiler, flags and processor; compiled if it is not in the cache yet."""
     compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if (found := _which(name))), None)
     if compiler is None:
         raise RuntimeError("no C compiler (CC, cc, gcc, clang)")
-    key = hashlib.sha256(repr((_SOURCE.read_bytes(), compiler, _FLAGS, _processor())).encode()).hexdigest()[:20]
+    key = hashlib.sha256(repr((source.read_bytes(), compiler, _FLAGS, flags, _processor())).encode()).hexdigest()[:20]
     folder = _cache_folder()
-    library, digest = folder / f"int4-{key}.so", folder / f"int4-{key}.sha256"
+    library, digest = folder / f"{source.stem}-{key}.so", folder / f"{source.stem}-{key}.sha256"
     if _is_whole(library, digest):
         return library
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / library.name
-        command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-lm"]
+        command = [compiler, *_FLAGS, *flags, "-o", str(made), str(source), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         if done.returncode:
             raise RuntimeError(f"{compiler} failed: {' '.join(done.stderr.split())[:300]}")
@@ -162,20 +150,3 @@ def _cache_folder() -> Path:
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise RuntimeError(f"{folder} belongs to, or can be written by, another user")
     return folder
-
-
-@lru_cache(maxsize=1)
-def _openmp() -> tuple[ctypes.c_void_p, ...] | None:
-    """The functions of `_OPENMP` in the OpenMP runtime that torch runs on; None: it is not one with all of them."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    paths = {line.split()[-1] for line in lines if "omp" in line.rpartition("/")[2]}
-    for path in sorted(paths):
-        try:
-            library = ctypes.CDLL(path)
-            return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in _OPENMP)
-        except (OSError, AttributeError):
-            continue
-    return None

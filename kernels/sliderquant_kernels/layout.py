@@ -7,6 +7,7 @@ zero points, or another tool's format, and pack when loading.
 | kind       | device | what                                                                | bits per weight |
 |------------|--------|---------------------------------------------------------------------|-----------------|
 | `triton`   | cuda   | fragments of matrix instructions, see `fragments`                   | b               |
+| `cpu_vnni` | cpu    | blocks for AVX512-VNNI, bf16 only, see `vnni_blocks` and `cpu_vnni` | b; 4 for b = 3  |
 | `cpu_int4` | cpu    | torch's int4 container, bf16 only, see `cpu_int4`                   | 4, b = 2, 3, 4  |
 | `cpu_int8` | cpu    | int8 rows for `_weight_int8pack_mm`, bf16, symmetric, per channel   | 8, b = 8        |
 | `cpu_dense`| cpu    | the dequantized weight, fp32 or fp16                                | 32 or 16        |
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import bits as bitpack
-from . import cpu_int4, fragments
+from . import cpu_int4, cpu_native, fragments, vnni_blocks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A kind's version changes whenever its bytes would be read differently.
-VERSIONS = {"triton": 2, "cpu_int4": 1, "cpu_int8": 1, "cpu_dense": 1, "cpu_bits": 1}
+VERSIONS = {"triton": 2, "cpu_vnni": 1, "cpu_int4": 1, "cpu_int8": 1, "cpu_dense": 1, "cpu_bits": 1}
 INT8_MULTIPLE = 16
 
 
@@ -137,6 +138,10 @@ class WeightLayout(PackedLayout):
                 f"kind: 'cpu_int4' needs 2, 3 or 4 bits, n a multiple of {cpu_int4.ROW_MULTIPLE} and k of 32, "
                 f"got bits={self.bits}, n={self.n}, k={self.k}; use choose_layout or 'cpu_bits'"
             )
+        if self.kind == "cpu_vnni" and not vnni_blocks.token_group(self.k, self.group_size):
+            raise ValueError(
+                f"kind: 'cpu_vnni' needs k a multiple of 32, got k={self.k}; use choose_layout or 'cpu_bits'"
+            )
         if self.kind == "cpu_int8" and not _int8_fits(self.bits, self.n, self.k, self.group_size, self.symmetric):
             raise ValueError(
                 f"kind: 'cpu_int8' needs 8 bits, per channel, symmetric, n and k multiples of {INT8_MULTIPLE}, got "
@@ -155,6 +160,9 @@ class WeightLayout(PackedLayout):
         Raises ValueError or TypeError for anything else, and for codes or zero points beyond 2^bits - 1.
         """
         self._check_pack(codes, scale, zero_point)
+        if self.kind == "cpu_vnni":
+            zero = None if zero_point is None else vnni_blocks.pack_groups(zero_point)
+            return PackedWeight(vnni_blocks.pack_codes(codes, self.bits), vnni_blocks.pack_groups(scale), zero)
         if self.kind == "cpu_int4":
             weight, fused = cpu_int4.pack(codes, scale, zero_point, self.bits, self.group_size)
             return PackedWeight(weight, fused, None)
@@ -174,6 +182,10 @@ class WeightLayout(PackedLayout):
         """The exact inverse of `pack`: codes `[N, K]` uint8, scale `[N, G]`, zero_point `[N, G]` uint8 or None."""
         weight, scale, zero_point = packed
         self.check_packed(packed)
+        if self.kind == "cpu_vnni":
+            codes = vnni_blocks.unpack_codes(weight, self.bits, self.n, self.k)
+            zero = None if zero_point is None else vnni_blocks.unpack_groups(zero_point, self.n)
+            return codes, vnni_blocks.unpack_groups(scale, self.n), zero
         if self.kind == "cpu_int4":
             codes, scale, zero_point = cpu_int4.unpack(weight, scale, self.bits, self.group_size)
             return codes, scale, None if self.symmetric else zero_point
@@ -206,7 +218,7 @@ class WeightLayout(PackedLayout):
 
     def _check_pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
         self._check_parts(codes, scale, zero_point)
-        if self.kind in ("cpu_int4", "cpu_int8") and scale.dtype != torch.bfloat16:
+        if self.kind in ("cpu_vnni", "cpu_int4", "cpu_int8") and scale.dtype != torch.bfloat16:
             raise TypeError(
                 f"scale: kind {self.kind!r} expects bfloat16, got {scale.dtype}; "
                 "pass the dtype of the activations to choose_layout, which then takes 'cpu_bits'"
@@ -239,7 +251,8 @@ def choose_layout(
     """The layout for a weight `[n, k]` that multiplies activations of `dtype` on `device`.
 
     A pure function of its arguments and, on a CPU, of its instruction set. On CUDA it is the Triton layout. On a CPU
-    with bf16 activations, 2, 3 and 4 bits go into torch's int4 container wherever n is a multiple of 16 and k of 32
+    with AVX512-VNNI and bf16 activations it is that of the compiled loop wherever k is a multiple of 32. Elsewhere with
+    bf16 activations, 2, 3 and 4 bits go into torch's int4 container wherever n is a multiple of 16 and k of 32
     (2 and 3 bits then take the memory of 4) and symmetric per-channel 8 bits into its int8 matmul; the
     rest keeps its own width and is dequantized on every call. With fp16 or fp32 activations no packed weight is
     multiplied faster than a dense one there: it is dequantized once, and takes the memory of the original.
@@ -254,6 +267,8 @@ def choose_layout(
         kind = "triton"
     elif device_type != "cpu":
         raise ValueError(f"device: expected cuda or cpu, got {device_type!r}; move the model to one of them")
+    elif dtype == torch.bfloat16 and vnni_blocks.token_group(k, group_size) and cpu_native.vnni(bits) is not None:
+        kind = "cpu_vnni"
     elif dtype == torch.bfloat16 and cpu_int4.fits(bits, n, k, group_size) and cpu_int4.is_fast():
         kind = "cpu_int4"
     elif (
@@ -349,6 +364,11 @@ def _specs(
         group = cpu_int4.op_group_size(k, group_size)
         assert group is not None
         return TensorSpec((n, k // 2), torch.uint8), TensorSpec((k // group, n, 2), torch.bfloat16), None
+    if kind == "cpu_vnni":
+        shape = (1 if group_size is None else k // group_size, -(-n // vnni_blocks.ROWS) * vnni_blocks.ROWS)
+        zeros = None if symmetric else TensorSpec(shape, torch.uint8)
+        weights = TensorSpec(vnni_blocks.weight_shape(n, k, bits), torch.uint8)
+        return weights, TensorSpec(shape, torch.bfloat16), zeros
     if kind == "triton":
         scales = fragments.scale_shape(n, k, bits, group_size, symmetric)
         return TensorSpec(fragments.weight_shape(n, k, bits), torch.uint8), TensorSpec(scales, None), None

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import low_bit_cpu
-from .activations import QuantizedActivations
+from . import cpu_vnni, low_bit_cpu
+from .activations import QuantizedActivations, quantize_activations
+from .cpu_vnni import DirectVnniLinear, Rounding
 from .layout import DTYPES, PackedWeight
 from .low_bit_layout import LowBitLayout
 from .low_bit_tiles import VARIANTS
@@ -68,6 +69,29 @@ def low_bit_linear(
         raise TypeError(f"packed: expected a PackedWeight, got {type(packed).__name__}; use layout.pack")
     fields = (layout.kind, layout.bits, layout.n, layout.k, layout.group_size or 0, layout.symmetric)
     return _op(*activations, *packed, bias, residual, *fields, dtype, variant or "")
+
+
+def direct_low_bit_linear(
+    packed: PackedWeight,
+    layout: LowBitLayout,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    rounding: Rounding,
+) -> DirectVnniLinear | None:
+    """`low_bit_linear(quantize_activations(x, *rounding), packed, layout, dtype, bias)` as an object that checks its
+    arguments once; None where there is no short cut: on CUDA, in fp16, and on CPUs without AVX512-VNNI.
+
+    The object computes only what its method `fits` accepts; everything else goes to the ops.
+
+    Raises ValueError or TypeError when the tensors do not fit the layout, or the rounding is none that there is.
+    """
+    if layout.kind != "cpu_vnni" or packed.weight.device.type != "cpu" or not cpu_vnni.takes(dtype):
+        return None
+    layout.check_packed(packed)
+    quantize_activations(torch.empty(0, layout.k), rounding.bits, rounding.symmetric, clip=rounding.clip)
+    if bias is not None and (bias.shape != (layout.n,) or bias.dtype != dtype):
+        raise ValueError(f"bias: expected {dtype} of shape ({layout.n},), got {bias.dtype} of {tuple(bias.shape)}")
+    return DirectVnniLinear(packed, layout, dtype, bias, rounding)
 
 
 @lru_cache(maxsize=1024)

@@ -1,4 +1,5 @@
-"""Low-bit linears on a CPU: torch's int8 matmul, which sums in int32, and the corrections of `low_bit_triton`."""
+"""Low-bit linears on a CPU: the compiled loop of `cpu_vnni` where the processor has AVX512-VNNI, elsewhere torch's
+int8 matmul, which sums in int32, and the corrections of `low_bit_triton`. Both give the same bits."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import cpu_vnni, int8_fragments, vnni_blocks
+from .activations import QuantizedActivations
+from .layout import PackedWeight
 from .low_bit_layout import LowBitLayout
 
 
@@ -26,6 +30,13 @@ def low_bit_linear(
     """`[..., K]` -> `[..., N]` in `dtype`, rounded once. Arguments have been validated."""
     shape, n = (*codes.shape[:-1], layout.n), layout.n
     x = codes.reshape(-1, layout.k).contiguous()
+    if layout.kind == "cpu_vnni":
+        if not cpu_vnni.prefers_torch(x.shape[0], rounded=True):
+            activations = QuantizedActivations(codes, x_scale, x_zero, x_sum)
+            packed = PackedWeight(weight, scale, constants)
+            return cpu_vnni.low_bit_linear(activations, packed, layout, dtype, bias, residual)
+        rows = vnni_blocks.unpack_codes(weight, layout.bits, n, layout.k)
+        weight = (rows ^ int8_fragments.shift(layout.bits)).view(torch.int8)
     if layout.group_size is None:
         total = int_mm(x, weight) - x_sum.reshape(-1, 1) * constants[0, :n]
         if x_zero is not None:

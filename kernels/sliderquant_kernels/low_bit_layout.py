@@ -1,9 +1,10 @@
 """How the weight of a low-bit linear lies in memory for one device.
 
-| kind            | device | what                                              | bits per weight |
-|-----------------|--------|---------------------------------------------------|-----------------|
-| `triton_int8`   | cuda   | fragments of int8 instructions, `int8_fragments`  | b = 2, 4, 8     |
-| `cpu_int8_rows` | cpu    | int8 rows for torch's int8 matmul                 | 8               |
+| kind            | device | what                                                     | bits per weight |
+|-----------------|--------|----------------------------------------------------------|-----------------|
+| `triton_int8`   | cuda   | fragments of int8 instructions, `int8_fragments`         | b = 2, 4, 8     |
+| `cpu_vnni`      | cpu    | blocks for AVX512-VNNI, `vnni_blocks`, `cpu_vnni`  | b = 2, 4, 8     |
+| `cpu_int8_rows` | cpu    | elsewhere: int8 rows for torch's int8 matmul             | 8               |
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from . import cpu_native, vnni_blocks
 from . import int8_fragments as fragments
 from .layout import GROUP_SIZES, PackedLayout, PackedWeight, TensorSpec, check_specs
 
-VERSIONS = {"triton_int8": 1, "cpu_int8_rows": 1}
+VERSIONS = {"triton_int8": 1, "cpu_vnni": 1, "cpu_int8_rows": 1}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class LowBitLayout(PackedLayout):
         weight = TensorSpec((self.n, self.k), torch.int8)
         if self.kind == "triton_int8":
             weight = TensorSpec(fragments.weight_shape(self.n, self.k, self.bits), torch.uint8)
+        elif self.kind == "cpu_vnni":
+            weight = TensorSpec(vnni_blocks.weight_shape(self.n, self.k, self.bits), torch.uint8)
         return weight, TensorSpec((groups, padded), torch.float32), TensorSpec((groups + 1, padded), torch.int32)
 
     def pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> PackedWeight:
@@ -76,6 +80,8 @@ class LowBitLayout(PackedLayout):
         scales = fragments.pack_scales(scale, self.k, self.bits, self.group_size)
         if self.kind == "triton_int8":
             return PackedWeight(fragments.pack_codes(codes, self.bits), scales, constants)
+        if self.kind == "cpu_vnni":
+            return PackedWeight(vnni_blocks.pack_codes(codes, self.bits), scales, constants)
         return PackedWeight((codes ^ fragments.shift(self.bits)).view(torch.int8), scales, constants)
 
     def unpack(self, packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -85,6 +91,8 @@ class LowBitLayout(PackedLayout):
         assert constants is not None
         if self.kind == "triton_int8":
             codes = fragments.unpack_codes(weight, self.bits, self.n, self.k)
+        elif self.kind == "cpu_vnni":
+            codes = vnni_blocks.unpack_codes(weight, self.bits, self.n, self.k)
         else:
             codes = weight.view(torch.uint8) ^ fragments.shift(self.bits)
         zero = None if self.symmetric else fragments.zero_points(constants, self.bits, self.n, self.groups)
@@ -102,8 +110,10 @@ def choose_low_bit_layout(
 
     Raises ValueError for an unsupported width, grouping, shape or device.
     """
-    kinds = {"cuda": "triton_int8", "cpu": "cpu_int8_rows"}
     device_type = torch.device(device).type
-    if device_type not in kinds:
+    if device_type not in ("cuda", "cpu"):
         raise ValueError(f"device: expected cuda or cpu, got {device_type!r}; move the model to one of them")
-    return LowBitLayout(kinds[device_type], bits, n, k, group_size, symmetric)
+    kind = "triton_int8"
+    if device_type == "cpu":
+        kind = "cpu_vnni" if cpu_native.vnni(4) is not None else "cpu_int8_rows"
+    return LowBitLayout(kind, bits, n, k, group_size, symmetric)

@@ -24,12 +24,14 @@ from sliderquant_kernels import (
     choose_low_bit_layout,
     dequantize,
     direct_linear,
+    direct_low_bit_linear,
     low_bit_linear,
     quantize_activations,
     weight_only_linear,
 )
 from sliderquant_kernels.activations import MAX_K
 from sliderquant_kernels.cpu import DirectLinear
+from sliderquant_kernels.cpu_vnni import DirectVnniLinear, Rounding
 
 __all__ = ["PackedLinear", "QuantizedLinear", "layout_for"]
 
@@ -152,7 +154,7 @@ class PackedLinear(QuantizedLinear):
     """
 
     layout: WeightLayout | LowBitLayout
-    _held: tuple[Tensor, Tensor | None, DirectLinear | None] | None
+    _held: tuple[Tensor, Tensor | None, Clip | None, DirectLinear | DirectVnniLinear | None] | None
     packed_weight: Tensor
     packed_scale: Tensor
     packed_zero_point: Tensor | None
@@ -224,10 +226,10 @@ class PackedLinear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]` in `dtype` -> `[..., out]`."""
+        direct = None if torch.compiler.is_compiling() else self._direct()
+        if direct is not None and direct.fits(x):
+            return direct(x)
         if not isinstance(self.layout, LowBitLayout):
-            direct = None if torch.compiler.is_compiling() else self._direct()
-            if direct is not None and direct.fits(x):
-                return direct(x)
             return weight_only_linear(x, self.packed, self.layout, self.bias)
         if x.dtype != self.dtype:
             raise TypeError(f"x: expected dtype {self.dtype} like the layer, got {x.dtype}; convert x or the layer")
@@ -239,15 +241,20 @@ class PackedLinear(QuantizedLinear):
         assert isinstance(self.layout, LowBitLayout)
         return low_bit_linear(activations, self.packed, self.layout, self.dtype, self.bias)
 
-    def _direct(self) -> DirectLinear | None:
-        """The product with the tensors that the module holds now; None: it has no short cut on this device."""
-        weight, bias = self._buffers["packed_weight"], self._parameters["bias"]
+    def _direct(self) -> DirectLinear | DirectVnniLinear | None:
+        """`forward` with the tensors that the module holds now; None: it has no short cut on this device."""
+        weight, bias, clip = self._buffers["packed_weight"], self._parameters["bias"], self.input_clip
         held = self._held
-        if held is None or held[0] is not weight or held[1] is not bias:
+        if held is None or held[0] is not weight or held[1] is not bias or held[2] is not clip:
             assert isinstance(weight, Tensor)
-            assert isinstance(self.layout, WeightLayout)
-            held = self._held = (weight, bias, direct_linear(self.packed, self.layout, bias))
-        return held[2]
+            direct: DirectLinear | DirectVnniLinear | None
+            if isinstance(self.layout, LowBitLayout):
+                rounding = Rounding(self.scheme.activation_bits, self.scheme.activation_symmetric, clip)
+                direct = direct_low_bit_linear(self.packed, self.layout, self.dtype, bias, rounding)
+            else:
+                direct = direct_linear(self.packed, self.layout, bias)
+            held = self._held = (weight, bias, clip, direct)
+        return held[3]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}

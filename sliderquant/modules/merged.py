@@ -31,7 +31,6 @@ from sliderquant.models import FAMILIES
 from sliderquant.modules.linear import PackedLinear, QuantizedLinear, layout_for
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.schemes import Scheme
-from sliderquant_kernels import LowBitLayout
 
 __all__ = ["LinearSlice", "MergedLinear", "can_merge", "concatenate", "merge_linears", "shared_inputs", "split_linears"]
 
@@ -144,7 +143,7 @@ class MergedLinear(PackedLinear):
     def _products(self, x: Tensor) -> list[Tensor]:
         """The outputs of every linear, `[..., out_i]`."""
         if not torch.compiler.is_compiling() and x.numel() > MAX_STRIDED_TOKENS * self.in_features:
-            direct = None if isinstance(self.layout, LowBitLayout) else self._direct()
+            direct = self._direct()
             if direct is not None and direct.fits(x):
                 return direct.parts(x, self.sizes)
         return list(self(x).split(self.sizes, -1))

@@ -7,12 +7,30 @@ import sys
 import pytest
 import torch
 
-from sliderquant_kernels import WeightLayout, choose_layout, cpu, cpu_int4, dequantize, reference, weight_only_linear
+from sliderquant_kernels import (
+    WeightLayout,
+    choose_layout,
+    cpu,
+    cpu_int4,
+    cpu_native,
+    dequantize,
+    reference,
+    weight_only_linear,
+)
 
 # N, K, group size: multiples of every block, of 16 only (a short last block), and of nothing.
 _SHAPES = [(128, 256, 128), (80, 192, 64), (48, 96, 32), (144, 160, None), (33, 77, None), (1, 32, 32)]
 # On both sides of where the int4 and the int8 matmul give way to dequantization.
 _TOKENS = (0, 1, 3, 17, cpu.MAX_INT8_TOKENS + 1, cpu_int4.max_op_tokens(), cpu_int4.max_op_tokens() + 1)
+
+
+@pytest.fixture(params=["vnni", "torch"])
+def route(request, monkeypatch):
+    """With the compiled loop of AVX512-VNNI instructions, and as on machines that have none."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_native, "vnni", lambda bits: None)
+    elif cpu_native.vnni(4) is None:
+        pytest.skip("no AVX512-VNNI, or no C compiler, on this machine")
 
 
 def _zero_rounding(x, weight, layout):
@@ -24,6 +42,7 @@ def _zero_rounding(x, weight, layout):
     return 2.0**-8 * sums.abs() @ zero.abs().t()
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("shape", _SHAPES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -54,14 +73,16 @@ def test_int4_container_rounds_no_weight(bits, make_weight, make_x, assert_matmu
         assert_matmul_close(y, x, weight)
 
 
-def test_the_container_is_in_use_where_torch_vectorizes_it():
+def test_the_container_is_in_use_where_torch_vectorizes_it(monkeypatch):
     """A new order of rows in torch would be served correctly by `cpu_bits`, and several times slower: notice it."""
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("torch does not vectorize its int4 matmul here")
     assert cpu_int4.is_fast()
+    monkeypatch.setattr(cpu_native, "vnni", lambda bits: None)
     assert choose_layout(3, 64, 128, 128, False, "cpu", torch.bfloat16).kind == "cpu_int4"
 
 
+@pytest.mark.usefixtures("route")
 def test_error_of_rounded_zeros_in_the_container(make_weight, make_x):
     """W4 asymmetric on bf16: about as accurate as a dense bf16 weight, whose every element is rounded."""
     weight = make_weight(4, 512, 1024, 128, False, torch.bfloat16)
@@ -76,6 +97,7 @@ def test_error_of_rounded_zeros_in_the_container(make_weight, make_x):
     assert errors[0] <= errors[1] * 1.5
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("shape", _SHAPES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

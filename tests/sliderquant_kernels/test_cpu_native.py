@@ -1,4 +1,4 @@
-"""The compiled loop that dequantizes int4 weights on a CPU, beside torch's ops, which compute the same bits."""
+"""How compiled loops are made, and the one that dequantizes int4 weights, beside torch's ops: the same bits."""
 
 import os
 import stat
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sliderquant_kernels import WeightLayout, cpu_int4, cpu_native
+from sliderquant_kernels import WeightLayout, cpu_int4, cpu_int4_native
 
 if not cpu_int4.is_fast():
     pytest.skip(
@@ -21,7 +21,7 @@ if not cpu_int4.is_fast():
 
 @pytest.fixture(autouse=True)
 def _compiled() -> None:
-    if not cpu_native.is_available():
+    if not cpu_int4_native.is_available():
         pytest.skip("no C compiler on this machine")
 
 
@@ -49,23 +49,23 @@ def test_the_same_bits_as_torch(bits, rows, groups, group_size, symmetric, dtype
     expected = (steps * scale.float().unsqueeze(-1)).view(n, k).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_int4, "_CHUNK_WEIGHTS", 80 * k)  # several chunks
-        patch.setattr(cpu_native, "_WEIGHTS_PER_THREAD", n * k // threads)
+        patch.setattr(cpu_int4_native, "_WEIGHTS_PER_THREAD", n * k // threads)
         assert torch.equal(cpu_int4.dequantize(packed.weight, packed.scale, symmetric, dtype), expected)
-        patch.setattr(cpu_native, "is_available", lambda: False)
+        patch.setattr(cpu_int4_native, "is_available", lambda: False)
         assert torch.equal(cpu_int4.dequantize(packed.weight, packed.scale, symmetric, dtype), expected)
 
 
 def test_a_block_that_is_too_large_is_refused():
     packed, fused = torch.zeros(128, 16, dtype=torch.uint8), torch.ones(1, 128, 2, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="blocks of up to 64 rows, got 128"):
-        cpu_native.dequantize_int4(packed, fused, 128, True, False, torch.empty(32, 128, dtype=torch.bfloat16))
+        cpu_int4_native.dequantize_int4(packed, fused, 128, True, False, torch.empty(32, 128, dtype=torch.bfloat16))
 
 
 _PROBE = """
 import logging
 logging.basicConfig(level=logging.INFO)
-from sliderquant_kernels import cpu_native
-print(cpu_native.is_available())
+from sliderquant_kernels import cpu_int4_native
+print(cpu_int4_native.is_available())
 """
 
 

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from sliderquant_kernels import WeightLayout, choose_layout, direct_linear, weight_only_linear
+from sliderquant_kernels import WeightLayout, choose_layout, cpu_native, direct_linear, weight_only_linear
+
+
+@pytest.fixture(params=["vnni", "torch"], autouse=True)
+def _route(request, monkeypatch):
+    """With the compiled loop of AVX512-VNNI instructions, and as on machines that have none."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_native, "vnni", lambda bits: None)
+    elif cpu_native.vnni(4) is None:
+        pytest.skip("no AVX512-VNNI, or no C compiler, on this machine")
 
 
 def _packed(bits: int, symmetric: bool, dtype: torch.dtype, n: int = 112, k: int = 128):
@@ -23,7 +32,7 @@ def test_the_same_bits_as_the_op(bits, symmetric, dtype):
     bias = torch.randn(layout.n).to(dtype)
     for added in (None, bias):
         direct = direct_linear(packed, layout, added)
-        for shape in ((128,), (1, 128), (2, 3, 128), (70, 128), (0, 128)):
+        for shape in ((128,), (1, 128), (2, 3, 128), (70, 128), (170, 128), (0, 128)):
             x = torch.randn(*shape).to(dtype)
             assert direct.fits(x)
             assert torch.equal(direct(x), weight_only_linear(x, packed, layout, added))

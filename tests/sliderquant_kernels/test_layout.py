@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout
+from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, cpu_native
 from sliderquant_kernels import bits as bitpack
 
 _PATTERN = {
@@ -19,11 +19,11 @@ _NO_LAYOUT = ("cpu_dense", torch.bfloat16)
 @st.composite
 def packable(draw):
     """A layout of any kind with codes, scales and zero points that it must store exactly."""
-    kind = draw(st.sampled_from(["triton", "cpu_bits", "cpu_dense", "cpu_int4", "cpu_int8"]))
+    kind = draw(st.sampled_from(["triton", "cpu_bits", "cpu_dense", "cpu_int4", "cpu_int8", "cpu_vnni"]))
     bits = {"cpu_int4": st.sampled_from([2, 3, 4]), "cpu_int8": st.just(8)}.get(kind, st.sampled_from([2, 3, 4, 8]))
     bits = draw(bits)
-    aligned = kind in ("cpu_int4", "cpu_int8")
-    n = draw(st.integers(1, 9)) * 16 if aligned else draw(st.integers(1, 70))
+    aligned = kind in ("cpu_int4", "cpu_int8", "cpu_vnni")
+    n = draw(st.integers(1, 9)) * 16 if aligned and kind != "cpu_vnni" else draw(st.integers(1, 70))
     group_size = None if kind == "cpu_int8" else draw(st.sampled_from([32, 64, 128, None]))
     if group_size is not None:
         k = group_size * draw(st.integers(1, 3))
@@ -113,7 +113,12 @@ def test_planar_rows_are_what_is_documented(bits, k, make_weight):
         (8, 64, 128, 64, True, "cpu", torch.bfloat16, {"cpu_bits"}),
     ],
 )
-def test_choose_layout(bits, n, k, group_size, symmetric, device, dtype, kinds):
+def test_choose_layout(bits, n, k, group_size, symmetric, device, dtype, kinds, monkeypatch):
+    if cpu_native.vnni(4) is not None:
+        layout = choose_layout(bits, n, k, group_size, symmetric, device, dtype)
+        vnni = device == "cpu" and dtype == torch.bfloat16 and k % 32 == 0
+        assert layout.kind == "cpu_vnni" if vnni else layout.kind in kinds
+    monkeypatch.setattr(cpu_native, "vnni", lambda bits: None)
     layout = choose_layout(bits, n, k, group_size, symmetric, torch.device(device), dtype)
     # Which of two depends on whether torch vectorizes its int4 and int8 matmuls on this machine.
     fast = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
@@ -143,6 +148,10 @@ _GOOD = {"kind": "triton", "bits": 4, "n": 32, "k": 64, "group_size": 32, "symme
         (
             {"kind": "cpu_int4", "n": 33, "version": 1},
             r"kind: 'cpu_int4' needs .* got bits=4, n=33, k=64; use choose_layout",
+        ),
+        (
+            {"kind": "cpu_vnni", "k": 33, "group_size": None, "version": 1},
+            r"kind: 'cpu_vnni' needs k a multiple of 32, got k=33; use choose_layout",
         ),
         (
             {"kind": "cpu_int8", "version": 1},

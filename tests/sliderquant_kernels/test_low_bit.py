@@ -114,7 +114,7 @@ def _packable(draw):
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=generator)
     scale = torch.rand(n, groups, generator=generator) + 1e-3
     zero = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8, generator=generator)
-    kind = draw(st.sampled_from(["triton_int8", "cpu_int8_rows"]))
+    kind = draw(st.sampled_from(["triton_int8", "cpu_int8_rows", "cpu_vnni"]))
     return LowBitLayout(kind, bits, n, k, group_size, symmetric), codes, scale, zero
 
 
@@ -152,7 +152,7 @@ _GOOD = {"kind": "triton_int8", "bits": 4, "n": 32, "k": 64, "group_size": 32, "
     ("change", "message"),
     [
         ({"version": 2}, r"version: expected 1 for kind 'triton_int8', got 2; repack"),
-        ({"kind": "marlin"}, r"kind: expected one of triton_int8, cpu_int8_rows, got 'marlin'"),
+        ({"kind": "marlin"}, r"kind: expected one of triton_int8, cpu_vnni, cpu_int8_rows, got 'marlin'"),
         ({"bits": 3}, r"bits: expected 2, 4 or 8, got 3; store 3-bit codes as 4-bit ones"),
         ({"group_size": 48}, r"group_size: expected 32, 64 or 128 that divides k=64, or None; got 48"),
         ({"k": 80}, r"group_size: expected 32, 64 or 128 that divides k=80"),

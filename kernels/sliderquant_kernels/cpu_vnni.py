@@ -1,0 +1,302 @@
+"""Linears by a compiled loop of AVX512-VNNI instructions, `cpu_vnni.c`, which multiply integers of 8 bits.
+
+With activations of 4 or 8 bits it rounds tokens as `activations.quantize` and multiplies as `low_bit_cpu`, to the same
+bits.
+
+With weights alone quantized, tokens become integers of 16 bits with a scale for each token and group of inputs: x is
+rounded by at most 2^-16 of the largest |x| in its group, where bf16 itself is good for 2^-9 of each x. Products with
+the codes are exact, in two halves of 8 bits; their sums are scaled and added in fp32, once a group. Rows of the result
+do not depend on each other. Many tokens are multiplied by torch in bf16, after dequantizing a part of the weight.
+
+A direct linear does either in one call for a weight that was checked once: what torch's ops take to launch for one
+token is more than the product takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import cpu_native, int8_fragments, vnni_blocks
+from .activations import QuantizedActivations
+from .cpu_scratch import scratch
+from .layout import PackedWeight, WeightLayout
+from .low_bit_layout import LowBitLayout
+
+__all__ = [
+    "DirectVnniLinear",
+    "Rounding",
+    "dequantized_chunks",
+    "low_bit_linear",
+    "prefers_torch",
+    "quantize",
+    "takes",
+    "weight_only_linear",
+]
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_PLAIN, _GROUPED, _WIDE = range(3)
+# Tokens from which dequantizing to bf16 and torch's matmul take less time than the loop with integers of 16 bits.
+_MIN_BF16_TOKENS = 160
+# With AMX torch's matmuls are several times as fast as the loop, once there are tokens enough to pay for unpacking the
+# weight: derived from the two speeds, not measured.
+_MIN_AMX_BF16_TOKENS = 16
+_MIN_AMX_INT8_TOKENS = 128
+# Less work than this takes less time than waking another thread does.
+_VALUES_PER_THREAD = 1 << 14
+_PRODUCTS_PER_THREAD = 1 << 18
+# As in cpu_int4: smaller chunks pay torch's per-op cost, larger ones fall out of the cache.
+_CHUNK_WEIGHTS = 1 << 20
+
+
+class _Job(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "codes", "x_scale", "x_zero", "x_sum", "group_sum")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero", "last", "bias", "residual", "out")),
+        *((name, ctypes.c_int64) for name in ("m", "k", "x_stride", "code_stride", "first_block", "n", "scale_stride")),
+        *((name, ctypes.c_int64) for name in ("k_blocks", "groups", "out_stride")),
+        *((name, ctypes.c_float) for name in ("clip_low", "clip_high")),
+        *((name, ctypes.c_int32) for name in ("x_type", "x_bits", "x_symmetric", "shift", "mode", "out_type")),
+        *((name, ctypes.c_int32) for name in ("token_threads", "row_threads")),
+    )
+
+
+class Rounding(NamedTuple):
+    """How a linear rounds its input, see `quantize_activations`."""
+
+    bits: int
+    symmetric: bool
+    clip: tuple[float, float] | None
+
+
+def takes(dtype: torch.dtype) -> bool:
+    """Whether tokens of this dtype are rounded here: fp32 and bf16."""
+    return dtype in _TYPES
+
+
+def prefers_torch(tokens: int, rounded: bool) -> bool:
+    """Whether torch's matmul is faster for so many tokens, int8 if they are `rounded` to 4 or 8 bits, else bf16."""
+    if rounded:
+        return tokens >= _MIN_AMX_INT8_TOKENS and cpu_native.has_amx()
+    return tokens >= _MIN_BF16_TOKENS or (tokens >= _MIN_AMX_BF16_TOKENS and cpu_native.has_amx())
+
+
+def quantize(
+    x: Tensor, bits: int, symmetric: bool, clip: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`activations.quantize` of x `[..., K]`, fp32 or bf16, to the same bits."""
+    tokens, k = x.shape[:-1], x.shape[-1]
+    rows = x.reshape(-1, k).contiguous()
+    m = rows.shape[0]
+    codes = torch.empty(m, k, dtype=torch.int8)
+    scale = torch.empty(m)
+    zero, total = (torch.empty(m, dtype=torch.int32) for _ in range(2))
+    job = _Job(m=m, k=k, groups=1)
+    _set_tokens(job, rows, Rounding(bits, symmetric, (clip[0], clip[1]) if clip is not None else None))
+    job.codes, job.x_scale, job.x_sum, job.code_stride = codes.data_ptr(), scale.data_ptr(), total.data_ptr(), k
+    if symmetric:
+        zero.zero_()
+    else:
+        job.x_zero = zero.data_ptr()
+    _run(job, 4)
+    return codes.view(x.shape), scale.view(tokens), zero.view(tokens), total.view(tokens)
+
+
+def low_bit_linear(
+    activations: QuantizedActivations,
+    packed: PackedWeight,
+    layout: LowBitLayout,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """`low_bit_cpu.low_bit_linear` for a weight of kind `cpu_vnni`, to the same bits."""
+    codes, x_scale, x_zero, x_sum = activations
+    tokens = codes.shape[:-1]
+    rows = codes.reshape(-1, layout.k).contiguous()
+    missing = packed.weight.shape[1] * vnni_blocks.block_inputs(layout.bits) - layout.k
+    if missing:
+        rows = pad(rows, (0, missing))
+    m, wide = rows.shape[0], not takes(dtype)
+    # Whatever the loop reads is contiguous, and kept until it has done so.
+    x_scale, x_sum = x_scale.reshape(-1).contiguous(), x_sum.reshape(-1).contiguous()
+    x_zero = None if x_zero is None else x_zero.reshape(-1).contiguous()
+    added = [None if t is None or wide else t.reshape(-1, layout.n).contiguous() for t in (bias, residual)]
+    y = torch.empty(m, layout.n, dtype=torch.float32 if wide else dtype)
+    sums = torch.empty(m, layout.groups, dtype=torch.int32) if layout.group_size else None
+    job = _job_of(packed, layout, y.dtype)
+    job.m, job.codes, job.code_stride, job.out = m, rows.data_ptr(), rows.shape[1], y.data_ptr()
+    job.x_scale, job.x_sum, job.x_zero, job.group_sum = x_scale.data_ptr(), x_sum.data_ptr(), _at(x_zero), _at(sums)
+    job.bias, job.residual = _at(added[0]), _at(added[1])
+    job.row_threads = _threads(m * layout.n * layout.k, _PRODUCTS_PER_THREAD)
+    _run(job, layout.bits)
+    if wide:
+        for t in (bias, residual):
+            if t is not None:
+                y += t.reshape(-1, layout.n).float()
+    return y.to(dtype).view(*tokens, layout.n)
+
+
+def weight_only_linear(
+    x: Tensor, packed: PackedWeight, layout: WeightLayout, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """x `[..., K]` bf16 -> `[..., N]` bf16, contiguous; the weight is of kind `cpu_vnni`."""
+    if residual is not None:
+        residual = residual.contiguous()
+    direct = DirectVnniLinear(packed, layout, torch.bfloat16, None if bias is None else bias.contiguous(), None)
+    return direct(x, residual)
+
+
+def dequantized_chunks(
+    packed: PackedWeight, layout: WeightLayout, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their weights `[K, rows]` in bf16 or fp32, rounded once), each valid until the next one is asked for."""
+    job = _job_of(packed, layout, dtype)
+    step = max(1, _CHUNK_WEIGHTS // (layout.k * 2 * vnni_blocks.ROWS)) * 2 * vnni_blocks.ROWS
+    for start in range(0, layout.n, step):
+        size = min(step, layout.n - start)
+        padded = -(-size // vnni_blocks.ROWS) * vnni_blocks.ROWS
+        w = scratch("weights", dtype, layout.k, padded)
+        job.first_block, job.n, job.out, job.out_stride = start // vnni_blocks.ROWS, size, w.data_ptr(), padded
+        job.row_threads = _threads(size * layout.k, _PRODUCTS_PER_THREAD)
+        _run(job, layout.bits)
+        yield slice(start, start + size), w[:, :size]
+
+
+class DirectVnniLinear:
+    """A linear layer for one weight whose arguments were checked once, with the bits of the ops.
+
+    With a rounding it is `quantize_activations` and `low_bit_linear`, else `weight_only_linear`, without the dispatcher
+    and its checks. It serves eager calls without gradients; tracing needs the ops.
+    """
+
+    __slots__ = ("_between", "_job", "bias", "dtype", "layout", "packed", "rounding")
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        layout: LowBitLayout | WeightLayout,
+        dtype: torch.dtype,
+        bias: Tensor | None,
+        rounding: Rounding | None,
+    ) -> None:
+        """packed, layout: of kind `cpu_vnni`, checked; dtype: of x and of the result, fp32 or bf16; bias: `[N]`."""
+        self.packed, self.layout, self.dtype, self.bias, self.rounding = packed, layout, dtype, bias, rounding
+        job = _job_of(packed, layout, dtype)
+        job.code_stride = packed.weight.shape[1] * vnni_blocks.block_inputs(layout.bits)
+        job.bias = _at(bias)
+        self._job = bytes(job)
+        if job.mode == _WIDE:
+            # fp32 scales and int32 sums by group, then two rows of codes.
+            self._between = 8 * job.groups + 2 * job.code_stride
+        else:
+            self._between = 12 + 4 * (job.groups if job.mode == _GROUPED else 0) + job.code_stride
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether `x` is what the ops would compute with these tensors, outside of gradients and tracing."""
+        return (
+            type(x) is Tensor
+            and x.dtype == self.dtype
+            and x.ndim > 0
+            and x.shape[-1] == self.layout.k
+            and x.device.type == "cpu"
+            and not (x.requires_grad and torch.is_grad_enabled())
+            and not (self.rounding is not None and prefers_torch(x.numel() // self.layout.k, rounded=True))
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x `[..., K]` -> `[..., N]`, contiguous; plus residual, like the result and contiguous."""
+        return self._parts(x, (self.layout.n,), residual)[0]
+
+    def parts(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """The first `sizes[0]` outputs, the next, and so on, each `[..., size]` and contiguous."""
+        if any(size % vnni_blocks.ROWS for size in sizes[:-1]):
+            return [part.contiguous() for part in self(x).split(list(sizes), -1)]
+        return self._parts(x, sizes)
+
+    def _parts(self, x: Tensor, sizes: Sequence[int], residual: Tensor | None = None) -> list[Tensor]:
+        layout, rows = self.layout, x.reshape(-1, self.layout.k).contiguous()
+        m = rows.shape[0]
+        job = _Job.from_buffer_copy(self._job)
+        job.m = m
+        _set_tokens(job, rows, self.rounding)
+        between = torch.empty(m * self._between, dtype=torch.uint8)
+        start, groups = between.data_ptr(), job.groups
+        job.x_scale = start
+        if job.mode == _WIDE:
+            job.group_sum, job.codes = start + 4 * m * groups, start + 8 * m * groups
+        else:
+            job.x_sum = start + 4 * m
+            job.x_zero = start + 8 * m if self.rounding is None or not self.rounding.symmetric else None
+            job.group_sum = start + 12 * m if job.mode == _GROUPED else None
+            job.codes = start + 12 * m + (4 * m * groups if job.mode == _GROUPED else 0)
+        job.residual = _at(residual)
+        found, first = [], 0
+        for size in sizes:
+            y = torch.empty(m, size, dtype=self.dtype)
+            job.first_block, job.n, job.out = first // vnni_blocks.ROWS, size, y.data_ptr()
+            if first and self.bias is not None:
+                job.bias = self.bias.data_ptr() + first * self.bias.element_size()
+            job.row_threads = _threads(m * size * layout.k, _PRODUCTS_PER_THREAD)
+            _run(job, layout.bits)
+            # The other parts find the tokens rounded.
+            job.x = None
+            found.append(y.view(*x.shape[:-1], size))
+            first += size
+        return found
+
+
+def _job_of(packed: PackedWeight, layout: LowBitLayout | WeightLayout, out_type: torch.dtype) -> _Job:
+    weight, scale, zero = packed
+    job = _Job(
+        weight=weight.data_ptr(),
+        scale=scale.data_ptr(),
+        zero=_at(zero),
+        k=layout.k,
+        n=layout.n,
+        k_blocks=weight.shape[1],
+        groups=layout.groups,
+        out_type=_TYPES[out_type],
+        token_threads=1,
+    )
+    if isinstance(layout, LowBitLayout):
+        assert zero is not None
+        job.last, job.scale_stride = zero[-1].data_ptr(), scale.shape[1]
+        job.shift = int8_fragments.shift(layout.bits)
+        job.mode = _PLAIN if layout.group_size is None else _GROUPED
+    else:
+        job.groups = layout.k // vnni_blocks.token_group(layout.k, layout.group_size)
+        # Per channel all groups of a token have the same scales and zero-points of the weight.
+        job.scale_stride = 0 if layout.group_size is None else scale.shape[1]
+        job.shift = 2 ** (layout.bits - 1)
+        job.mode = _WIDE
+    return job
+
+
+def _set_tokens(job: _Job, rows: Tensor, rounding: Rounding | None) -> None:
+    """rows `[m, K]`, contiguous."""
+    job.x, job.x_stride, job.x_type = rows.data_ptr(), rows.shape[1], _TYPES[rows.dtype]
+    if rounding is not None:
+        job.x_bits, job.x_symmetric = rounding.bits, rounding.symmetric
+        job.clip_low, job.clip_high = rounding.clip or (1.0, 1.0)
+    job.token_threads = _threads(rows.numel(), _VALUES_PER_THREAD)
+
+
+def _threads(work: int, least: int) -> int:
+    return cpu_native.threads_for(work, least) if cpu_native.openmp() else 1
+
+
+def _run(job: _Job, bits: int) -> None:
+    function = cpu_native.vnni(bits)
+    if function is None:
+        raise RuntimeError("there is no compiled loop on this machine; pack the weight here with choose_layout")
+    function(ctypes.byref(job), *(cpu_native.openmp() or (None, None, None)))
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
