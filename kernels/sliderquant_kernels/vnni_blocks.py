@@ -45,11 +45,11 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     row_blocks, k_blocks, _ = weight_shape(n, k, bits)
     bits = stored_bits(bits)
     padding = (0, k_blocks * block_inputs(bits) - k, 0, row_blocks * ROWS - n)
-    ordered = _planes(pad(codes, padding) if any(padding) else codes, row_blocks, k_blocks, bits)
+    ordered = _planes(pad(codes, padding) if any(padding) else codes.contiguous(), row_blocks, k_blocks, bits)
     out = ordered[0].contiguous()
     for i in range(1, len(ordered)):
         out |= ordered[i] << (bits * i)
-    return out.view(row_blocks, k_blocks, BYTES)
+    return out.view(torch.uint8).view(row_blocks, k_blocks, BYTES)
 
 
 def unpack_codes(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
@@ -58,15 +58,18 @@ def unpack_codes(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
     bits = stored_bits(bits)
     codes = torch.empty(row_blocks * ROWS, k_blocks * block_inputs(bits), dtype=torch.uint8)
     ordered = _planes(codes, row_blocks, k_blocks, bits)
-    stored = packed.view(row_blocks, k_blocks, ROWS, 4)
-    for i in range(len(ordered)):
-        ordered[i] = (stored >> (bits * i)) & (2**bits - 1)
+    stored = packed.view(torch.int32).view(row_blocks, k_blocks, ROWS)
+    if bits == 8:
+        ordered[0].copy_(stored)
+    for i in range(len(ordered) if bits < 8 else 0):
+        ordered[i].copy_((stored >> (bits * i)).bitwise_and_((2**bits - 1) * 0x01010101))
     return codes[:n, :k].contiguous()
 
 
 def _planes(codes: Tensor, row_blocks: int, k_blocks: int, bits: int) -> Tensor:
-    """A view of whole blocks as `[P, row blocks, K blocks, row, c]`."""
-    return codes.view(row_blocks, ROWS, k_blocks, 8 // bits, 4).permute(3, 0, 2, 1, 4)
+    """A view of whole blocks as `[P, row blocks, K blocks, row]`, four codes in a word: torch copies words several times
+    as fast as bytes, and codes of b bits have room for the shifts that join P of them."""
+    return codes.view(torch.int32).view(row_blocks, ROWS, k_blocks, 8 // bits).permute(3, 0, 2, 1)
 
 
 def pack_groups(values: Tensor) -> Tensor:
