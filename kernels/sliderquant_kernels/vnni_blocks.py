@@ -67,8 +67,8 @@ def unpack_codes(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
 
 
 def _planes(codes: Tensor, row_blocks: int, k_blocks: int, bits: int) -> Tensor:
-    """A view of whole blocks as `[P, row blocks, K blocks, row]`, four codes in a word: torch copies words several times
-    as fast as bytes, and codes of b bits have room for the shifts that join P of them."""
+    """A view of whole blocks as `[P, row blocks, K blocks, row]`, four codes in a word: torch copies words faster than
+    bytes, and codes of b bits have room for the shifts that join P of them."""
     return codes.view(torch.int32).view(row_blocks, ROWS, k_blocks, 8 // bits).permute(3, 0, 2, 1)
 
 
