@@ -106,7 +106,7 @@ class DirectLinear:
             and x.dtype == self.scale.dtype
             and x.ndim > 0
             and x.shape[-1] == self.layout.k
-            and x.device.type == "cpu"
+            and x.is_cpu
             and not (x.requires_grad and torch.is_grad_enabled())
         )
 
@@ -133,9 +133,9 @@ class DirectLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`, contiguous."""
         layout = self.layout
-        rows = x.reshape(-1, layout.k).contiguous()
-        if self._loop is not None and not prefers_torch(rows.shape[0], rounded=False):
+        if self._loop is not None and not prefers_torch(x.numel() // layout.k, rounded=False):
             return self._loop(x)
+        rows = x.reshape(-1, layout.k).contiguous()
         y = _matmul(rows, self.weight, self.scale, self.zero_point, layout)
         if self.bias is not None:
             y.add_(self.bias)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["dequantize_int4", "has_amx", "openmp", "threads_for", "vnni"]
+__all__ = ["dequantize_int4", "has_amx", "openmp", "threads_for", "vnni", "vnni_linear"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +31,24 @@ _SECONDS = 60
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
+@lru_cache(maxsize=1)
 def dequantize_int4() -> Callable[..., int] | None:
     """The function of `cpu_int4_dequantize.c`, which `cpu_int4_native` calls; None: there is none here, see the log."""
-    return _compiled("cpu_int4_dequantize.c", "sliderquant_dequantize_int4")
+    return _function("cpu_int4_dequantize.c", "sliderquant_dequantize_int4", (ctypes.c_void_p,) * 4)
 
 
+@lru_cache(maxsize=4)
 def vnni(bits: int) -> Callable[..., int] | None:
     """The function of `cpu_vnni.c` for codes of 2, 3, 4 or 8 bits, which `cpu_vnni` calls; None: there is none here, as
     there never is without AVX512-VNNI, see the log."""
-    return _compiled("cpu_vnni.c", "sliderquant_vnni", f"-DBITS={4 if bits == 3 else bits}")
+    return _function("cpu_vnni.c", "sliderquant_vnni", (ctypes.c_void_p,), f"-DBITS={4 if bits == 3 else bits}")
+
+
+@lru_cache(maxsize=4)
+def vnni_linear(bits: int) -> Callable[..., int] | None:
+    """The other function of `cpu_vnni.c`, a whole linear for few tokens, beside `vnni`."""
+    arguments = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32)
+    return _function("cpu_vnni.c", "sliderquant_vnni_linear", arguments, f"-DBITS={4 if bits == 3 else bits}")
 
 
 @lru_cache(maxsize=1)
@@ -49,9 +58,8 @@ def has_amx() -> bool:
     return asked is not None and bool(asked())
 
 
-@lru_cache(maxsize=8)
-def _compiled(source: str, name: str, *flags: str) -> Callable[..., int] | None:
-    """The C function `int name(const Job *, ...)`, whose other arguments are `openmp()` or None."""
+def _function(source: str, name: str, arguments: tuple[type, ...], *flags: str) -> Callable[..., int] | None:
+    """The C function `int name(...)` of a file of this package."""
     if os.environ.get("SLIDERQUANT_NATIVE", "1") == "0" or platform.system() not in ("Linux", "Darwin"):
         return None
     try:
@@ -59,7 +67,7 @@ def _compiled(source: str, name: str, *flags: str) -> Callable[..., int] | None:
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         logger.info("%s is not used, torch's ops take its place: %s", source, error)
         return None
-    function.argtypes = (ctypes.c_void_p,) * 4
+    function.argtypes = arguments
     function.restype = ctypes.c_int
     return function
 

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* BITS: of the codes, 2, 4 or 8; defined by the command line: a library for each takes a third of the time to compile. */
@@ -39,17 +40,21 @@ typedef struct {
     const void *residual;  /* [m, n] or NULL */
     void *out;             /* [m, n], or [k, out_stride] for the dequantized weight; out_stride is 0 but for that */
     int64_t m, k, x_stride, code_stride, first_block, n, scale_stride, k_blocks, groups, out_stride;
+    int64_t values_per_thread, products_per_thread; /* less takes less time than waking another thread does */
     float clip_low, clip_high;
-    int32_t x_type, x_bits, x_symmetric, shift, mode, out_type, token_threads, row_threads;
+    int32_t x_type, x_bits, x_symmetric, shift, mode, out_type, threads;
+    /* GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the OpenMP runtime that torch has loaded: one of our own
+     * would compete with it for the cores. NULL: one thread. */
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+    int (*number)(void), (*count)(void);
 } Job;
+
+typedef void (*Part)(const Job *job, int64_t part, int64_t parts);
 
 typedef struct {
     const Job *job;
-    int (*number)(void), (*count)(void);
-    void (*part)(const Job *, int64_t, int64_t);
+    Part part;
 } Shared;
-
-typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 INLINE __m512 from_bf16(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -167,7 +172,10 @@ static void tokens_part(const Job *job, int64_t part, int64_t parts) {
 INLINE __m512i zero_of(const Job *job, int64_t column, const int mode) {
     const __m512i shift = _mm512_set1_epi32(job->shift);
     if (!job->zero) return shift;
-    if (mode == WIDE) return _mm512_cvtepu8_epi32(_mm_loadu_epi8((const uint8_t *)job->zero + column));
+    if (mode == WIDE) {
+        const uint8_t *zero = (const uint8_t *)job->zero + column;
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)zero));
+    }
     return _mm512_add_epi32(_mm512_loadu_si512((const int32_t *)job->zero + column), shift);
 }
 
@@ -358,28 +366,46 @@ static void dequantize_part(const Job *job, int64_t part, int64_t parts) {
 
 static void run_thread(void *argument) {
     const Shared *shared = argument;
-    shared->part(shared->job, shared->number(), shared->count());
+    shared->part(shared->job, shared->job->number(), shared->job->count());
 }
 
-/* The functions are those of the OpenMP runtime that torch has loaded, see cpu_int4_dequantize.c. NULL: one thread. */
-static void run(const Job *job, void (*part)(const Job *, int64_t, int64_t), int32_t threads, Parallel parallel,
-                int (*number)(void), int (*count)(void)) {
-    if (threads > 1 && parallel && number && count) {
-        Shared shared = {job, number, count, part};
-        parallel(run_thread, &shared, (unsigned)threads, 0);
+static void run(const Job *job, Part part, int64_t work, int64_t least) {
+    int64_t threads = job->parallel ? work / least : 1;
+    if (threads > job->threads) threads = job->threads;
+    if (threads > 1) {
+        Shared shared = {job, part};
+        job->parallel(run_thread, &shared, (unsigned)threads, 0);
     } else {
         part(job, 0, 1);
     }
 }
 
 /* Rounds the tokens, unless they are, then multiplies them with the weight, if there is one; or dequantizes the weight. */
-int sliderquant_vnni(const Job *job, Parallel parallel, int (*number)(void), int (*count)(void)) {
+int sliderquant_vnni(const Job *job) {
+    const int64_t products = job->n * job->k;
     if (job->out_stride) {
-        run(job, dequantize_part, job->row_threads, parallel, number, count);
+        run(job, dequantize_part, products, job->products_per_thread);
         return 0;
     }
-    if (job->x || job->mode == GROUPED) run(job, tokens_part, job->token_threads, parallel, number, count);
-    if (job->weight) run(job, multiply_part, job->row_threads, parallel, number, count);
+    if (job->x || job->mode == GROUPED) run(job, tokens_part, job->m * job->k, job->values_per_thread);
+    if (job->weight) run(job, multiply_part, job->m * products, job->products_per_thread);
+    return 0;
+}
+
+/* The job for m tokens x [m, k], rounded into memory that is needed no longer than that. Returns 1 without memory. */
+int sliderquant_vnni_linear(const Job *job, const void *x, int64_t m, void *out, int32_t threads) {
+    Job own = *job;
+    const int64_t of_groups = job->mode == PLAIN ? 0 : 4 * m * job->groups, rows = job->mode == WIDE ? 2 * m : m;
+    char *memory = malloc((size_t)(12 * m + 2 * of_groups + rows * job->code_stride + 64));
+    if (!memory) return 1;
+    own.x = x, own.m = m, own.x_stride = job->k, own.out = out, own.threads = threads;
+    own.x_sum = (int32_t *)memory;
+    own.x_zero = job->x_symmetric ? NULL : own.x_sum + m;
+    own.group_sum = job->mode == PLAIN ? NULL : own.x_sum + 2 * m;
+    own.x_scale = (float *)(memory + 8 * m + of_groups);
+    own.codes = (int8_t *)own.x_scale + (job->mode == WIDE ? of_groups : 4 * m);
+    sliderquant_vnni(&own);
+    free(memory);
     return 0;
 }
 

@@ -41,6 +41,7 @@ __all__ = [
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PLAIN, _GROUPED, _WIDE = range(3)
+_NO_LOOP = "there is no compiled loop on this machine; pack the weight here with choose_layout"
 # Tokens from which dequantizing to bf16 and torch's matmul take less time than the loop with integers of 16 bits.
 _MIN_BF16_TOKENS = 160
 # With AMX torch's matmuls are several times as fast as the loop, once there are tokens enough to pay for unpacking the
@@ -60,9 +61,11 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero", "last", "bias", "residual", "out")),
         *((name, ctypes.c_int64) for name in ("m", "k", "x_stride", "code_stride", "first_block", "n", "scale_stride")),
         *((name, ctypes.c_int64) for name in ("k_blocks", "groups", "out_stride")),
+        *((name, ctypes.c_int64) for name in ("values_per_thread", "products_per_thread")),
         *((name, ctypes.c_float) for name in ("clip_low", "clip_high")),
         *((name, ctypes.c_int32) for name in ("x_type", "x_bits", "x_symmetric", "shift", "mode", "out_type")),
-        *((name, ctypes.c_int32) for name in ("token_threads", "row_threads")),
+        ("threads", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("parallel", "number", "count")),
     )
 
 
@@ -96,7 +99,7 @@ def quantize(
     codes = torch.empty(m, k, dtype=torch.int8)
     scale = torch.empty(m)
     zero, total = (torch.empty(m, dtype=torch.int32) for _ in range(2))
-    job = _Job(m=m, k=k, groups=1)
+    job = _new_job(m=m, k=k, groups=1)
     _set_tokens(job, rows, Rounding(bits, symmetric, (clip[0], clip[1]) if clip is not None else None))
     job.codes, job.x_scale, job.x_sum, job.code_stride = codes.data_ptr(), scale.data_ptr(), total.data_ptr(), k
     if symmetric:
@@ -133,7 +136,6 @@ def low_bit_linear(
     job.m, job.codes, job.code_stride, job.out = m, rows.data_ptr(), rows.shape[1], y.data_ptr()
     job.x_scale, job.x_sum, job.x_zero, job.group_sum = x_scale.data_ptr(), x_sum.data_ptr(), _at(x_zero), _at(sums)
     job.bias, job.residual = _at(added[0]), _at(added[1])
-    job.row_threads = _threads(m * layout.n * layout.k, _PRODUCTS_PER_THREAD)
     _run(job, layout.bits)
     if wide:
         for t in (bias, residual):
@@ -146,10 +148,8 @@ def weight_only_linear(
     x: Tensor, packed: PackedWeight, layout: WeightLayout, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """x `[..., K]` bf16 -> `[..., N]` bf16, contiguous; the weight is of kind `cpu_vnni`."""
-    if residual is not None:
-        residual = residual.contiguous()
     direct = DirectVnniLinear(packed, layout, torch.bfloat16, None if bias is None else bias.contiguous(), None)
-    return direct(x, residual)
+    return direct(x) if residual is None else direct.parts(x, (layout.n,), residual.contiguous())[0]
 
 
 def dequantized_chunks(
@@ -163,7 +163,6 @@ def dequantized_chunks(
         padded = -(-size // vnni_blocks.ROWS) * vnni_blocks.ROWS
         w = scratch("weights", dtype, layout.k, padded)
         job.first_block, job.n, job.out, job.out_stride = start // vnni_blocks.ROWS, size, w.data_ptr(), padded
-        job.row_threads = _threads(size * layout.k, _PRODUCTS_PER_THREAD)
         _run(job, layout.bits)
         yield slice(start, start + size), w[:, :size]
 
@@ -175,7 +174,7 @@ class DirectVnniLinear:
     and its checks. It serves eager calls without gradients; tracing needs the ops.
     """
 
-    __slots__ = ("_between", "_job", "bias", "dtype", "layout", "packed", "rounding")
+    __slots__ = ("_address", "_function", "_job", "bias", "dtype", "layout", "packed", "rounding")
 
     def __init__(
         self,
@@ -187,15 +186,13 @@ class DirectVnniLinear:
     ) -> None:
         """packed, layout: of kind `cpu_vnni`, checked; dtype: of x and of the result, fp32 or bf16; bias: `[N]`."""
         self.packed, self.layout, self.dtype, self.bias, self.rounding = packed, layout, dtype, bias, rounding
-        job = _job_of(packed, layout, dtype)
+        # Calls read it, and change nothing in it: any number of threads may be in one.
+        self._job = job = _job_of(packed, layout, dtype)
         job.code_stride = packed.weight.shape[1] * vnni_blocks.block_inputs(layout.bits)
-        job.bias = _at(bias)
-        self._job = bytes(job)
-        if job.mode == _WIDE:
-            # fp32 scales and int32 sums by group, then two rows of codes.
-            self._between = 8 * job.groups + 2 * job.code_stride
-        else:
-            self._between = 12 + 4 * (job.groups if job.mode == _GROUPED else 0) + job.code_stride
+        job.bias, job.x_type = _at(bias), _TYPES[dtype]
+        _set_rounding(job, rounding)
+        self._function = cpu_native.vnni_linear(layout.bits)
+        self._address = ctypes.addressof(job)
 
     def fits(self, x: Tensor) -> bool:
         """Whether `x` is what the ops would compute with these tensors, outside of gradients and tracing."""
@@ -204,45 +201,48 @@ class DirectVnniLinear:
             and x.dtype == self.dtype
             and x.ndim > 0
             and x.shape[-1] == self.layout.k
-            and x.device.type == "cpu"
+            and x.is_cpu
             and not (x.requires_grad and torch.is_grad_enabled())
             and not (self.rounding is not None and prefers_torch(x.numel() // self.layout.k, rounded=True))
         )
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x `[..., K]` -> `[..., N]`, contiguous; plus residual, like the result and contiguous."""
-        return self._parts(x, (self.layout.n,), residual)[0]
+    def __call__(self, x: Tensor) -> Tensor:
+        """x `[..., K]` -> `[..., N]`, contiguous."""
+        if self._function is None:
+            raise RuntimeError(_NO_LOOP)
+        layout, x = self.layout, x.contiguous()
+        y = torch.empty((*x.shape[:-1], layout.n), dtype=self.dtype)
+        tokens = x.numel() // layout.k
+        if self._function(self._address, x.data_ptr(), tokens, y.data_ptr(), torch.get_num_threads()):
+            raise MemoryError(f"no memory for {tokens} rounded tokens of {layout.k} inputs")
+        return y
 
-    def parts(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """The first `sizes[0]` outputs, the next, and so on, each `[..., size]` and contiguous."""
+    def parts(self, x: Tensor, sizes: Sequence[int], residual: Tensor | None = None) -> list[Tensor]:
+        """The first `sizes[0]` outputs, the next, and so on, each `[..., size]` and contiguous.
+
+        residual: added to the only part, contiguous.
+        """
         if any(size % vnni_blocks.ROWS for size in sizes[:-1]):
             return [part.contiguous() for part in self(x).split(list(sizes), -1)]
-        return self._parts(x, sizes)
-
-    def _parts(self, x: Tensor, sizes: Sequence[int], residual: Tensor | None = None) -> list[Tensor]:
         layout, rows = self.layout, x.reshape(-1, self.layout.k).contiguous()
         m = rows.shape[0]
         job = _Job.from_buffer_copy(self._job)
-        job.m = m
-        _set_tokens(job, rows, self.rounding)
-        between = torch.empty(m * self._between, dtype=torch.uint8)
-        start, groups = between.data_ptr(), job.groups
-        job.x_scale = start
-        if job.mode == _WIDE:
-            job.group_sum, job.codes = start + 4 * m * groups, start + 8 * m * groups
-        else:
-            job.x_sum = start + 4 * m
-            job.x_zero = start + 8 * m if self.rounding is None or not self.rounding.symmetric else None
-            job.group_sum = start + 12 * m if job.mode == _GROUPED else None
-            job.codes = start + 12 * m + (4 * m * groups if job.mode == _GROUPED else 0)
-        job.residual = _at(residual)
+        job.m, job.threads, job.residual = m, torch.get_num_threads(), _at(residual)
+        job.x, job.x_stride = rows.data_ptr(), layout.k
+        rows_of_codes = 2 * m if job.mode == _WIDE else m
+        codes = torch.empty(rows_of_codes, job.code_stride, dtype=torch.int8)
+        scale = torch.empty(m, job.groups if job.mode == _WIDE else 1)
+        x_sum, x_zero = (torch.empty(m, dtype=torch.int32) for _ in range(2))
+        job.codes, job.x_scale, job.x_sum = codes.data_ptr(), scale.data_ptr(), x_sum.data_ptr()
+        job.x_zero = None if job.x_symmetric else x_zero.data_ptr()
+        group_sum = torch.empty(m, job.groups, dtype=torch.int32)
+        job.group_sum = None if job.mode == _PLAIN else group_sum.data_ptr()
         found, first = [], 0
         for size in sizes:
             y = torch.empty(m, size, dtype=self.dtype)
             job.first_block, job.n, job.out = first // vnni_blocks.ROWS, size, y.data_ptr()
             if first and self.bias is not None:
                 job.bias = self.bias.data_ptr() + first * self.bias.element_size()
-            job.row_threads = _threads(m * size * layout.k, _PRODUCTS_PER_THREAD)
             _run(job, layout.bits)
             # The other parts find the tokens rounded.
             job.x = None
@@ -251,19 +251,32 @@ class DirectVnniLinear:
         return found
 
 
+def _new_job(**fields: int) -> _Job:
+    runtime = cpu_native.openmp() or (None, None, None)
+    parallel, number, count = (None if function is None else function.value for function in runtime)
+    return _Job(
+        parallel=parallel,
+        number=number,
+        count=count,
+        threads=torch.get_num_threads(),
+        values_per_thread=_VALUES_PER_THREAD,
+        products_per_thread=_PRODUCTS_PER_THREAD,
+        **fields,
+    )
+
+
 def _job_of(packed: PackedWeight, layout: LowBitLayout | WeightLayout, out_type: torch.dtype) -> _Job:
     weight, scale, zero = packed
-    job = _Job(
+    job = _new_job(
         weight=weight.data_ptr(),
         scale=scale.data_ptr(),
-        zero=_at(zero),
         k=layout.k,
         n=layout.n,
         k_blocks=weight.shape[1],
         groups=layout.groups,
         out_type=_TYPES[out_type],
-        token_threads=1,
     )
+    job.zero = _at(zero)
     if isinstance(layout, LowBitLayout):
         assert zero is not None
         job.last, job.scale_stride = zero[-1].data_ptr(), scale.shape[1]
@@ -278,24 +291,23 @@ def _job_of(packed: PackedWeight, layout: LowBitLayout | WeightLayout, out_type:
     return job
 
 
-def _set_tokens(job: _Job, rows: Tensor, rounding: Rounding | None) -> None:
+def _set_tokens(job: _Job, rows: Tensor, rounding: Rounding) -> None:
     """rows `[m, K]`, contiguous."""
     job.x, job.x_stride, job.x_type = rows.data_ptr(), rows.shape[1], _TYPES[rows.dtype]
+    _set_rounding(job, rounding)
+
+
+def _set_rounding(job: _Job, rounding: Rounding | None) -> None:
     if rounding is not None:
         job.x_bits, job.x_symmetric = rounding.bits, rounding.symmetric
         job.clip_low, job.clip_high = rounding.clip or (1.0, 1.0)
-    job.token_threads = _threads(rows.numel(), _VALUES_PER_THREAD)
-
-
-def _threads(work: int, least: int) -> int:
-    return cpu_native.threads_for(work, least) if cpu_native.openmp() else 1
 
 
 def _run(job: _Job, bits: int) -> None:
     function = cpu_native.vnni(bits)
     if function is None:
-        raise RuntimeError("there is no compiled loop on this machine; pack the weight here with choose_layout")
-    function(ctypes.byref(job), *(cpu_native.openmp() or (None, None, None)))
+        raise RuntimeError(_NO_LOOP)
+    function(ctypes.addressof(job))
 
 
 def _at(tensor: Tensor | None) -> int | None:
