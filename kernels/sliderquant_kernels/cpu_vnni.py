@@ -96,9 +96,9 @@ def quantize(
     tokens, k = x.shape[:-1], x.shape[-1]
     rows = x.reshape(-1, k).contiguous()
     m = rows.shape[0]
-    codes = torch.empty(m, k, dtype=torch.int8)
-    scale = torch.empty(m)
-    zero, total = (torch.empty(m, dtype=torch.int32) for _ in range(2))
+    codes = x.new_empty(m, k, dtype=torch.int8)
+    scale = x.new_empty(m, dtype=torch.float32)
+    zero, total = (x.new_empty(m, dtype=torch.int32) for _ in range(2))
     job = _new_job(m=m, k=k, groups=1)
     _set_tokens(job, rows, Rounding(bits, symmetric, (clip[0], clip[1]) if clip is not None else None))
     job.codes, job.x_scale, job.x_sum, job.code_stride = codes.data_ptr(), scale.data_ptr(), total.data_ptr(), k
@@ -130,8 +130,8 @@ def low_bit_linear(
     x_scale, x_sum = x_scale.reshape(-1).contiguous(), x_sum.reshape(-1).contiguous()
     x_zero = None if x_zero is None else x_zero.reshape(-1).contiguous()
     added = [None if t is None or wide else t.reshape(-1, layout.n).contiguous() for t in (bias, residual)]
-    y = torch.empty(m, layout.n, dtype=torch.float32 if wide else dtype)
-    sums = torch.empty(m, layout.groups, dtype=torch.int32) if layout.group_size else None
+    y = codes.new_empty(m, layout.n, dtype=torch.float32 if wide else dtype)
+    sums = codes.new_empty(m, layout.groups, dtype=torch.int32) if layout.group_size else None
     job = _job_of(packed, layout, y.dtype)
     job.m, job.codes, job.code_stride, job.out = m, rows.data_ptr(), rows.shape[1], y.data_ptr()
     job.x_scale, job.x_sum, job.x_zero, job.group_sum = x_scale.data_ptr(), x_sum.data_ptr(), _at(x_zero), _at(sums)
@@ -174,7 +174,7 @@ class DirectVnniLinear:
     and its checks. It serves eager calls without gradients; tracing needs the ops.
     """
 
-    __slots__ = ("_address", "_function", "_job", "bias", "dtype", "layout", "packed", "rounding")
+    __slots__ = ("_function", "_places", "_prepared", "_tensors", "bias", "dtype", "layout", "packed", "rounding")
 
     def __init__(
         self,
@@ -186,13 +186,24 @@ class DirectVnniLinear:
     ) -> None:
         """packed, layout: of kind `cpu_vnni`, checked; dtype: of x and of the result, fp32 or bf16; bias: `[N]`."""
         self.packed, self.layout, self.dtype, self.bias, self.rounding = packed, layout, dtype, bias, rounding
-        # Calls read it, and change nothing in it: any number of threads may be in one.
-        self._job = job = _job_of(packed, layout, dtype)
-        job.code_stride = packed.weight.shape[1] * vnni_blocks.block_inputs(layout.bits)
-        job.bias, job.x_type = _at(bias), _TYPES[dtype]
-        _set_rounding(job, rounding)
         self._function = cpu_native.vnni_linear(layout.bits)
-        self._address = ctypes.addressof(job)
+        self._tensors = [t for t in (*packed, bias) if t is not None]
+        self._places: list[int] = []
+        self._prepared: tuple[_Job, int] | None = None
+
+    def _job(self) -> tuple[_Job, int]:
+        """What all calls have in common, and its address. Calls read it alone: any number of threads may be in one."""
+        # Sharing memory between processes moves tensors, and so does who sets `.data`.
+        places = [t.data_ptr() for t in self._tensors]
+        prepared = self._prepared
+        if prepared is None or places != self._places:
+            job = _job_of(self.packed, self.layout, self.dtype)
+            job.code_stride = self.packed.weight.shape[1] * vnni_blocks.block_inputs(self.layout.bits)
+            job.bias, job.x_type = _at(self.bias), _TYPES[self.dtype]
+            _set_rounding(job, self.rounding)
+            prepared = self._prepared = (job, ctypes.addressof(job))
+            self._places = places
+        return prepared
 
     def fits(self, x: Tensor) -> bool:
         """Whether `x` is what the ops would compute with these tensors, outside of gradients and tracing."""
@@ -211,9 +222,10 @@ class DirectVnniLinear:
         if self._function is None:
             raise RuntimeError(_NO_LOOP)
         layout, x = self.layout, x.contiguous()
-        y = torch.empty((*x.shape[:-1], layout.n), dtype=self.dtype)
+        y = x.new_empty((*x.shape[:-1], layout.n))
         tokens = x.numel() // layout.k
-        if self._function(self._address, x.data_ptr(), tokens, y.data_ptr(), torch.get_num_threads()):
+        _job, address = self._job()  # which holds what the address is of
+        if self._function(address, x.data_ptr(), tokens, y.data_ptr(), torch.get_num_threads()):
             raise MemoryError(f"no memory for {tokens} rounded tokens of {layout.k} inputs")
         return y
 
@@ -226,20 +238,20 @@ class DirectVnniLinear:
             return [part.contiguous() for part in self(x).split(list(sizes), -1)]
         layout, rows = self.layout, x.reshape(-1, self.layout.k).contiguous()
         m = rows.shape[0]
-        job = _Job.from_buffer_copy(self._job)
+        job = _Job.from_buffer_copy(self._job()[0])
         job.m, job.threads, job.residual = m, torch.get_num_threads(), _at(residual)
         job.x, job.x_stride = rows.data_ptr(), layout.k
         rows_of_codes = 2 * m if job.mode == _WIDE else m
-        codes = torch.empty(rows_of_codes, job.code_stride, dtype=torch.int8)
-        scale = torch.empty(m, job.groups if job.mode == _WIDE else 1)
-        x_sum, x_zero = (torch.empty(m, dtype=torch.int32) for _ in range(2))
+        codes = x.new_empty(rows_of_codes, job.code_stride, dtype=torch.int8)
+        scale = x.new_empty(m, job.groups if job.mode == _WIDE else 1, dtype=torch.float32)
+        x_sum, x_zero = (x.new_empty(m, dtype=torch.int32) for _ in range(2))
         job.codes, job.x_scale, job.x_sum = codes.data_ptr(), scale.data_ptr(), x_sum.data_ptr()
         job.x_zero = None if job.x_symmetric else x_zero.data_ptr()
-        group_sum = torch.empty(m, job.groups, dtype=torch.int32)
+        group_sum = x.new_empty(m, job.groups, dtype=torch.int32)
         job.group_sum = None if job.mode == _PLAIN else group_sum.data_ptr()
         found, first = [], 0
         for size in sizes:
-            y = torch.empty(m, size, dtype=self.dtype)
+            y = x.new_empty(m, size)
             job.first_block, job.n, job.out = first // vnni_blocks.ROWS, size, y.data_ptr()
             if first and self.bias is not None:
                 job.bias = self.bias.data_ptr() + first * self.bias.element_size()

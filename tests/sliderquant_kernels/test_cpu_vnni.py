@@ -267,6 +267,41 @@ def test_many_tokens_go_to_torch(amx, monkeypatch):
     assert torch.equal(invariant[3:4], weight_only_linear(x[3:4], packed, layout, bias))
 
 
+@pytest.mark.parametrize("which", ["weight", "scale", "zero_point", "bias"])
+def test_tensors_that_move_are_followed(which):
+    """What `share_memory` does: the same tensor, elsewhere."""
+    packed, layout = _weight_only()
+    bias, x = torch.randn(48).bfloat16(), torch.randn(2, 128).bfloat16()
+    direct = direct_linear(packed, layout, bias)
+    before = direct(x)
+    moved = bias if which == "bias" else getattr(packed, which)
+    other = moved.flip(-1).contiguous()
+    moved.data = other
+    want = weight_only_linear(x, packed, layout, bias)
+    assert torch.equal(direct(x), want)
+    assert not torch.equal(want, before)
+
+
+def test_other_default_dtypes_and_devices_change_nothing():
+    packed, layout = _weight_only()
+    x = torch.randn(3, 128).bfloat16()
+    low_packed, low_layout, low = _direct()
+    tokens = torch.randn(60, 96).bfloat16()
+    ops = (
+        lambda: direct_linear(packed, layout)(x),
+        lambda: torch.cat(direct_linear(packed, layout).parts(x, (16, 32)), -1),
+        lambda: low(tokens),
+        lambda: low_bit_linear(quantize_activations(tokens, 8, True), low_packed, low_layout, torch.bfloat16),
+    )
+    want = [op() for op in ops]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert all(torch.equal(op(), expected) for op, expected in zip(ops, want, strict=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_without_the_loop_torch_computes(monkeypatch):
     _, _, direct = _direct()
     x = torch.randn(3, 96).bfloat16()
