@@ -96,7 +96,7 @@ class DirectLinear:
     ) -> None:
         self.weight, self.scale, self.zero_point, self.bias, self.layout = weight, scale, zero_point, bias, layout
         self._loop: DirectVnniLinear | None = None
-        if layout.kind == "cpu_vnni":
+        if layout.kind == "cpu_vnni" and (bias is None or bias.is_contiguous()):
             self._loop = DirectVnniLinear(PackedWeight(weight, scale, zero_point), layout, scale.dtype, bias, None)
 
     def fits(self, x: Tensor) -> bool:

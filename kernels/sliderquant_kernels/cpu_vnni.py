@@ -92,7 +92,7 @@ def prefers_torch(tokens: int, rounded: bool) -> bool:
 def quantize(
     x: Tensor, bits: int, symmetric: bool, clip: Sequence[float] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`activations.quantize` of x `[..., K]`, fp32 or bf16, to the same bits."""
+    """`activations.quantize` of x `[..., K]`, fp32 or bf16, to the same bits, if all is finite."""
     tokens, k = x.shape[:-1], x.shape[-1]
     rows = x.reshape(-1, k).contiguous()
     m = rows.shape[0]
@@ -184,7 +184,8 @@ class DirectVnniLinear:
         bias: Tensor | None,
         rounding: Rounding | None,
     ) -> None:
-        """packed, layout: of kind `cpu_vnni`, checked; dtype: of x and of the result, fp32 or bf16; bias: `[N]`."""
+        """packed, layout: of kind `cpu_vnni`, checked; dtype: of x and of the result, fp32 or bf16; bias: `[N]`,
+        contiguous."""
         self.packed, self.layout, self.dtype, self.bias, self.rounding = packed, layout, dtype, bias, rounding
         self._function = cpu_native.vnni_linear(layout.bits)
         self._tensors = [t for t in (*packed, bias) if t is not None]

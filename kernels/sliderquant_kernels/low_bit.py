@@ -79,7 +79,8 @@ def direct_low_bit_linear(
     rounding: Rounding,
 ) -> DirectVnniLinear | None:
     """`low_bit_linear(quantize_activations(x, *rounding), packed, layout, dtype, bias)` as an object that checks its
-    arguments once; None where there is no short cut: on CUDA, in fp16, and on CPUs without AVX512-VNNI.
+    arguments once; None where there is no short cut: on CUDA, in fp16, with a bias that is not contiguous, and on CPUs
+    without AVX512-VNNI.
 
     The object computes only what its method `fits` accepts; everything else goes to the ops.
 
@@ -91,6 +92,8 @@ def direct_low_bit_linear(
     quantize_activations(torch.empty(0, layout.k), rounding.bits, rounding.symmetric, clip=rounding.clip)
     if bias is not None and (bias.shape != (layout.n,) or bias.dtype != dtype):
         raise ValueError(f"bias: expected {dtype} of shape ({layout.n},), got {bias.dtype} of {tuple(bias.shape)}")
+    if bias is not None and not bias.is_contiguous():
+        return None
     return DirectVnniLinear(packed, layout, dtype, bias, rounding)
 
 

@@ -84,7 +84,7 @@ def direct_linear(packed: PackedWeight, layout: WeightLayout, bias: Tensor | Non
     weight, scale, zero_point = packed
     checked = _checked_layout(weight, scale, zero_point, *_fields(layout))
     _check_operands(scale.new_empty(0, layout.k), weight, scale, bias, None, checked, "")
-    return cpu.DirectLinear(weight, scale, zero_point, None if bias is None else bias.contiguous(), checked)
+    return cpu.DirectLinear(weight, scale, zero_point, bias, checked)
 
 
 def dequantize(packed: PackedWeight, layout: WeightLayout, dtype: torch.dtype) -> Tensor:

@@ -37,6 +37,16 @@ _SCHEMES = [
 ]
 
 
+def _random_weight(scheme, n, k, generator):
+    """Codes `[n, k]`, fp32 scales and zero-points or None of a scheme (bits, group size, symmetric)."""
+    bits, group_size, symmetric = scheme
+    groups = k // group_size if group_size else 1
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=generator)
+    scale = torch.rand(n, groups, generator=generator) + 0.01
+    zero = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8, generator=generator)
+    return codes, scale, zero
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     m=st.integers(0, 9),
@@ -78,10 +88,7 @@ def test_products_have_the_same_bits(scheme, n, units, odd, m, dtype, x_bits, x_
     bits, group_size, symmetric = scheme
     k = units * group_size if group_size else 32 * units + odd
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=generator)
-    groups = k // group_size if group_size else 1
-    scale = torch.rand(n, groups, generator=generator) + 0.01
-    zero = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8, generator=generator)
+    codes, scale, zero = _random_weight(scheme, n, k, generator)
     rows, blocks = (LowBitLayout(kind, bits, n, k, group_size, symmetric) for kind in ("cpu_int8_rows", "cpu_vnni"))
     x = (torch.randn(m, k, generator=generator) + 0.3).to(dtype)
     bias, residual = torch.randn(n, generator=generator).to(dtype), torch.randn(m, n, generator=generator).to(dtype)
@@ -183,10 +190,8 @@ def test_weight_only(scheme, n, units, m, exponent, extras, seed):
     bits, group_size, symmetric = scheme
     k = units * (group_size or 32)
     generator = torch.Generator().manual_seed(seed)
-    groups = k // group_size if group_size else 1
-    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=generator)
-    scale = (torch.rand(n, groups, generator=generator) + 0.01).bfloat16()
-    zero = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8, generator=generator)
+    codes, scale, zero = _random_weight(scheme, n, k, generator)
+    scale = scale.bfloat16()
     layout = WeightLayout("cpu_vnni", bits, n, k, group_size, symmetric)
     packed = layout.pack(codes, scale, zero)
     x = torch.randn(m, k, generator=generator) * torch.randn(k, generator=generator).exp() * 2.0**exponent
@@ -280,6 +285,16 @@ def test_tensors_that_move_are_followed(which):
     want = weight_only_linear(x, packed, layout, bias)
     assert torch.equal(direct(x), want)
     assert not torch.equal(want, before)
+
+
+def test_a_bias_with_strides():
+    packed, layout = _weight_only()
+    x, bias = torch.randn(2, 128).bfloat16(), torch.randn(48, 2).bfloat16()[:, 0]
+    want = weight_only_linear(x, packed, layout, bias.contiguous()).double()
+    assert torch.equal(weight_only_linear(x, packed, layout, bias).double(), want)
+    assert (direct_linear(packed, layout, bias)(x).double() - want).norm() <= 2.0**-8 * want.norm()
+    low_packed, low_layout, _ = _direct()
+    assert direct_low_bit_linear(low_packed, low_layout, torch.bfloat16, bias, Rounding(8, True, None)) is None
 
 
 def test_other_default_dtypes_and_devices_change_nothing():
