@@ -7,6 +7,8 @@ quantized weight is ever made: the peak is the packed model plus the codes of on
 
 import ctypes
 import logging
+import math
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -69,6 +71,8 @@ def load(
         CheckpointError: the checkpoint is damaged, incomplete or inconsistent; see also `verify`.
     """
     target = resolve_device(device)
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"path {path!r}: expected the folder of a checkpoint, a string or a path")
     checkpoint = read_checkpoint(path)
     where = str(checkpoint.path)
     config = plain_config(checkpoint.config, where)
@@ -103,6 +107,7 @@ def load(
     if checkpoint.rotations is not None or checkpoint.kv_bits < 16 or checkpoint.clipped:
         model.config.sliderquant = checkpoint.config["sliderquant"]
     model.config._name_or_path = model.name_or_path = where
+    model.config.dtype = wanted  # Older transformers leave what the checkpoint says, where a dtype was asked for.
     return model.requires_grad_(False).eval()
 
 
@@ -141,7 +146,13 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that config.json names, by either name of the field; if it names none, that of the scales."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if named is not None:
-        return _dtype_named(named)
+        try:
+            return _dtype_named(named)
+        except InputError as error:
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'}: dtype is {named!r}, expected {', '.join(_DTYPES)}: correct it, or "
+                "load with another dtype than auto"
+            ) from error
     scale = checkpoint.tensors[f"{next(iter(checkpoint.schemes))}.weight_scale"]
     return _SAFETENSORS_DTYPES[scale.dtype]
 
@@ -170,6 +181,7 @@ def _fill_dense(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.de
                 # A copy: a view of the file would be pulled from under the model when the file changes.
                 value = file.get_tensor(key)
                 if value.is_floating_point():
+                    _check_finite(value, key, path)
                     value = value.to(device, _kept_dtype(model, key, dtype), copy=True)
                 else:
                     value = value.to(device, copy=True)
@@ -177,6 +189,15 @@ def _fill_dense(model: PreTrainedModel, checkpoint: Checkpoint, device: torch.de
                     module._parameters[name] = nn.Parameter(value, requires_grad=False)
                 elif name in module._buffers and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = value
+
+
+def _check_finite(value: Tensor, key: str, path: Path) -> None:
+    # aminmax passes NaN on, and takes no memory; isfinite takes thirty times as long.
+    if value.numel() and not all(math.isfinite(end) for end in value.aminmax()):
+        raise CheckpointError(
+            f"{path}: tensor {key} holds values that are not finite: the file is damaged, or the model was; copy or "
+            "download it again"
+        )
 
 
 def _kept_dtype(model: PreTrainedModel, key: str, dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sliderquant.allocation import Allocation
+from sliderquant.arguments import check_arguments
 from sliderquant.baselines.rtn import rtn_layer
 from sliderquant.baselines.walk import quantize_layers
 from sliderquant.checkpoint import CardInfo, CheckpointWriter
@@ -33,7 +34,7 @@ from sliderquant.reports.quantization import quantization_page
 from sliderquant.rotation import rotated
 from sliderquant.schemes import Scheme
 from sliderquant.settings import Settings
-from sliderquant.texts import checked_name, read_blocks, say, try_texts
+from sliderquant.texts import checked_name, needed_name, read_blocks, say, try_texts
 from sliderquant.train import matmul_dtype
 from sliderquant.walk import refine_model, stored_clips
 
@@ -92,6 +93,7 @@ def plan(
     Raises:
         InputError: as `quantize`.
     """
+    check_arguments(locals())
     target = resolve_device(device)
     source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme), method_named(method))
     settled = _plan(
@@ -100,7 +102,7 @@ def plan(
     if output is not None:
         _writer(settled, output, overwrite)
     needs_text = settled.settings is not None or settled.chooses
-    text = checked_name(calibration, needs_text) if needs_text else None
+    text = needed_name(calibration) if needs_text else None
     measured = checked_name(perplexity_on, True) or None
     tokenizer = source.tokenizer() if needs_text or measured else None
     if not settled.chooses:
@@ -177,6 +179,7 @@ def quantize(
         InputError: something in the arguments or files is not usable; before any long work.
         CheckpointError: the checkpoint could not be written.
     """
+    check_arguments(locals())
     told, progress = progress, progress or Progress()
     started = time.perf_counter()
     target = resolve_device(device)
@@ -194,7 +197,7 @@ def quantize(
     if allocation is not None:
         settled = settled.with_allocation(allocation)
     needs_text = settled.settings is not None or settled.chooses
-    calibration = checked_name(calibration, needs_text)
+    calibration = needed_name(calibration) if needs_text else calibration
     perplexity_on = checked_name(perplexity_on, True) or None
     tokenizer = source.tokenizer() if needs_text or perplexity_on else None
     writer = _writer(settled, output, overwrite)

@@ -84,6 +84,8 @@ class Scheme:
         """
         if isinstance(text, Scheme):
             return text
+        if not isinstance(text, str):
+            raise InputError(f"scheme {text!r} is not understood: {_EXPECTED}")
         found = _GRAMMAR.fullmatch(text.strip())
         if found is None:
             raise InputError(f"scheme {text!r} is not understood: {_EXPECTED}")

@@ -15,7 +15,7 @@ from sliderquant.evaluation.perplexity import evaluation_blocks
 from sliderquant.planning import Plan
 from sliderquant.progress import Progress
 
-__all__ = ["TextBlocks", "checked_name", "read_blocks", "say", "try_texts"]
+__all__ = ["TextBlocks", "checked_name", "needed_name", "read_blocks", "say", "try_texts"]
 
 _TRIED_SAMPLES = 1024
 """Of calibration samples, those that show whether a text is of use."""
@@ -41,6 +41,12 @@ def checked_name(text: _Source, used: bool) -> _Source:
     """The source of a text, as a string where it was a path. Raises InputError when it is used, and not there."""
     if text is None or not used:
         return text
+    check_source(text)
+    return str(text)
+
+
+def needed_name(text: str) -> str:
+    """The same of a text that there has to be. Raises InputError as `checked_name`, and when it is None."""
     check_source(text)
     return str(text)
 

@@ -57,10 +57,11 @@ _PACKED: tuple[tuple[bytes, str, Callable[[bytes], bytes]], ...] = (
     (b"\x1f\x8b", "gzip", gzip.decompress),
     (b"BZh", "bzip2", bz2.decompress),
     (b"\xfd7zXZ\x00", "xz", lzma.decompress),
+    (b"\x5d\x00\x00", "lzma", lzma.decompress),
     (b"\x28\xb5\x2f\xfd", "Zstandard", _zstandard_or_lz4("zstd")),
     (b"\x04\x22\x4d\x18", "LZ4", _zstandard_or_lz4("lz4")),
 )
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4")
 """Endings that say how a file is packed, not what it holds."""
 
 
@@ -124,7 +125,7 @@ def unpacked(source: str, data: bytes) -> bytes:
     for magic, name, unpack in _PACKED:
         if data.startswith(magic) and (name != "bzip2" or data[4:10] == b"1AY&SY"):
             try:
-                return unpack(data)
+                return unpacked(source, unpack(data))  # FILE.gz.gz happens
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
                 raise InputError(
                     f"text {source!r}: a {name} file that is damaged or cut off ({error}): get it again"

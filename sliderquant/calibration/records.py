@@ -97,9 +97,9 @@ def csv_documents(source: str, content: str) -> tuple[Document, ...]:
         InputError: it has no column that is read, or a broken line, which is named.
     """
     where = f"text {source!r}"
-    header = content.lstrip("\r\n").split("\n", 1)[0]
+    header = re.split(r"[\r\n]", content.lstrip("\r\n"), maxsplit=1)[0]
     for separator in ",;\t":
-        columns = next(csv.reader([header.rstrip("\r")], delimiter=separator), [])
+        columns = next(csv.reader([header], delimiter=separator), [])
         if not {column.strip() for column in columns}.isdisjoint(FIELDS):
             break
     else:
@@ -110,9 +110,16 @@ def csv_documents(source: str, content: str) -> tuple[Document, ...]:
         reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=separator, strict=True)
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         for row in reader:
+            surplus = row.pop(None, [])
+            if any(field.strip() for field in surplus):
+                named = len(reader.fieldnames)
+                raise InputError(
+                    f"{where}: line {reader.line_num} has {named + len(surplus)} fields, the header {named}: put text "
+                    'that holds the separator into double quotes, ""'
+                )
             documents.append(_document(row, f"{where}: line {reader.line_num}"))
     except csv.Error as error:
-        raise InputError(f"{where}: line {reader.line_num} is broken: {error}") from error
+        raise InputError(f"{where}: the record that begins in line {reader.line_num + 1} is broken: {error}") from error
     finally:
         csv.field_size_limit(limit)
     return tuple(documents)
@@ -132,6 +139,8 @@ def table_documents(source: str, data: bytes) -> tuple[Document, ...]:
     try:
         if data.startswith(b"PAR1"):
             names = parquet.read_schema(buffer).names
+            if repeated := sorted({name for name in names if name in FIELDS and names.count(name) > 1}):
+                raise InputError(f"{where}: has more than one column {', '.join(repeated)}: rename all but one")
             buffer.seek(0)
             table = parquet.read_table(buffer, columns=_known(where, names))
         else:

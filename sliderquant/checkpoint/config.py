@@ -1,5 +1,6 @@
 """`quantization_config` in config.json: which linears are quantized, and how."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -198,9 +199,11 @@ class SchemeLookup:
             raise CheckpointError(f"{where}: transform_config: online rotations are not supported; {_SUPPORTED}")
         self._config, self._parsed = config, parsed
         self._ignore = parsed.ignore or []
+        _check_patterns(self._ignore, f"{where}: ignore")
         self._groups: dict[str, tuple[list[str], Scheme, str]] = {}
         for key, group in parsed.config_groups.items():
             assert isinstance(group, QuantizationScheme)  # preset names are resolved by the library's validator
+            _check_patterns(group.targets, f"{where}: config_groups.{key}.targets")
             self._groups[key] = (group.targets, *_read_group(group, parsed.format, f"{where}: config_groups.{key}"))
         if not self._groups:
             raise CheckpointError(f"{where}: config_groups is empty, expected one group or more")
@@ -248,6 +251,14 @@ class SchemeLookup:
         if not matches:
             return None
         return next((scheme, stored) for targets, scheme, stored in self._groups.values() if matches[0] in targets)
+
+
+def _check_patterns(names: Iterable[str], where: str) -> None:
+    for name in names:
+        try:
+            re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+        except re.error as error:
+            raise CheckpointError(f"{where}: {name!r} is not a regular expression: {error}") from error
 
 
 def _outer_format(formats: Iterable[str]) -> str:

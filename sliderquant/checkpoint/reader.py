@@ -5,6 +5,7 @@ compressed-tensors.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +19,13 @@ from sliderquant.checkpoint.config import FORMAT_VERSION, SchemeLookup, read_ent
 from sliderquant.checkpoint.packing import CODES, INPUT_CLIP, INT8, PACKED, PARTS, stored_shapes
 from sliderquant.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME
 from sliderquant.errors import CheckpointError, InputError
+from sliderquant.models.files import weight_map as listed_files
 from sliderquant.rotation import Rotations
 from sliderquant.schemes import Scheme
 
 __all__ = ["REPORT_NAME", "Checkpoint", "StoredTensor", "read_checkpoint"]
+
+logger = logging.getLogger(__name__)
 
 REPORT_NAME = "sliderquant-report.json"
 
@@ -113,8 +117,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     config = _read_config(folder)
     where = f"{folder / 'config.json'}: quantization_config"
     entry = config.get("sliderquant") or {}
-    version = entry.get("format_version") if isinstance(entry, dict) else None
-    if version is not None and (not isinstance(version, int) or version > FORMAT_VERSION):
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: sliderquant is {entry!r}, expected a JSON object")
+    version = entry.get("format_version")
+    if version is not None and (not isinstance(version, int) or isinstance(version, bool)):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: sliderquant.format_version is {version!r}, expected a whole number"
+        )
+    if version is not None and version > FORMAT_VERSION:
         raise CheckpointError(
             f"{folder}: written by a newer sliderquant (format {version}; this is {FORMAT_VERSION}): upgrade "
             "sliderquant"
@@ -137,7 +147,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         tensors=tensors,
         format_version=version,
         version=entry.get("version") if version is not None else None,
-        report=_read_json(folder / REPORT_NAME) if (folder / REPORT_NAME).exists() else None,
+        report=_read_report(folder / REPORT_NAME),
         rotations=described.rotations,
         kv_bits=described.kv_bits,
         clipped=described.clipped,
@@ -153,6 +163,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _read_report(path: Path) -> dict[str, Any] | None:
+    """None where there is none, or none that can be read: nothing in it is needed to run the model."""
+    if not path.exists():
+        return None
+    try:
+        return _read_json(path)
+    except CheckpointError as error:
+        logger.warning("%s: it is ignored", error)
+        return None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -176,10 +197,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     index_path = folder / INDEX_NAME
     weight_map: Mapping[str, str] | None = None
-    if index_path.exists():
-        weight_map = _read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_path}: has no weight_map")
+    # As transformers reads a folder: save_pretrained leaves the index of an earlier save beside a single file.
+    if not (folder / WEIGHTS_NAME).is_file() and index_path.exists():
+        try:
+            weight_map = listed_files(index_path)
+        except InputError as error:
+            raise CheckpointError(str(error)) from error
         names = sorted(set(weight_map.values()))
     else:
         names = [WEIGHTS_NAME]

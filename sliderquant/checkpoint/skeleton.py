@@ -20,24 +20,26 @@ __all__ = ["attention_clips", "build_skeleton", "check_against_model", "linear_n
 
 
 def plain_config(config: dict[str, Any], where: str) -> PretrainedConfig:
-    """The configuration of the model without its quantization.
+    """The configuration of the model without its quantization and its dtype, which the caller settles.
 
     Raises:
         CheckpointError: the installed transformers does not know the model; the message starts with `where`.
     """
     # An implementation of attention that is named in a file may be code on the hub, which is never run.
-    left = ("quantization_config", "sliderquant", "attn_implementation", "_attn_implementation")
+    left = ("quantization_config", "sliderquant", "attn_implementation", "_attn_implementation", "dtype", "torch_dtype")
     # A copy: transformers writes into dictionaries that it is given, such as rope_scaling.
     plain = copy.deepcopy({key: value for key, value in config.items() if key not in left})
     model_type = plain.pop("model_type", None)
     if model_type is None:
         raise CheckpointError(f"{where}: config.json has no model_type")
     try:
-        return AutoConfig.for_model(model_type, **plain)
+        described = AutoConfig.for_model(model_type, **plain)
     except Exception as error:  # whatever a model's own validation raises
         raise CheckpointError(
             f"{where}: the installed transformers cannot read this config.json (model_type {model_type!r}): {error}"
         ) from error
+    described.return_dict = True  # neither generate nor we read tuples
+    return described
 
 
 def build_skeleton(config: PretrainedConfig, where: str, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
@@ -53,8 +55,14 @@ def build_skeleton(config: PretrainedConfig, where: str, dtype: torch.dtype, **k
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **kwargs)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{where}: transformers cannot build this model: {error}") from error
+    except Exception as error:  # whatever a model class raises at values that it does not expect
+        reason = " ".join(str(error).split())[:300]
+        attention = kwargs.get("attn_implementation")
+        if attention is not None and (isinstance(error, ImportError) or str(attention) in reason):
+            raise InputError(f"attn_implementation {attention!r}: {reason}") from error
+        raise CheckpointError(
+            f"{where}: transformers cannot build the model of this config.json: {type(error).__name__}: {reason}"
+        ) from error
     return model
 
 

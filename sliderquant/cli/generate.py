@@ -19,7 +19,7 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at the most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens up to this.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not use the model's chat template.")] = False,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
@@ -30,18 +30,21 @@ def command(
     import time
 
     import torch
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
     from sliderquant.calibration.tokens import check_tokens
+    from sliderquant.checkpoint.reader import read_checkpoint
     from sliderquant.errors import InputError
     from sliderquant.loading import load
+    from sliderquant.models.source import read_tokenizer
 
     if not prompt:
         raise InputError("PROMPT is empty: expected text to go on from")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise InputError("PROMPT is not UTF-8 text: check the encoding of the terminal, or of the file it came from")
+    read_checkpoint(checkpoint)  # what is no checkpoint is told by its own message
+    tokenizer = read_tokenizer(checkpoint, str(checkpoint))
     model = load(checkpoint, device=device, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     if tokenizer.chat_template and not raw:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -75,4 +78,6 @@ def command(
     seconds = time.perf_counter() - start
     if not quiet:
         tokens = written.shape[1] - length
+        if tokens == longest - length < max_new_tokens:
+            print(f"stopped at {longest} tokens, the longest that the model takes", file=sys.stderr)
         print(f"{tokens} tokens, {tokens / seconds:.1f} a second on {model.device.type}", file=sys.stderr)

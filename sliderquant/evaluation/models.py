@@ -1,20 +1,22 @@
 """Perplexity of a checkpoint, or of an original model."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sliderquant.arguments import check_arguments
 from sliderquant.calibration.text import check_source, read_text
 from sliderquant.calibration.tokens import vocabulary_of
 from sliderquant.devices import resolve_device
-from sliderquant.errors import InputError
+from sliderquant.errors import InputError, SliderQuantError
 from sliderquant.evaluation.perplexity import Perplexity, check_seqlen, evaluation_blocks, perplexity
 from sliderquant.loading import load
 from sliderquant.models.matching import empty_model
-from sliderquant.models.source import ModelSource, open_model
+from sliderquant.models.source import ModelSource, open_model, read_tokenizer
 from sliderquant.progress import Progress
 from sliderquant.rotation import RotatedSource
 
@@ -41,8 +43,7 @@ def evaluate(
         InputError: the model or the text is not usable.
         CheckpointError: the checkpoint is damaged.
     """
-    from transformers import AutoTokenizer
-
+    check_arguments(locals())
     progress = progress or Progress()
     check_source(perplexity_on)
     perplexity_on = str(perplexity_on)
@@ -52,14 +53,25 @@ def evaluate(
         text = read_text(perplexity_on, "evaluation")  # loading takes longer
         if dtype == "auto" and target.type != "cuda":
             dtype = torch.float32
+        tokenizer = read_tokenizer(folder, str(model))
         packed = load(folder, device=target, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         seqlen = check_seqlen(packed.config, seqlen)
         blocks = evaluation_blocks(text, tokenizer, seqlen, packed.get_input_embeddings().num_embeddings)
         _say(blocks.notes, progress)
-        return perplexity(packed, tokenizer, perplexity_on, seqlen, progress.evaluated, blocks.tokens)
+        return _finite(perplexity(packed, tokenizer, perplexity_on, seqlen, progress.evaluated, blocks.tokens), model)
     source = open_model(model)
-    return original_perplexity(source, source.tokenizer(), perplexity_on, seqlen, target, progress, dtype)
+    measured = original_perplexity(source, source.tokenizer(), perplexity_on, seqlen, target, progress, dtype)
+    return _finite(measured, model)
+
+
+def _finite(measured: Perplexity, model: str | Path) -> Perplexity:
+    if math.isfinite(measured.value):
+        return measured
+    advice = "values beyond those of float16: try --dtype float32; or " if measured.dtype == "float16" else ""
+    raise SliderQuantError(
+        f"{model}: the perplexity on {measured.dataset} is {measured.value}, so its logits are not finite: {advice}the "
+        "weights are damaged, which `sliderquant inspect OUT --verify` shows of a checkpoint"
+    )
 
 
 def _say(notes: Iterable[str], progress: Progress) -> None:

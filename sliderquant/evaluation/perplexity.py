@@ -65,6 +65,13 @@ def check_seqlen(config: Any, seqlen: int | None) -> int:
     return seqlen
 
 
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def evaluation_blocks(source: str | Text, tokenizer: Any, seqlen: int, vocabulary: int | None = None) -> Blocks:
     """What is measured of a text source.
 
@@ -113,7 +120,7 @@ def perplexity(
         losses += token_losses.view(len(ids), -1).double().mean(dim=1).tolist()
         progress(len(losses), len(blocks))
     return Perplexity(
-        value=math.exp(sum(losses) / len(losses)),
+        value=_exp(sum(losses) / len(losses)),
         dataset=source,
         seqlen=seqlen,
         blocks=len(blocks),

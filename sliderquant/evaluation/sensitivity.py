@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sliderquant.arguments import check_arguments
 from sliderquant.calibration.text import check_source
 from sliderquant.calibration.tokens import vocabulary_of
 from sliderquant.devices import deterministic, machine, resolve_device, versions
@@ -148,6 +149,7 @@ def sensitivity(
     Raises:
         InputError: something in the arguments or files is not usable; before any long work.
     """
+    check_arguments(locals())
     progress = progress or Progress()
     target = resolve_device(device)
     if max_blocks < 1:

@@ -21,9 +21,11 @@ __all__ = [
     "carried_over",
     "found_instead",
     "missing_shards",
+    "not_a_file",
     "opened",
     "read_headers",
     "read_json",
+    "weight_map",
 ]
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -179,7 +181,7 @@ def missing_shards(folder: Path) -> list[str]:
     """Files that the index lists, where it counts, and that are not in the folder."""
     if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
         return []
-    files = set(_weight_map(folder / _INDEX).values())
+    files = set(weight_map(folder / _INDEX).values())
     return sorted(file for file in files if not (folder / file).is_file())
 
 
@@ -194,8 +196,8 @@ def _read_explicit(folder: Path, explicit: Any) -> dict[str, StoredTensor]:
 
 
 def _read_index(name: str, folder: Path, index: str) -> dict[str, StoredTensor]:
-    weight_map = _weight_map(folder / index)
-    files = sorted(set(weight_map.values()))
+    listed = weight_map(folder / index)
+    files = sorted(set(listed.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise InputError(
@@ -203,25 +205,30 @@ def _read_index(name: str, folder: Path, index: str) -> dict[str, StoredTensor]:
             "download the model again"
         )
     tensors = _read_files([folder / file for file in files])
-    absent = [tensor for tensor in weight_map if tensor not in tensors]
+    absent = [tensor for tensor in listed if tensor not in tensors]
     if absent:
         raise InputError(
-            f"{folder / index}: names tensor {absent[0]} in {weight_map[absent[0]]}, which does not hold it: index and "
+            f"{folder / index}: names tensor {absent[0]} in {listed[absent[0]]}, which does not hold it: index and "
             "files are not of the same model; copy or download it again"
         )
     return tensors
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, of an index."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, of an index.
+
+    Raises:
+        InputError: the file cannot be read, has no `weight_map`, or names a file that is not a *.safetensors file in
+            the folder.
+    """
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
         raise InputError(f"{index}: has no weight_map; copy or download the model again")
-    for tensor, file in weight_map.items():
+    for tensor, file in listed.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
             raise InputError(f"{index}: tensor {tensor} is in {file!r}, expected the name of a *.safetensors file")
         _check_inside(f"{index}: tensor {tensor}", file)
-    return weight_map
+    return listed
 
 
 def _check_inside(where: str, file: str) -> None:
@@ -242,15 +249,34 @@ def _read_files(paths: list[Path]) -> dict[str, StoredTensor]:
 
 def _no_weights(folder: Path) -> str:
     """What is in a folder that has no weights which are read, and what to do about it."""
+    for name in (_WEIGHTS, _INDEX):
+        if trouble := not_a_file(folder / name):
+            return trouble
     some = any(path.name.endswith(".safetensors") for path in folder.iterdir())
     expected = f"no {_WEIGHTS} and no {_INDEX} in {folder}" if some else f"no *.safetensors in {folder}"
     found = found_instead(folder)
     return f"{expected}; {found}" if found else f"{expected}: it has no weights; copy or download the model again"
 
 
+def not_a_file(path: Path) -> str | None:
+    """Why what the folder lists as `path` cannot be read as a file; None: it can, or nothing has that name."""
+    if path.is_dir():
+        return f"{path} is a folder, expected a file"
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a link to {os.readlink(path)}, which is missing: copy or download the model again"
+    return None
+
+
 def found_instead(folder: Path) -> str | None:
     """What a folder holds that is not a model in the layout of transformers, and what to do; None: nothing known."""
     names = sorted(path.name for path in folder.iterdir())
+    if "config.json" not in names:
+        if trouble := next((name for name in names if name.casefold() == "config.json"), None):
+            return f"{trouble}: rename it to config.json"
+        # The root of a cache of the hub holds snapshots/REVISION/config.json.
+        inner = sorted(path.parent for depth in ("*", "snapshots/*") for path in folder.glob(f"{depth}/config.json"))
+        if inner:
+            return f"a model in {inner[-1].relative_to(folder)}: give {inner[-1]}"
     for patterns, advice in _OTHER_WEIGHTS:
         found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if found:
@@ -267,9 +293,13 @@ def carried_over(folder: Path) -> Iterator[Path]:
     """
     for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         name = path.relative_to(folder).as_posix()
-        if any(fnmatchcase(name, pattern) for pattern in _NEVER_CARRIED) or not path.is_file():
+        if any(fnmatchcase(name, pattern) for pattern in _NEVER_CARRIED) or path.is_dir():
             continue
         if any(fnmatchcase(name, pattern) for pattern in _CARRIED_OVER):
+            if trouble := not_a_file(path):
+                raise InputError(f"{trouble}; it belongs into the checkpoint")
+            if not path.is_file():
+                continue
             if not os.access(path, os.R_OK):
                 raise InputError(f"{path} cannot be read, and belongs into the checkpoint: change its permissions")
             yield path

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from sliderquant.errors import InputError
 from sliderquant.models.files import StoredTensor, opened
 
-__all__ = ["empty_model", "matched", "same_values"]
+__all__ = ["empty_model", "matched", "same_values", "warn_once"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def matched(
     if tied and head in tensors and embedding in tensors:
         tied = same_values(tensors[head], tensors[embedding])
         if not tied:
-            _warn(
+            warn_once(
                 f"{name}: config.json ties the head to the embedding, but the files hold a head with other values: "
                 "that head is used, and the checkpoint says that they are not tied"
             )
@@ -94,7 +94,7 @@ def matched(
     used = {tensor.key for tensor in tensors.values()}
     extra = [key for key in found if key not in used and not _COMPUTED.search(key)]
     if extra:
-        _warn(f"{name}: {_some(extra)} not part of {type(model).__name__}, ignored")
+        warn_once(f"{name}: {_some(extra)} not part of {type(model).__name__}, ignored")
     return {key: tensors[key] for key in expected if not (tied and key == head)}, tied
 
 
@@ -161,6 +161,6 @@ def _some(keys: list[str]) -> str:
 
 
 @lru_cache(maxsize=256)
-def _warn(message: str) -> None:
+def warn_once(message: str) -> None:
     """A warning, once in a process: a run opens the same model several times."""
     logger.warning(message)

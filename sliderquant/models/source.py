@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from sliderquant.models.files import (
     carried_over,
     found_instead,
     missing_shards,
+    not_a_file,
     opened,
     read_headers,
     read_json,
 )
-from sliderquant.models.matching import empty_model, matched
+from sliderquant.models.matching import empty_model, matched, warn_once
 
-__all__ = ["ModelSource", "open_model"]
+__all__ = ["ModelSource", "open_model", "read_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,12 @@ class ModelSource:
         """Tensor name -> (shape, bytes), from the files' headers alone."""
         return {name: (tensor.shape, tensor.bytes) for name, tensor in self.tensors.items()}
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model's weights, in which scales are stored."""
-        return _DTYPES[self.tensors[f"{self.family.layers}.0.{self.family.linears[0]}.weight"].dtype]
+        """The dtype of the linears' weights, in which scales are stored; where they differ, one that holds all."""
+        names = {name for layer in range(self.num_layers) for name in self.linear_names(layer)}
+        stored = {self.tensors[f"{name}.weight"].dtype for name in names}
+        return reduce(torch.promote_types, (_DTYPES[dtype] for dtype in stored))
 
     @property
     def num_layers(self) -> int:
@@ -116,20 +119,35 @@ class ModelSource:
 
     def tokenizer(self) -> Any:
         """Of the class that transformers has for it. Raises InputError when there is none, or it needs own code."""
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except Exception as error:  # tokenizers raises bare Exceptions at files that it cannot read
-            if "trust_remote_code" in str(error):
-                raise InputError(
-                    f"{self.name}: its tokenizer needs code from the model's folder, which is never run: save one of "
-                    "transformers' own classes with it, or use --method rtn, which needs none"
-                ) from error
-            raise InputError(f"{self.name}: its tokenizer cannot be read: {_one_line(error)}") from error
+        return read_tokenizer(self.folder, self.name)
 
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+def read_tokenizer(folder: Path, name: str) -> Any:
+    """The tokenizer of a model or a checkpoint, of the class that transformers has for it.
+
+    Args:
+        name: what the user called it.
+
+    Raises:
+        InputError: there is none, it is damaged, or it needs code from the folder.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exceptions at files that it cannot read
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{name}: its tokenizer needs code from the model's folder, which is never run: save one of "
+                "transformers' own classes with it, or use --method rtn, which needs none"
+            ) from error
+        raise InputError(
+            f"{name}: its tokenizer cannot be read from {folder}: {_one_line(error)}; copy its files there again"
+        ) from error
 
 
 def open_model(model: str | Path) -> ModelSource:
@@ -143,19 +161,19 @@ def open_model(model: str | Path) -> ModelSource:
     from transformers import AutoConfig
 
     folder = _local_folder(model)
+    if trouble := not_a_file(folder / "config.json"):
+        raise InputError(f"{model}: {trouble}")
     if not (folder / "config.json").is_file():
         found = found_instead(folder)
         hint = f"; it holds {found}" if found else "; expected a folder made by save_pretrained, or a hub id"
         raise InputError(f"{model}: no config.json in {folder}{hint}")
-    try:
-        stored = read_json(folder / "config.json")
-    except InputError as error:
-        raise InputError(f"{model}: config.json cannot be read: {error}") from error
+    stored = read_json(folder / "config.json")
     if stored.get("quantization_config") or stored.get("compression_config"):
         raise InputError(f"{model}: is quantized already; expected the original model in 16 bits")
     family_of(str(model), stored.get("model_type"), _architectures(model, stored))
     # transformers would offer to run the folder's own code for a type that it does not know.
     check_model_type(str(model), stored)
+    _check_dtype(folder / "config.json", stored)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a model's own validation raises
@@ -173,6 +191,12 @@ def open_model(model: str | Path) -> ModelSource:
     config.tie_word_embeddings = tied
     for _ in carried_over(folder):
         pass  # can all be read
+    if (folder / "adapter_config.json").exists():
+        warn_once(
+            f"{model}: the adapter in {folder} (adapter_config.json) is ignored, and the model without it is "
+            "quantized: to have it quantized, merge it first (merge_and_unload) and save the result with "
+            "save_pretrained"
+        )
     return ModelSource(str(model), folder, config, family, tensors)
 
 
@@ -181,6 +205,16 @@ def _architectures(model: str | Path, stored: Mapping[str, Any]) -> list[str] | 
     if named is None or (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         return named
     raise InputError(f"{model}: config.json has architectures {named!r}: expected a list of names")
+
+
+def _check_dtype(path: Path, config: Mapping[str, Any]) -> None:
+    """The checkpoint carries the field over, and every reader takes the dtype of the model from it."""
+    for field in ("dtype", "torch_dtype"):
+        value = config.get(field)
+        if value is not None and value not in _DTYPE_NAMES:
+            raise InputError(
+                f"{path}: {field} is {value!r}, expected {', '.join(_DTYPE_NAMES)}: set it to that of the weights"
+            )
 
 
 def _local_folder(model: str | Path) -> Path:

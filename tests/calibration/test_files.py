@@ -72,7 +72,15 @@ def zstandard(data):
 
 
 @pytest.mark.parametrize(
-    ("ending", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress), ("zst", zstandard)]
+    ("ending", "pack"),
+    [
+        ("gz", gzip.compress),
+        ("bz2", bz2.compress),
+        ("xz", lzma.compress),
+        ("zst", zstandard),
+        ("lzma", lambda data: lzma.compress(data, lzma.FORMAT_ALONE)),
+        ("gz.xz", lambda data: lzma.compress(gzip.compress(data))),
+    ],
 )
 def test_compressed_files_are_what_they_hold(tmp_path, ending, pack):
     (tmp_path / f"d.jsonl.{ending}").write_bytes(pack(LINES))

@@ -95,6 +95,12 @@ def test_tables(tmp_path):
     assert read(tmp_path / "c.csv", 'id,text\r\n1,"a, b\nc"\r\n2,d\r\n').documents == ("a, b\nc", "d")
     assert read(tmp_path / "c.tsv", "text\tid\na\t1\n").documents == ("a",)
     assert read(tmp_path / "long.csv", "text\n" + "x" * 200_000).characters == 200_000
+    assert read(tmp_path / "mac.csv", "id,text\r1,a\r2,b\r").documents == ("a", "b")
+    assert read(tmp_path / "comma.csv", "text\na,\nb, \n").documents == ("a", "b")
+    with pytest.raises(InputError, match="line 3 has 3 fields, the header 1: put text"):
+        read(tmp_path / "more.csv", "text\nHello\nHello, this, is lost\n")
+    with pytest.raises(InputError, match="record that begins in line 3 is broken"):
+        read(tmp_path / "open.csv", 'text\na\n"b\nc\n')
     with pytest.raises(InputError, match="header line names no column"):
         read(tmp_path / "no.csv", "a,b\n1,2\n")
     pq.write_table(pa.table({"n": [1, 2], "text": ["a", "b"]}), tmp_path / "t.parquet")
@@ -104,6 +110,9 @@ def test_tables(tmp_path):
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match="has the columns body; expected"):
         read(tmp_path / "b.parquet")
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), tmp_path / "two.parquet")
+    with pytest.raises(InputError, match="more than one column text"):
+        read(tmp_path / "two.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:-20])
     with pytest.raises(InputError, match="damaged or cut off"):
         read(tmp_path / "cut.parquet")

@@ -118,8 +118,41 @@ def test_dtypes(stored: str, wanted: str | torch.dtype, tiny: Tiny, caplog: pyte
     assert torch.equal(codes, load(made.path, "cpu").model.layers[0].mlp.up_proj.quantized().codes)
 
 
+@pytest.mark.parametrize("stored", ["float64", "auto", 5, ["bfloat16"]])
+def test_a_dtype_that_config_json_names_and_nobody_has(
+    stored: Any, tiny: Tiny, edit_config: Callable[..., None]
+) -> None:
+    folder = tiny().path
+    edit_config(folder, lambda config: config.update(dtype=stored))
+    with pytest.raises(CheckpointError, match=r"config\.json: dtype is .*, expected float32, bfloat16, float16"):
+        load(folder, "cpu")
+    assert load(folder, "cpu", "float32").config.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_values_that_are_not_finite(key: str, value: float, tiny: Tiny) -> None:
+    folder = tiny().path
+    tensors = load_file(folder / "model.safetensors")
+    tensors[key].flatten()[-1] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"model.safetensors: tensor {key} holds values that are not finite"):
+        load(folder, "cpu")
+
+
+def test_a_configuration_that_wants_tuples(tiny: Tiny, edit_config: Callable[..., None]) -> None:
+    folder = tiny().path
+    edit_config(folder, lambda config: config.update(return_dict=False))
+    assert load(folder, "cpu").generate(IDS, max_new_tokens=2, pad_token_id=0).shape[1] == IDS.shape[1] + 2
+
+
 def test_bad_arguments(tiny: Tiny) -> None:
     folder = tiny().path
+    for attention in ("nosuch", "flash_attention_2"):  # the second needs a package and a GPU
+        with pytest.raises(InputError, match=f"attn_implementation '{attention}'"):
+            load(folder, "cpu", attn_implementation=attention)
+    with pytest.raises(InputError, match="path None: expected the folder"):
+        load(None)
     with pytest.raises(InputError, match="dtype 'float64' is not supported: expected auto, float32"):
         load(folder, dtype="float64")
     with pytest.raises(InputError, match="device 'gpu' is not understood: expected auto"):

@@ -209,6 +209,52 @@ def test_a_missing_shard(tiny: Tiny) -> None:
     refused(folder, f"{shard.name}: missing, which model.safetensors.index.json lists")
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_one_file_goes_before_an_index(there: bool, tiny: Tiny) -> None:
+    """As save_pretrained leaves a folder: first in shards, then in one file."""
+    sharded = tiny("W4A16-g64", max_shard_bytes=30_000).path
+    folder = tiny("W4A16-g64", folder="whole").path
+    for path in sharded.glob("model*"):
+        if there or path.suffix == ".json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    assert read_checkpoint(folder).files == [folder / "model.safetensors"]
+
+
+@pytest.mark.parametrize("file", [5, "../elsewhere.safetensors", "/elsewhere.safetensors", "model.bin"])
+def test_an_index_that_names_what_is_no_file_of_the_folder(file: Any, tiny: Tiny) -> None:
+    folder = tiny("W4A16-g64", max_shard_bytes=30_000).path
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+    refused(folder, "index.json: tensor model.norm.weight", "expected")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("x", "sliderquant is 'x', expected a JSON object"),
+        ({"format_version": "1"}, "sliderquant.format_version is '1', expected a whole number"),
+        ({"format_version": True}, "sliderquant.format_version is True, expected a whole number"),
+    ],
+)
+def test_a_damaged_entry(entry: Any, message: str, tiny: Tiny, edit_config: Edit) -> None:
+    folder = tiny().path
+    edit_config(folder, lambda config: config.update(sliderquant=entry))
+    refused(folder, message, "config.json")
+
+
+@pytest.mark.parametrize("where", ["ignore", "targets"])
+def test_a_pattern_that_is_no_regular_expression(where: str, tiny: Tiny, edit_config: Edit) -> None:
+    folder = tiny().path
+
+    def change(config: dict[str, Any]) -> None:
+        quantization = config["quantization_config"]
+        holder = quantization if where == "ignore" else quantization["config_groups"]["group_0"]
+        holder[where] = [*holder[where], "re:("]
+
+    edit_config(folder, change)
+    refused(folder, f"{where}: 're:(' is not a regular expression", "config.json")
+
+
 def test_an_index_that_disagrees(tiny: Tiny) -> None:
     folder = tiny(max_shard_bytes=60_000).path
     path = folder / "model.safetensors.index.json"
@@ -222,7 +268,10 @@ def test_an_index_that_disagrees(tiny: Tiny) -> None:
     refused(folder, "model.safetensors.index.json: has no weight_map")
 
 
-def test_a_damaged_report(tiny: Tiny) -> None:
+def test_a_damaged_report(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing in it is needed to run the model."""
     folder = tiny().path
     (folder / "sliderquant-report.json").write_text("{")
-    refused(folder, "sliderquant-report.json: not readable as JSON")
+    assert read_checkpoint(folder).report is None
+    assert "sliderquant-report.json: not readable as JSON" in caplog.text
+    assert any("sliderquant-report.json" in problem for problem in verify(folder).problems)

@@ -197,11 +197,15 @@ def test_inspect_and_verify(checkpoint, tmp_path):
         (["eval", "{model}", "--perplexity", "topics[:3000]", "--dtype", "int8"], "dtype 'int8'"),
         (["generate", "{model}", "hello"], "not quantized"),
         (["generate", "{checkpoint}", ""], "PROMPT is empty"),
+        (["generate", "{untold}", "hello"], "its tokenizer cannot be read from"),
+        (["eval", "{untold}", "--perplexity", "topics[:3000]"], "its tokenizer cannot be read from"),
         (["inspect", "./nowhere"], "nowhere"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(tiny_llama, checkpoint, tmp_path, arguments, message):
-    names = {"out": tmp_path / "out", "model": tiny_llama, "checkpoint": checkpoint}
+    untold = shutil.copytree(checkpoint, tmp_path / "untold")
+    (untold / "tokenizer.json").write_text('{"version"')
+    names = {"out": tmp_path / "out", "model": tiny_llama, "checkpoint": checkpoint, "untold": untold}
     done = invoke(*(argument.format(**names) for argument in arguments))
     assert done.exit_code == 2, done.output
     assert message in done.stderr

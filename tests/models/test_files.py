@@ -183,8 +183,44 @@ def test_what_is_carried_over(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "vocab.dangling").symlink_to(tmp_path / "gone")
     assert sorted(path.relative_to(tmp_path).as_posix() for path in carried_over(tmp_path)) == CARRIED
+
+
+def test_a_link_to_a_file_that_is_gone(copy):
+    (copy / "vocab.txt").symlink_to("../blobs/gone")
+    with pytest.raises(InputError, match=r"vocab\.txt is a link to \.\./blobs/gone, which is missing"):
+        open_model(copy)
+    (copy / "vocab.txt").unlink()
+    open_model(copy)
+    for name in ("model.safetensors", "config.json"):
+        (copy / name).rename(copy / "kept")
+        (copy / name).symlink_to("gone")
+        with pytest.raises(InputError, match=rf"{name} is a link to gone, which is missing"):
+            open_model(copy)
+        (copy / name).unlink()
+        (copy / name).mkdir()
+        with pytest.raises(InputError, match=rf"{name} is a folder, expected a file"):
+            open_model(copy)
+        (copy / name).rmdir()
+        (copy / "kept").rename(copy / name)
+
+
+def test_a_folder_that_holds_the_model_further_in(copy, tmp_path):
+    for inner in ("models--a--b/snapshots/0123abc", "outer/model"):
+        folder = tmp_path / inner
+        shutil.copytree(copy, folder)
+        outer = tmp_path / inner.split("/")[0]
+        with pytest.raises(InputError, match=f"it holds a model in .*: give {folder}$"):
+            open_model(outer)
+    (copy / "config.json").rename(copy / "Config.json")
+    with pytest.raises(InputError, match=r"it holds Config\.json: rename it to config\.json"):
+        open_model(copy)
+
+
+def test_an_adapter_beside_the_model(copy, caplog):
+    (copy / "adapter_config.json").write_text("{}")
+    open_model(copy)
+    assert "adapter_config.json) is ignored" in caplog.text
 
 
 def test_what_cannot_be_read_is_said_before_any_work(copy, monkeypatch):

@@ -34,7 +34,7 @@ def changed(tiny_llama, tmp_path):
 
 @pytest.fixture
 def notes(caplog):
-    matching._warn.cache_clear()
+    matching.warn_once.cache_clear()
     caplog.set_level(logging.WARNING, matching.__name__)
     return lambda: [record.getMessage() for record in caplog.records if record.name == matching.__name__]
 

@@ -32,6 +32,22 @@ def test_tensors_and_shapes_without_loading(tiny_llama):
     assert torch.equal(source.tensor("model.norm.weight"), whole["model.norm.weight"])
 
 
+def test_scales_take_the_widest_dtype_of_the_linears(copy):
+    tensors = load_file(copy / "model.safetensors")
+    for dtype, expected in ((torch.float32, torch.float32), (torch.float16, torch.float32)):
+        tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(dtype)
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+        assert open_model(copy).dtype == expected  # the other linears are in bfloat16
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["float64", "auto", "torch.bfloat16", 5, {"": "float32"}])
+def test_a_dtype_that_no_reader_takes(copy, field, value):
+    edit_config(copy, **{"dtype": None, "torch_dtype": None, field: value})
+    with pytest.raises(InputError, match=rf"config\.json: {field} is .*expected float32, bfloat16, float16"):
+        open_model(copy)
+
+
 def test_sharded_models_are_read_through_their_index(copy):
     tensors = load_file(copy / "model.safetensors")
     (copy / "model.safetensors").unlink()
