@@ -1,5 +1,6 @@
 """The types of what callers of the Python functions pass: checked first, so that no mistake shows after hours."""
 
+import numbers
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from sliderquant.schemes import Scheme
 __all__ = ["check_arguments"]
 
 _PATH = ((str, os.PathLike), "a string or a path")
-_COUNT = ((int,), "a whole number")
+_COUNT = ((numbers.Integral,), "a whole number")
 _EXPECTED: Mapping[str, tuple[tuple[type, ...], str]] = {
     "model": _PATH,
     "output": _PATH,
@@ -24,7 +25,7 @@ _EXPECTED: Mapping[str, tuple[tuple[type, ...], str]] = {
     "seqlen": _COUNT,
     "seed": _COUNT,
     "rotation_seeds": _COUNT,
-    "average_bits": ((int, float), "a number"),
+    "average_bits": ((numbers.Real,), "a number"),
     "overwrite": ((bool,), "True or False"),
     "per_channel_fallback": ((bool,), "True or False"),
 }

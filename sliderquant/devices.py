@@ -62,7 +62,8 @@ def machine(device: torch.device) -> dict[str, str]:
     """What a report says about the machine."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
-    return {"device": f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"}
+    threads = torch.get_num_threads()
+    return {"device": f"cpu ({platform.machine()}, {threads} thread{'' if threads == 1 else 's'})"}
 
 
 def versions() -> dict[str, str]:

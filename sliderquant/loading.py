@@ -39,7 +39,6 @@ __all__ = ["load"]
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load(
@@ -125,13 +124,19 @@ def _read_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> N
 def _resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         return _dtype_named(dtype)
-    stored = _stored_dtype(checkpoint)
+    stored = checkpoint.dtype
     if stored == torch.float16 and device.type == "cpu":
         _say_once(
             f"{checkpoint.path} is stored in float16, which has no fast kernels on a CPU: it runs in bfloat16; "
             'dtype="float16" runs it in float16 all the same'
         )
         return torch.bfloat16
+    rounds = any(scheme.quantizes_activations for scheme in checkpoint.schemes.values())
+    if stored == torch.float32 and device.type == "cpu" and not rounds:
+        _say_once(
+            f"{checkpoint.path} is stored in float32, in which a CPU multiplies dense weights: it takes the memory of "
+            'the original; dtype="bfloat16" runs it on packed weights'
+        )
     return stored
 
 
@@ -140,21 +145,6 @@ def _dtype_named(dtype: str | torch.dtype) -> torch.dtype:
     if name not in _DTYPES:
         raise InputError(f"dtype {name!r} is not supported: expected auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that config.json names, by either name of the field; if it names none, that of the scales."""
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if named is not None:
-        try:
-            return _dtype_named(named)
-        except InputError as error:
-            raise CheckpointError(
-                f"{checkpoint.path / 'config.json'}: dtype is {named!r}, expected {', '.join(_DTYPES)}: correct it, or "
-                "load with another dtype than auto"
-            ) from error
-    scale = checkpoint.tensors[f"{next(iter(checkpoint.schemes))}.weight_scale"]
-    return _SAFETENSORS_DTYPES[scale.dtype]
 
 
 @lru_cache(maxsize=64)

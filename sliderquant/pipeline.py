@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from sliderquant.reports.quantization import quantization_page
 from sliderquant.rotation import rotated
 from sliderquant.schemes import Scheme
 from sliderquant.settings import Settings
-from sliderquant.texts import checked_name, needed_name, read_blocks, say, try_texts
+from sliderquant.texts import calibration_in_words, checked_name, needed_name, read_blocks, say, try_texts
 from sliderquant.train import matmul_dtype
 from sliderquant.walk import refine_model, stored_clips
 
@@ -43,7 +43,7 @@ __all__ = ["QuantizeResult", "plan", "quantize"]
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """A finished run.
+    """A finished run: `load()` gives the model, `perplexity` what was measured.
 
     Attributes:
         path: folder of the checkpoint.
@@ -52,8 +52,8 @@ class QuantizeResult:
     """
 
     path: Path
-    plan: Plan
-    report: dict[str, Any]
+    plan: Plan = field(repr=False)
+    report: dict[str, Any] = field(repr=False)
 
     def load(self, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
         """The quantized model, ready to generate: `sliderquant.load(self.path, ...)`."""
@@ -259,7 +259,8 @@ def quantize(
         }
         card = CardInfo(
             base_model=source.name,
-            method=method,
+            method=method if settled.effort is None else f"{method}, {settled.effort} effort",
+            calibration=calibration_in_words(settled, calibration) if needs_text else "",
             command=command or "",
             perplexity={perplexity_on: (measured["before"].value, measured["after"].value)} if perplexity_on else {},
         )

@@ -198,7 +198,8 @@ class Plan:
     @property
     def readers(self) -> list[Reader]:
         """Who reads the checkpoint, and what they compute with it."""
-        return readers(self.schemes.values(), Entry(self.rotations, self.scheme.kv_bits, self.clips_activations))
+        entry = Entry(self.rotations, self.scheme.kv_bits, self.clips_activations)
+        return readers(self.schemes.values(), entry, self.source.dtype)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, for the report and for `--dry-run`."""

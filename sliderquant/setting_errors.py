@@ -12,6 +12,10 @@ from pydantic.fields import FieldInfo
 
 __all__ = ["FrozenSettings", "explained", "reasons", "setting_names"]
 
+_OPTIONS = (
+    "model", "output", "scheme", "method", "effort", "calibration", "samples", "seqlen", "seed", "device", "perplexity",
+    "rotate", "rotation_seeds", "average_bits", "per_channel_fallback", "overwrite",
+)  # fmt: skip
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -46,6 +50,7 @@ def explained(error: ValidationError, model: type[BaseModel], owner: str, others
         others: settings of other methods, by the method's name, which an unknown name may belong to.
     """
     found: dict[str, str] = {}
+    known = ""
     for one in error.errors(include_url=False):
         names, field = _place(one["loc"], model)
         key = ".".join(names)
@@ -55,11 +60,12 @@ def explained(error: ValidationError, model: type[BaseModel], owner: str, others
                 name, inner = next(iter(inner.items()))
                 key = f"{key}.{name}"
             found.setdefault(key, _unknown(key, model, owner, others))
+            known = f"{owner} has {', '.join(setting_names(model))}"
         elif field is None or (one["type"] == "value_error" and _inner(field) and not isinstance(one["input"], bool)):
             found.setdefault(key, one["msg"].removeprefix("Value error, "))  # settings that do not go together
         else:
             found.setdefault(key, f"setting {key!r}: expected {_expected(field, key)}, got {_shown(one['input'])}")
-    return "; ".join(found.values())
+    return "; ".join([*found.values(), *([known] if known else [])])
 
 
 def reasons(error: ValidationError) -> str:
@@ -114,10 +120,12 @@ def _unknown(key: str, model: type[BaseModel], owner: str, others: Mapping[str, 
         if other is not model and _plain(name) == _plain(key)
     }
     if having and (near is None or _plain(near) != _plain(key)):
-        hint = f"{' or '.join(dict.fromkeys(having.values()))} is of {', '.join(having)}, not of {owner}; "
+        hint = f"{' or '.join(dict.fromkeys(having.values()))} is of {', '.join(having)}, not of {owner}"
+    elif key in _OPTIONS:
+        hint = f"it is no setting, but an option of the command, --{key.replace('_', '-')}"
     else:
-        hint = f"did you mean {near} ({_expected(_field(near, model), near)})? " if near else ""
-    return f"unknown setting {key!r}: {hint}{owner} has {', '.join(names)}"
+        hint = f"did you mean {near} ({_expected(_field(near, model), near)})?" if near else "there is no such"
+    return f"unknown setting {key!r}: {hint}"
 
 
 def _near(key: str, names: list[str]) -> str | None:

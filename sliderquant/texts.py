@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from sliderquant.evaluation.perplexity import evaluation_blocks
 from sliderquant.planning import Plan
 from sliderquant.progress import Progress
 
-__all__ = ["TextBlocks", "checked_name", "needed_name", "read_blocks", "say", "try_texts"]
+__all__ = ["TextBlocks", "calibration_in_words", "checked_name", "needed_name", "read_blocks", "say", "try_texts"]
 
 _TRIED_SAMPLES = 1024
 """Of calibration samples, those that show whether a text is of use."""
@@ -49,6 +50,11 @@ def needed_name(text: str) -> str:
     """The same of a text that there has to be. Raises InputError as `checked_name`, and when it is None."""
     check_source(text)
     return str(text)
+
+
+def calibration_in_words(settled: Plan, text: str) -> str:
+    """For the model card, which a path of this machine has no place in."""
+    return f"{Path(text).name}, {settled.samples} samples of {settled.seqlen} tokens"
 
 
 def read_blocks(

@@ -100,7 +100,11 @@ def test_a_file_is_read_and_assignments_win(tmp_path):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("epoch=3", r"unknown setting 'epoch': did you mean epochs \(a whole number, at least 1\)\? .*windows.shallow"),
+        (
+            "epoch=3",
+            r"unknown setting 'epoch': did you mean epochs \(a whole number, at least 1\)\?; .*windows.shallow",
+        ),
+        ("samples=3", "'samples': it is no setting, but an option of the command, --samples; sliderquant has"),
         ("shallow=3", r"did you mean windows\.shallow"),
         ("learning_rate.weights=1e-3", r"'learning_rate\.weights': did you mean learning_rates\.weights"),
         ("actorder=group", "act_order is of gptq, not of sliderquant"),

@@ -83,6 +83,9 @@ def test_too_little_text_is_said_before_work_in_a_plan_and_in_the_report(tiny_ll
     assert "use 384 tokens or more, by more --samples" in warning
     assert json.loads((result.path / "sliderquant-report.json").read_text())["warnings"] == [warning]
     assert "little for linears" in (result.path / "sliderquant-report.html").read_text()
+    for method in ("cbq", "sliderquant", "sliderquant-published"):
+        with pytest.warns(UserWarning, match=f"64 tokens .* are little .* what {method} finds may fit"):
+            sliderquant.plan(tiny_llama, **{**TINY, "method": method}, calibration=str(calibration_file))
     with pytest.warns(UserWarning, match="64 tokens of calibration text are little"):
         sliderquant.plan(tiny_llama, **TINY, calibration=str(calibration_file))
     with pytest.warns(UserWarning, match="64 tokens"):  # of a text that is not read
@@ -100,7 +103,7 @@ def test_enough_text_is_no_reason_to_speak(tiny_llama, calibration_file):
         warnings.simplefilter("error")
         sliderquant.plan(tiny_llama, **{**TINY, "samples": 16}, calibration=str(calibration_file))
         sliderquant.plan(tiny_llama, **{**TINY, "method": "rtn"}, calibration="missing.txt")
-        sliderquant.plan(tiny_llama, **{**TINY, "method": "cbq"}, calibration=str(calibration_file))
+        sliderquant.plan(tiny_llama, **{**TINY, "samples": 16, "method": "cbq"}, calibration=str(calibration_file))
 
 
 def test_conversations_from_file_to_checkpoint(random_model, tmp_path):
@@ -116,7 +119,7 @@ def test_conversations_from_file_to_checkpoint(random_model, tmp_path):
     sliderquant.quantize(
         folder, tmp_path / "out", **{**TINY, "seqlen": 64}, calibration=str(tmp_path / "chat.jsonl"), progress=told
     )
-    assert "none of its 9 documents is longer than one block of 64 tokens: they are joined" in told.lines[0]
+    assert "none of its 9 documents is longer than one block of 64 tokens: all are joined" in told.lines[0]
 
 
 @pytest.mark.parametrize("argument", ["calibration", "perplexity_on"])

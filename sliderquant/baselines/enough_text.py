@@ -1,6 +1,6 @@
 """Whether there is enough calibration text for what a method estimates from it."""
 
-from sliderquant.one_shot_settings import GptqSettings, OneShotSettings
+from sliderquant.one_shot_settings import GptqSettings
 from sliderquant.planning import Plan
 
 __all__ = ["too_little_text"]
@@ -10,12 +10,12 @@ _TOKENS_PER_INPUT = 4
 
 
 def too_little_text(plan: Plan, tokens: int) -> str | None:
-    """A warning when a one-shot method gets too little text; None: there is enough, or the method estimates nothing.
+    """A warning when a method gets too little text; None: there is enough, or the method takes none.
 
     Args:
         tokens: places of the calibration text that the samples cover; one that several samples cover counts once.
     """
-    if not isinstance(plan.settings, OneShotSettings):
+    if plan.settings is None:
         return None
     inputs = max(plan.source.shapes[f"{name}.weight"][0][1] for name in plan.schemes)
     needed = _TOKENS_PER_INPUT * inputs

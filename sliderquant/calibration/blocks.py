@@ -38,7 +38,8 @@ def random_blocks(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: i
 
 def sample(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: int, vocabulary: int | None = None) -> Blocks:
     """Random crops for calibration: from the whole of a running text (they may overlap), or each from one document that
-    is long enough. Where no document is, from the documents joined.
+    is long enough. Where no document is, or so few that they cover less than half of the tokens that are drawn, from
+    all documents joined.
 
     Args:
         vocabulary: ids that the model has; None: not checked.
@@ -50,9 +51,9 @@ def sample(text: Text, tokenizer: Any, samples: int, seqlen: int, seed: int, voc
     tokens = Tokens(text, tokenizer, vocabulary)
     if not text.running:
         crops = _document_crops(tokens, samples, seqlen, generator)
-        if crops is not None:
+        if crops is not None and (2 * crops.distinct >= samples * seqlen or not _has_short(tokens, seqlen)):
             return crops
-    ids, notes = _running(tokens, seqlen)
+    ids, notes = _running(tokens, seqlen, samples)
     starts = [generator.randint(0, len(ids) - seqlen) for _ in range(samples)]
     blocks = torch.stack([ids[start : start + seqlen] for start in starts])
     return Blocks(blocks, _covered(starts, seqlen), notes)
@@ -85,8 +86,17 @@ def _cut(tokens: Tokens, seqlen: int) -> Blocks:
     return Blocks(ids[: blocks * seqlen].view(blocks, seqlen), blocks * seqlen, notes)
 
 
-def _running(tokens: Tokens, seqlen: int) -> tuple[Tensor, tuple[str, ...]]:
-    """The text as one running text, at least a block long, and what to say about it."""
+def _has_short(tokens: Tokens, seqlen: int) -> bool:
+    """Whether there are documents, with something in them, that are not longer than a block."""
+    return any(0 < len(tokens.of(index)) <= seqlen for index in range(len(tokens.text.documents)))
+
+
+def _running(tokens: Tokens, seqlen: int, wanted: int = 0) -> tuple[Tensor, tuple[str, ...]]:
+    """The text as one running text, at least a block long, and what to say about it.
+
+    Args:
+        wanted: blocks that are drawn.
+    """
     text = tokens.text
     ids = tokens.of(0) if text.running else tokens.joined()
     count = len(text.documents)
@@ -98,10 +108,13 @@ def _running(tokens: Tokens, seqlen: int) -> tuple[Tensor, tuple[str, ...]]:
         )
     if text.running:
         return ids, text.notes
+    long = sum(len(tokens.of(index)) > seqlen for index in range(count))
+    which = "none" if not long else f"only {long}"
+    few = f", too few for {wanted} blocks" if long else ""
     return ids, (
         *text.notes,
-        f"text {text.name!r}: none of its {count} documents is longer than one block of {seqlen} tokens: they are "
-        f"joined, in their order, into one text of {len(ids)} tokens",
+        f"text {text.name!r}: {which} of its {count} documents {'are' if long > 1 else 'is'} longer than one block of "
+        f"{seqlen} tokens{few}: all are joined, in their order, into one text of {len(ids)} tokens",
     )
 
 

@@ -279,7 +279,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     further = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
     return {
         "role": _ROLES.get(role, role),
-        "content": None if content is None else _string(content, where),
+        # Templates write the content of every message; a call of tools alone has none.
+        "content": "" if content is None else _string(content, where),
         **{key: value for key, value in further.items() if value is not None},
     }
 

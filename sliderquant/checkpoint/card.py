@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import jinja2
+import torch
 from huggingface_hub import ModelCardData
 
 from sliderquant._version import __version__
@@ -26,7 +27,8 @@ class CardInfo:
         title: heading; empty: made of the base model and the scheme.
         base_model: hub id of the model that was quantized; None or a local path: not named.
         license: as the hub names it (`apache-2.0`, `llama3`, ...): that of the base model.
-        method: name of the quantization method.
+        method: name of the quantization method, and its effort.
+        calibration: text that it was calibrated on, and how much of it; empty: none.
         command: command line that makes this checkpoint again.
         perplexity: by name of the text, that of the original model (None: not measured) and that of this one.
     """
@@ -35,6 +37,7 @@ class CardInfo:
     base_model: str | None = None
     license: str | None = None
     method: str = ""
+    calibration: str = ""
     command: str = ""
     perplexity: Mapping[str, tuple[float | None, float]] = field(default_factory=dict)
 
@@ -45,6 +48,8 @@ def render_card(
     total_bytes: int,
     entry: Entry = _NOTHING,
     average_bits: float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    chat: bool = False,
 ) -> str:
     """The text of README.md.
 
@@ -53,12 +58,14 @@ def render_card(
         total_bytes: of all tensors.
         entry: what the model does while it runs.
         average_bits: of the code of a quantized weight; named where linears differ in bits.
+        dtype: of the model.
+        chat: its tokenizer has a chat template.
     """
     counts = Counter(str(scheme) for scheme in schemes.values())
     # A path of the machine that quantized the model means nothing to whoever reads the card.
     hub_id = info.base_model if info.base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", info.base_model) else None
     asymmetric = any(not scheme.symmetric for scheme in schemes.values())
-    found = readers(schemes.values(), entry)
+    found = readers(schemes.values(), entry, dtype)
     verdicts = {reader.name: [other.verdict for other in found if other.name == reader.name] for reader in found}
     rotations, kv_bits, clipped = entry
     online = () if rotations is None else rotations.online
@@ -87,6 +94,8 @@ def render_card(
         bits=[scheme.bits for scheme in schemes.values()],
         version=__version__,
         method=info.method,
+        calibration=info.calibration,
+        chat=chat,
         command=info.command,
         total_bytes=total_bytes,
         results=[

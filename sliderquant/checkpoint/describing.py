@@ -101,7 +101,7 @@ def describe(path: str | Path) -> Description:
         clipped=checkpoint.clipped,
         rotations=[] if checkpoint.rotations is None else list(checkpoint.rotations.transforms),
         stored_formats=dict(Counter(checkpoint.lookup.format_of(name) or "" for name in checkpoint.schemes)),
-        readers=readers(checkpoint.schemes.values(), entry),
+        readers=readers(checkpoint.schemes.values(), entry, checkpoint.dtype),
         layers=dict(Counter(name.rpartition(".")[2] for name in checkpoint.schemes)),
         bits_by_kind=bits_by_kind(checkpoint.schemes),
         bytes_by_part=by_part,

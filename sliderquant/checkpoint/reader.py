@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from sliderquant.checkpoint.config import FORMAT_VERSION, SchemeLookup, read_entry
@@ -29,16 +30,16 @@ logger = logging.getLogger(__name__)
 
 REPORT_NAME = "sliderquant-report.json"
 
-_SCALE_DTYPES = ("BF16", "F16", "F32")
+_SCALE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _PART_DTYPES = {
     PACKED: {
         "weight_packed": ("I32",),
-        "weight_scale": _SCALE_DTYPES,
+        "weight_scale": tuple(_SCALE_DTYPES),
         "weight_zero_point": ("I32",),
         "weight_shape": ("I64", "I32"),
         INPUT_CLIP: ("F32",),
     },
-    INT8: {"weight": ("I8",), "weight_scale": _SCALE_DTYPES, "weight_zero_point": ("I8",), INPUT_CLIP: ("F32",)},
+    INT8: {"weight": ("I8",), "weight_scale": tuple(_SCALE_DTYPES), "weight_zero_point": ("I8",), INPUT_CLIP: ("F32",)},
 }
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -98,6 +99,26 @@ class Checkpoint:
     def codes_of(self, name: str) -> StoredTensor:
         """The tensor that holds the codes of the quantized linear `name`."""
         return next(self.tensors[key] for part in CODES.values() if (key := f"{name}.{part}") in self.tensors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model: what config.json names, by either name of the field; if it names none, that of the scales.
+
+        Raises:
+            CheckpointError: config.json names another one than float32, bfloat16 or float16.
+        """
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        if named is None:
+            return _SCALE_DTYPES[self.tensors[f"{next(iter(self.schemes))}.weight_scale"].dtype]
+        found = {str(dtype).removeprefix("torch."): dtype for dtype in _SCALE_DTYPES.values()}.get(
+            str(named).removeprefix("torch.")
+        )
+        if found is None:
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: dtype is {named!r}, expected float32, bfloat16 or float16: correct it, "
+                "or load with another dtype than auto"
+            )
+        return found
 
     @cached_property
     def files(self) -> list[Path]:

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
+
 from sliderquant.checkpoint.config import Entry
 from sliderquant.checkpoint.packing import INT8
 from sliderquant.errors import InputError
@@ -48,6 +50,7 @@ class Verdict(str, Enum):
 
 
 _ORDER = list(Verdict)
+_Judged = tuple[Verdict, str]
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,13 @@ class Reader:
         }
 
 
-def readers(schemes: Iterable[Scheme], entry: Entry = _PLAIN) -> list[Reader]:
+def readers(schemes: Iterable[Scheme], entry: Entry = _PLAIN, dtype: torch.dtype = torch.bfloat16) -> list[Reader]:
     """Who reads a checkpoint.
 
     Args:
         schemes: those of its linears; of several, a reader does what it does with the worst of them.
         entry: what the model does while it runs that only sliderquant knows of.
+        dtype: of the model, which config.json names.
 
     Returns:
         sliderquant on a GPU and on a CPU, vLLM on a GPU and on a CPU, transformers: always these five, in this order.
@@ -96,22 +100,19 @@ def readers(schemes: Iterable[Scheme], entry: Entry = _PLAIN) -> list[Reader]:
     different = list(dict.fromkeys(scheme.of_linear() for scheme in schemes))
     if not different:
         raise InputError("schemes: expected one or more, found none")
-    return _readers(different, _what_others_lack(entry))
+    return _readers(different, _what_others_lack(entry), dtype)
 
 
-def _readers(schemes: list[Scheme], lacking: str) -> list[Reader]:
+def _readers(schemes: list[Scheme], lacking: str, dtype: torch.dtype = torch.bfloat16) -> list[Reader]:
     on_gpu, on_cpu = (_worst([judge(scheme, lacking) for scheme in schemes]) for judge in (_vllm_gpu, _vllm_cpu))
     rounds = any(scheme.quantizes_activations for scheme in schemes)
     return [
         Reader("sliderquant", "", "NVIDIA GPU", Verdict.RUNS, _triton(rounds)),
-        Reader("sliderquant", "", "CPU", Verdict.RUNS, _torch(schemes)),
+        Reader("sliderquant", "", "CPU", *_cpu(schemes, dtype)),
         Reader("vLLM", VLLM_VERSION, "NVIDIA GPU", *on_gpu),
         Reader("vLLM", VLLM_VERSION, "CPU", *on_cpu),
         Reader("transformers", TRANSFORMERS_VERSION, "GPU or CPU", *_transformers(schemes, lacking)),
     ]
-
-
-_Judged = tuple[Verdict, str]
 
 
 def _worst(judged: list[_Judged]) -> _Judged:
@@ -124,11 +125,14 @@ def _triton(rounds: bool) -> str:
     return "Triton kernels, on packed weights" + ("; products of integers" if rounds else "")
 
 
-def _torch(schemes: list[Scheme]) -> str:
+def _cpu(schemes: list[Scheme], dtype: torch.dtype) -> _Judged:
     if any(scheme.quantizes_activations for scheme in schemes):
-        return "products of integers"
+        return Verdict.RUNS, "products of integers"
+    if dtype == torch.float32:
+        return Verdict.DENSE, 'the model is in float32; load(..., dtype="bfloat16") runs it on packed weights'
     slow = any(scheme.bits == 8 and (scheme.group_size is not None or not scheme.symmetric) for scheme in schemes)
-    return "weights dequantized on every call" if slow else "PyTorch's integer matmul, with bf16"
+    others = "elsewhere weights dequantized on every call" if slow else "elsewhere PyTorch's integer matmul"
+    return Verdict.RUNS, f"packed weights, with AVX512-VNNI; {others}"
 
 
 def _vllm_gpu(scheme: Scheme, lacking: str) -> _Judged:

@@ -241,7 +241,10 @@ class CheckpointWriter:
             _write_json(folder / REPORT_NAME, dict(report or {}))
             average_bits = self._code_bits / self._quantized_weights if self._quantized_weights else None
             entry = Entry(self._rotations, self._kv_bits, self._clipped)
-            text = render_card(card or CardInfo(), self._schemes, total, entry, average_bits)
+            checkpoint = read_checkpoint(folder)
+            text = render_card(
+                card or CardInfo(), self._schemes, total, entry, average_bits, checkpoint.dtype, _has_template(folder)
+            )
             (folder / "README.md").write_text(text, encoding="utf-8")
             if page is not None:
                 (folder / "sliderquant-report.html").write_text(page, encoding="utf-8")
@@ -270,7 +273,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not Staging(out).visible()):
         return
     if not overwrite:
-        raise InputError(f"{out} exists already; choose another folder, or ask for it to be overwritten")
+        raise InputError(f"{out} exists already; choose another folder, or replace it by --overwrite (overwrite=True)")
     # Replacing removes the whole folder: never one that holds something else, such as the original model.
     if not out.is_dir():
         raise InputError(f"{out} is a file, expected a folder; remove it or choose another folder")
@@ -282,6 +285,16 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise InputError(
             f"{out} is not a quantized checkpoint and is not overwritten; remove it or choose another folder"
         )
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether the tokenizer in a folder has a chat template, in a file of its own or in its configuration."""
+    if any(folder.glob("chat_template*")):
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _check_written(folder: Path) -> None:

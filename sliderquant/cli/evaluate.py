@@ -14,7 +14,10 @@ __all__ = ["command"]
 def command(
     model: Annotated[str, typer.Argument(help="Quantized checkpoint, or original model: folder or hub id.")],
     perplexity: Annotated[
-        str, typer.Option(help="wikitext2, c4, topics, or a text or .jsonl file; FILE[:400000] takes a part.")
+        str,
+        typer.Option(
+            help="wikitext2, c4, stdlib, topics, or a file (text, JSON Lines, ...); FILE[:400000] takes a part."
+        ),
     ] = "wikitext2",
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens of a block.", show_default="2048, or the model's maximum")

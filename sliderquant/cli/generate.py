@@ -1,4 +1,4 @@
-"""sliderquant generate: text from a quantized checkpoint."""
+"""sliderquant generate: text from a quantized checkpoint, or from an original model to compare it with."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,9 @@ __all__ = ["command"]
 
 @reported
 def command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a quantized checkpoint.")],
+    model_name: Annotated[
+        str, typer.Argument(metavar="OUT|MODEL", help="Quantized checkpoint, or original model: folder or hub id.")
+    ],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at the most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
@@ -26,25 +28,31 @@ def command(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Generate text from PROMPT with a quantized model."""
+    """Generate text from PROMPT with a quantized or an original model."""
     import time
 
     import torch
     from transformers import TextStreamer
 
     from sliderquant.calibration.tokens import check_tokens
-    from sliderquant.checkpoint.reader import read_checkpoint
+    from sliderquant.devices import resolve_device
     from sliderquant.errors import InputError
+    from sliderquant.evaluation.models import is_quantized, load_original
     from sliderquant.loading import load
-    from sliderquant.models.source import read_tokenizer
+    from sliderquant.models.source import open_model, read_tokenizer
 
     if not prompt:
         raise InputError("PROMPT is empty: expected text to go on from")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise InputError("PROMPT is not UTF-8 text: check the encoding of the terminal, or of the file it came from")
-    read_checkpoint(checkpoint)  # what is no checkpoint is told by its own message
-    tokenizer = read_tokenizer(checkpoint, str(checkpoint))
-    model = load(checkpoint, device=device, dtype=dtype)
+    folder = Path(model_name).expanduser()
+    if is_quantized(folder):
+        tokenizer = read_tokenizer(folder, model_name)
+        model = load(folder, device=device, dtype=dtype)
+    else:
+        source = open_model(model_name)
+        tokenizer = source.tokenizer()
+        model = load_original(source, resolve_device(device), dtype)
     if tokenizer.chat_template and not raw:
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -32,8 +32,13 @@ def print_readers(found: Iterable[Reader]) -> None:
         print(f"{'' if index else 'readers':<11} {reader}")
 
 
-def print_plan(plan: Plan, device: str = "auto") -> None:
-    """Print what would be done, what would be kept, and what it would take on `device`, whose speed is measured."""
+def print_plan(plan: Plan, device: str = "auto", text: str = "") -> None:
+    """Print what would be done, what would be kept, and what it would take on `device`, whose speed is measured.
+
+    Args:
+        text: that it would be calibrated on.
+    """
+    calibrated = f"calibration {text}{': ' if text else ''}{plan.samples} samples of {plan.seqlen} tokens"
     kinds = Counter(f"{name.split('.', 3)[-1]} {scheme}" for name, scheme in plan.schemes.items())
     print(f"model       {plan.source.name}: {plan.source.num_layers} layers, {plan.source_bytes / 1e9:.3f} GB")
     print(f"scheme      {plan.scheme_in_words}")
@@ -56,13 +61,13 @@ def print_plan(plan: Plan, device: str = "auto") -> None:
     print("kept        " + ", ".join(plan.kept) + ", norms and biases")
     settings = plan.settings
     if isinstance(settings, OneShotSettings):
-        print(f"calibration {plan.samples} samples of {plan.seqlen} tokens, batches of {settings.batch_size}")
+        print(f"{calibrated}, batches of {settings.batch_size}")
         print("settings    " + ", ".join(f"{name}={value}" for name, value in settings.model_dump().items()))
     elif settings is not None:
         shares = ", ".join(
             f"{share:.0%} for {settings.epochs_of_stage(stage)} epochs" for stage, share in enumerate(settings.stages)
         )
-        print(f"calibration {plan.samples} samples of {plan.seqlen} tokens, batches of {settings.batch_size}")
+        print(f"{calibrated}, batches of {settings.batch_size}")
         print(f"windows     {' '.join(map(str, plan.windows))}")
         print(f"stages      {shares} of the input channels; stage order: {settings.stage_order}")
         print(f"steps       {plan.steps}")
@@ -70,7 +75,8 @@ def print_plan(plan: Plan, device: str = "auto") -> None:
         print("learned     " + ", ".join(_learned(settings, plan)))
     print(
         f"memory      about {plan.memory_bytes / 1e9:.2f} GB where layers are refined, "
-        f"{plan.host_memory_bytes / 1e9:.2f} GB of host memory"
+        f"{plan.host_memory_bytes / 1e9:.2f} GB of host memory, beside Python, PyTorch (some 0.5 GB) and --perplexity, "
+        "which holds the whole model"
     )
     if plan.optimizer_bytes:
         print(f"optimizer   {plan.optimizer_bytes / 1e9:.3f} GB of these: its state, of the largest window")

@@ -31,7 +31,10 @@ def command(
     ] = "W4A16-g128",
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}: see below.")] = "sliderquant",
     calibration: Annotated[
-        str, typer.Option(help="wikitext2, c4, stdlib, or a file: text, JSON Lines, ...; FILE[:1000000] takes a part.")
+        str,
+        typer.Option(
+            help="wikitext2, c4, stdlib, topics, or a file (text, JSON Lines, ...); FILE[:1000000] takes a part."
+        ),
     ] = "wikitext2",
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     seqlen: Annotated[
@@ -48,7 +51,8 @@ def command(
         list[str] | None, typer.Option("--set", help="A setting, for example epochs=10 or windows.shallow=4.")
     ] = None,
     perplexity: Annotated[
-        str | None, typer.Option(help="Measure perplexity on this text before and after: wikitext2, c4 or a file.")
+        str | None,
+        typer.Option(help="Measure perplexity on this text before and after; names and files as for --calibration."),
     ] = None,
     per_channel_fallback: Annotated[
         bool, typer.Option("--per-channel-fallback", help="Layers that the group does not divide: per channel.")
@@ -72,7 +76,7 @@ def command(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Quantize MODEL and write a checkpoint that sliderquant, vLLM and transformers read."""
+    """Quantize MODEL and write a checkpoint; --dry-run says who reads it, and who runs it."""
     from sliderquant import pipeline
     from sliderquant.cli.plan import print_plan
     from sliderquant.cli.progress import shown_progress
@@ -102,7 +106,7 @@ def command(
                 output=output,
                 overwrite=overwrite,
             )
-        print_plan(settled, device)
+        print_plan(settled, device, calibration)
         return
     if output is None:
         raise InputError("missing option -o OUT: the folder of the checkpoint to write")

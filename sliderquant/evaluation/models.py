@@ -20,7 +20,7 @@ from sliderquant.models.source import ModelSource, open_model, read_tokenizer
 from sliderquant.progress import Progress
 from sliderquant.rotation import RotatedSource
 
-__all__ = ["evaluate", "evaluation_dtype", "is_quantized", "original_perplexity"]
+__all__ = ["evaluate", "evaluation_dtype", "is_quantized", "load_original", "original_perplexity"]
 
 
 def evaluate(
@@ -109,15 +109,23 @@ def original_perplexity(
         blocks = found.tokens
         _say(found.notes, progress)
     wanted = evaluation_dtype(source.dtype, device) if dtype == "auto" else _dtype(dtype)
-    original = _dense(source, wanted).to(device).eval()
+    original = load_original(source, device, wanted)
     return perplexity(original, tokenizer, text, seqlen, progress.evaluated, blocks)
 
 
-def _dense(source: ModelSource, dtype: torch.dtype) -> Any:
-    """The model in transformers. Its files are not opened a second time by other rules than ours."""
+def load_original(source: ModelSource, device: torch.device, dtype: str | torch.dtype = "auto") -> Any:
+    """The model in transformers. Its files are not opened a second time by other rules than ours.
+
+    Args:
+        dtype: `"auto"`: that of its weights, and bfloat16 for float16 on a CPU, as `sliderquant.load` has it.
+    """
+    if dtype == "auto":
+        slow = source.dtype == torch.float16 and device.type == "cpu"
+        dtype = torch.bfloat16 if slow else source.dtype
     model_class = type(empty_model(source.name, source.config))
     weights = {name: source.tensor(name) for name in source.tensors}
-    return model_class.from_pretrained(None, config=source.config, state_dict=weights, dtype=dtype)
+    model = model_class.from_pretrained(None, config=source.config, state_dict=weights, dtype=_dtype(dtype))
+    return model.to(device).eval()
 
 
 def evaluation_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -34,21 +34,28 @@ def write_bench(result: Bench, folder: Path) -> list[Path]:
 
 
 def bench_figure(result: Bench) -> Figure:
-    """Time to first token, decoding, and memory, each subject beside the other, with the ratios above."""
+    """Loading, time to first token, decoding, and memory, each subject beside the other, with the ratios above."""
     groups = {
-        "time to first token, s": [metric for metric in result.metrics if metric.name.startswith("first token")],
-        "decoding, tokens/s": [metric for metric in result.metrics if metric.name.startswith("decode")],
-        "memory, MB": [metric for metric in result.metrics if metric.unit == "MB"],
+        "load, s\n(ratio: times as fast)": [metric for metric in result.metrics if metric.name == "load"],
+        "first token after a prompt, s\n(ratio: times as fast)": [
+            metric for metric in result.metrics if metric.name.startswith("first token")
+        ],
+        "decoding, tokens/s\n(ratio: times as fast)": [
+            metric for metric in result.metrics if metric.name.startswith("decode")
+        ],
+        "memory, MB\n(ratio: share of the original's)": [metric for metric in result.metrics if metric.unit == "MB"],
     }
     shown = {title: metrics for title, metrics in groups.items() if metrics}
     if not shown:
         raise InputError("nothing to draw: expected prompts, batches or memory among the measurements")
-    figure = Figure(figsize=(4.2 * len(shown), 4), layout="constrained")
-    widths = [max(len(metrics), 2) for metrics in shown.values()]
+    widths = [max(len(metrics), 1.5) for metrics in shown.values()]
+    figure = Figure(figsize=(max(1.4 * sum(widths), 6), 4), layout="constrained")
     for axes, (title, metrics) in zip(
         figure.subplots(1, len(shown), squeeze=False, width_ratios=widths)[0], shown.items(), strict=True
     ):
         _bars(axes, title, metrics)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
     names = " against ".join(Path(subject).name for subject in result.subjects.values())
     figure.suptitle(f"{names} on {result.machine['device']}")
     return figure
@@ -68,8 +75,9 @@ def _bars(axes: Axes, title: str, metrics: list[Metric]) -> None:
             axes.text(index, highest + 0.02 * top, f"{metric.ratio:.2f}x", ha="center", va="bottom", fontsize=9)
     labels = [metric.name.split(", ")[-1].replace(" memory", "").replace("memory while ", "") for metric in metrics]
     axes.set_xticks(range(len(metrics)), labels, rotation=20 if any(len(label) > 6 for label in labels) else 0)
+    if "prompt" in title:
+        axes.set_xlabel("tokens of the prompt", fontsize=9)
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.12)
     axes.grid(True, axis="y", linewidth=0.3)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8)

@@ -288,7 +288,7 @@ def test_the_command_line(tiny_llama, calibration_file, tmp_path):
 
     planned = go("--dry-run", "--set", "damping=0.02", "--samples", "4", "--seqlen", "32")
     assert planned.exit_code == 0, planned.output
-    assert "calibration 4 samples of 32 tokens, batches of 4" in planned.stdout
+    assert "calibration wikitext2: 4 samples of 32 tokens, batches of 4" in planned.stdout
     assert "damping=0.02, act_order=False" in planned.stdout
     text = ["--calibration", str(calibration_file), "--samples", "4", "--seqlen", "32"]
     done = go("-o", str(tmp_path / "out"), "--verbose", *text)

@@ -37,8 +37,7 @@ def test_a_text_of_exactly_one_block_works():
 
 def test_documents_are_not_joined():
     documents = Text("d", ("short", "0123456789", "x", "abcdefghij"), running=False)
-    blocks = random_blocks(documents, Bytes(), samples=40, seqlen=6, seed=1)
-    for row in blocks.tolist():
+    for row in (random_blocks(documents, Bytes(), samples=1, seqlen=6, seed=seed)[0].tolist() for seed in range(40)):
         crop = "".join(map(chr, row))
         assert crop in "0123456789" or crop in "abcdefghij"
 
@@ -59,15 +58,15 @@ def test_too_short_is_an_error(text, message):
 def test_the_c4_protocol_draws_a_document_and_then_its_crop():
     """Documents that are too short are drawn and left, and drawn again, as the published code does."""
     documents = Text("d", ("0123456789", "abc", "abcdefghij", "exac"), running=False)
-    for seed in (0, 2):
+    for seed, count in ((0, 256), (2, 4)):  # of more, they cover less than half, and calibration joins them
         generator = random.Random(seed)
         want = []
-        while len(want) < 256:
+        while len(want) < count:
             document = documents.documents[generator.randrange(4)]
             if len(document) > 4:
                 start = generator.randint(0, len(document) - 4 - 1)
                 want.append(document[start : start + 4])
-        blocks = document_blocks(documents, Bytes(), 4) if seed == 0 else sample(documents, Bytes(), 256, 4, seed)
+        blocks = document_blocks(documents, Bytes(), 4) if seed == 0 else sample(documents, Bytes(), count, 4, seed)
         assert ["".join(map(chr, row)) for row in blocks.tokens.tolist()] == want
         assert blocks.notes == ()
 
@@ -97,13 +96,26 @@ def test_short_documents_are_joined_and_this_is_said_once():
     blocks = document_blocks(documents, tokenizer, 4)
     assert ["".join(map(chr, row)) for row in blocks.tokens.tolist()] == ["abc|", "de|f", "g|hi"]
     (note,) = blocks.notes
-    assert "none of its 5 documents is longer than one block of 4 tokens: they are joined" in note
+    assert "none of its 5 documents is longer than one block of 4 tokens: all are joined" in note
     drawn = sample(documents, tokenizer, 30, 5, seed=1)
     assert all("".join(map(chr, row)) in "abc|de|fg|hi" for row in drawn.tokens.tolist())
     assert len(drawn.notes) == 1
     assert torch.equal(drawn.tokens, sample(documents, tokenizer, 30, 5, seed=1).tokens)
     # A token that the model does not have is not put in.
     assert document_blocks(Text("d", ("ab", "cd"), running=False), tokenizer, 4, 120).tokens.shape == (1, 4)
+
+
+def test_one_long_document_does_not_stand_for_all():
+    """Chats are shorter than a sample, but for one."""
+    short = tuple(chr(200 + index) * 30 for index in range(50))
+    documents = Text("d", (*short, ALPHABET), running=False)
+    drawn = sample(documents, Bytes(), 8, 32, seed=0)
+    assert drawn.distinct > 100
+    (note,) = drawn.notes
+    assert "only 1 of its 51 documents is longer than one block of 32 tokens, too few for 8 blocks: all are" in note
+    # Few samples are covered by it, and where there are only long ones, nothing is gained by joining.
+    assert sample(documents, Bytes(), 1, 32, seed=0).notes == ()
+    assert sample(Text("d", (ALPHABET, ""), running=False), Bytes(), 100, 32, seed=0).notes == ()
 
 
 @pytest.mark.parametrize(("samples", "seqlen"), [(1, 5), (3, 40), (200, 7), (50, 100)])

@@ -59,6 +59,10 @@ def test_only_line_feeds_end_lines(tmp_path):
         (CHAT, CONVERSATION),
         ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}, CONVERSATION),
         ({"prompt": CHAT[:1], "completion": CHAT[1:]}, CONVERSATION),
+        (
+            {"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}]},
+            Conversation((CHAT[0], {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]})),
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, CHAT[1]]}, CONVERSATION),
     ],
 )  # fmt: skip

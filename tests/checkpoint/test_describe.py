@@ -5,6 +5,7 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from sliderquant.checkpoint import CardInfo, describe
@@ -85,6 +86,23 @@ def test_card() -> None:
         assert part in body
     assert "dequantize=True" not in body
     assert "Humming" not in body
+
+
+def test_card_of_a_chat_model() -> None:
+    info = CardInfo(method="sliderquant, light effort", calibration="chats.jsonl, 64 samples of 256 tokens")
+    text = render_card(info, {"a": ASYMMETRIC}, 1, chat=True)
+    assert "tokenizer.apply_chat_template(" in text
+    assert "Once upon a time" not in text
+    assert "| calibrated on | chats.jsonl, 64 samples of 256 tokens |" in text
+    assert "(method: sliderquant, light effort)" in text
+    assert "apply_chat_template" not in render_card(info, {"a": ASYMMETRIC}, 1)
+
+
+def test_card_of_a_model_in_fp32() -> None:
+    text = render_card(CardInfo(), {"a": ASYMMETRIC}, 1, dtype=torch.float32)
+    assert re.search(r'\| sliderquant \| CPU \| reads it, dense: .*dtype="bfloat16"', text)
+    for other in (torch.float16, torch.bfloat16):  # fp16 runs in bf16 on a CPU
+        assert "| sliderquant | CPU | runs it: packed" in render_card(CardInfo(), {"a": ASYMMETRIC}, 1, dtype=other)
 
 
 def test_card_of_an_asymmetric_model() -> None:

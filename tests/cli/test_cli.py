@@ -160,6 +160,17 @@ def test_generate_goes_on_from_the_prompt(checkpoint):
     )
 
 
+def test_generate_takes_the_original_too(tiny_llama):
+    done = invoke("generate", tiny_llama, "Return the", "--max-new-tokens", 5)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("Return the")
+
+
+def test_generate_says_why_it_stopped(checkpoint):
+    done = invoke("generate", checkpoint, "Return the", "--max-new-tokens", 1000)
+    assert "stopped at 128 tokens, the longest that the model takes" in done.stderr
+
+
 def test_inspect_and_verify(checkpoint, tmp_path):
     done = invoke("inspect", checkpoint, "--verify")
     assert done.exit_code == 0, done.output
@@ -195,7 +206,8 @@ def test_inspect_and_verify(checkpoint, tmp_path):
         (["eval", "{model}", "--perplexity", "no.txt"], "'no.txt': no such file"),
         (["eval", "./nowhere", "--perplexity", "topics"], "./nowhere: no such folder"),
         (["eval", "{model}", "--perplexity", "topics[:3000]", "--dtype", "int8"], "dtype 'int8'"),
-        (["generate", "{model}", "hello"], "not quantized"),
+        (["generate", "./nowhere", "hello"], "./nowhere: no such folder"),
+        (["generate", "{model}", "hello", "--dtype", "int8"], "dtype 'int8'"),
         (["generate", "{checkpoint}", ""], "PROMPT is empty"),
         (["generate", "{untold}", "hello"], "its tokenizer cannot be read from"),
         (["eval", "{untold}", "--perplexity", "topics[:3000]"], "its tokenizer cannot be read from"),

@@ -144,8 +144,8 @@ def test_files(result: Bench, tmp_path: Path) -> None:
 
 
 def test_the_picture_shows_each_bar(result: Bench) -> None:
-    first, decode, memory = bench_figure(result).axes
-    assert [len(axes.patches) for axes in (first, decode, memory)] == [4, 4, 6]
+    load, first, decode, memory = bench_figure(result).axes
+    assert [len(axes.patches) for axes in (load, first, decode, memory)] == [2, 4, 4, 6]
     assert [text.get_text() for text in first.texts] == [f"{result.metrics[i].ratio:.2f}x" for i in (1, 2)]
     alone = dataclasses.replace(
         result,
@@ -153,4 +153,4 @@ def test_the_picture_shows_each_bar(result: Bench) -> None:
             dataclasses.replace(m, values={"quantized": m.values["quantized"]}, ratio=None) for m in result.metrics
         ],
     )
-    assert [len(axes.patches) for axes in bench_figure(alone).axes] == [2, 2, 3]
+    assert [len(axes.patches) for axes in bench_figure(alone).axes] == [1, 2, 2, 3]

@@ -30,7 +30,7 @@ def finished(tiny_llama, calibration_file, tmp_path_factory):
         scheme="W2A16-g32",
         settings={"epochs": 4, "gamma": 0.5, "matmul": "float32"},
         calibration=str(calibration_file),
-        samples=4,
+        samples=16,  # fewer are warned of
         seqlen=32,
         perplexity_on=f"{calibration_file}[:3000]",
         device="cpu",
