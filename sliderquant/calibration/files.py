@@ -125,11 +125,12 @@ def unpacked(source: str, data: bytes) -> bytes:
     for magic, name, unpack in _PACKED:
         if data.startswith(magic) and (name != "bzip2" or data[4:10] == b"1AY&SY"):
             try:
-                return unpacked(source, unpack(data))  # FILE.gz.gz happens
+                inner = unpack(data)
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
                 raise InputError(
                     f"text {source!r}: a {name} file that is damaged or cut off ({error}): get it again"
                 ) from error
+            return unpacked(source, inner)  # FILE.gz.gz happens
     return data
 
 

@@ -139,8 +139,6 @@ def table_documents(source: str, data: bytes) -> tuple[Document, ...]:
     try:
         if data.startswith(b"PAR1"):
             names = parquet.read_schema(buffer).names
-            if repeated := sorted({name for name in names if name in FIELDS and names.count(name) > 1}):
-                raise InputError(f"{where}: has more than one column {', '.join(repeated)}: rename all but one")
             buffer.seek(0)
             table = parquet.read_table(buffer, columns=_known(where, names))
         else:
@@ -158,6 +156,8 @@ def table_documents(source: str, data: bytes) -> tuple[Document, ...]:
 def _known(where: str, columns: Iterable[str]) -> list[str]:
     columns = list(columns)
     known = [name for name in columns if name in FIELDS]
+    if repeated := sorted({name for name in known if known.count(name) > 1}):
+        raise InputError(f"{where}: has more than one column {', '.join(repeated)}: rename all but one")
     if not known:
         raise InputError(f"{where}: has the columns {', '.join(columns) or 'none'}; {_EXPECTED}")
     return known

@@ -91,6 +91,7 @@ class CheckpointWriter:
         self._kv_bits = 16
         self._clipped = False
         self._folder: Path | None = None
+        self._dtype = torch.bfloat16  # of the model; known when it is written
         self._shards: ShardWriter | None = None
         self._digests: dict[str, dict[str, str]] | None = None
         self._handled: list[int] = []
@@ -215,7 +216,7 @@ class CheckpointWriter:
             self._digests = self._shards.finish()
             _carry_over(Path(source), self._folder)
             _write_json(self._folder / "config.json", self._full_config(config))
-            _check_written(self._folder)
+            self._dtype = _check_written(self._folder)
         return self._folder
 
     def publish(
@@ -241,9 +242,8 @@ class CheckpointWriter:
             _write_json(folder / REPORT_NAME, dict(report or {}))
             average_bits = self._code_bits / self._quantized_weights if self._quantized_weights else None
             entry = Entry(self._rotations, self._kv_bits, self._clipped)
-            checkpoint = read_checkpoint(folder)
             text = render_card(
-                card or CardInfo(), self._schemes, total, entry, average_bits, checkpoint.dtype, _has_template(folder)
+                card or CardInfo(), self._schemes, total, entry, average_bits, self._dtype, _has_template(folder)
             )
             (folder / "README.md").write_text(text, encoding="utf-8")
             if page is not None:
@@ -297,10 +297,12 @@ def _has_template(folder: Path) -> bool:
         return False
 
 
-def _check_written(folder: Path) -> None:
+def _check_written(folder: Path) -> torch.dtype:
+    """Check the headers of what was written; returns the dtype of the model."""
     checkpoint = read_checkpoint(folder)
     where = str(folder)
     check_against_model(checkpoint, build_skeleton(plain_config(checkpoint.config, where), where, torch.float32))
+    return checkpoint.dtype
 
 
 def _carry_over(source: Path, folder: Path) -> None:

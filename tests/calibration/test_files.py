@@ -51,6 +51,10 @@ def test_all_line_ends_are_line_feeds(tmp_path):
         (b"PK\x03\x04\0", "a zip archive"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (gzip.compress(b"hello" * 99, mtime=0)[:-9], "a gzip file that is damaged or cut off"),
+        (
+            gzip.compress(lzma.compress(b"hello" * 99)[:-9], mtime=0),
+            "^text '[^']*': a xz file that is damaged or cut off",
+        ),
         (gzip.compress(b"\0" * 257 + b"ustar" + b"\0" * 300, mtime=0), "a tar archive"),
         (b"\xef\xbb\xbf", "there is no text in it"),
     ],

@@ -117,6 +117,11 @@ def test_tables(tmp_path):
     pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), tmp_path / "two.parquet")
     with pytest.raises(InputError, match="more than one column text"):
         read(tmp_path / "two.parquet")
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"])
+    with pa.OSFile(str(tmp_path / "two.arrow"), "wb") as sink, pa.ipc.new_file(sink, twice.schema) as writer:
+        writer.write_table(twice)
+    with pytest.raises(InputError, match="more than one column text"):
+        read(tmp_path / "two.arrow")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "t.parquet").read_bytes()[:-20])
     with pytest.raises(InputError, match="damaged or cut off"):
         read(tmp_path / "cut.parquet")
