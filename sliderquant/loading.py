@@ -24,6 +24,7 @@ from sliderquant.activation_clipping import Clip, clip_from
 from sliderquant.checkpoint.packing import INPUT_CLIP, PARTS, unpack
 from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
 from sliderquant.checkpoint.skeleton import attention_clips, build_skeleton, check_against_model, plain_config
+from sliderquant.decoding import attach_decode_runner
 from sliderquant.devices import resolve_device
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models import family_of
@@ -64,6 +65,8 @@ def load(
 
     Returns:
         The model in evaluation mode, without gradients; `generate`, `save_pretrained` and `torch.compile` work on it.
+        On CUDA `generate` replays one CUDA graph per token (`sliderquant.decoding`); `disable_compile=True` in its
+        generation config turns that off.
 
     Raises:
         InputError: the folder, device or dtype is not usable.
@@ -107,7 +110,10 @@ def load(
         model.config.sliderquant = checkpoint.config["sliderquant"]
     model.config._name_or_path = model.name_or_path = where
     model.config.dtype = wanted  # Older transformers leave what the checkpoint says, where a dtype was asked for.
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if target.type == "cuda":
+        attach_decode_runner(model)
+    return model
 
 
 def _read_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

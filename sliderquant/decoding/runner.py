@@ -1,0 +1,305 @@
+"""A step of `generate` as a CUDA graph.
+
+transformers runs a step of the model from Python, some hundred launches that take longer than what they launch. Here
+the first token of a generation runs as always; then the step is captured over buffers that do not move
+(`sliderquant.decoding.cache`), and each further token is one replay. transformers keeps its loop: sampling, stopping
+criteria and streamers see what they always see.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from sliderquant.decoding.cache import BoundLayer, Slot, length_for
+from sliderquant.modules.attention import cache_keyword
+
+__all__ = ["DecodeRunner", "attach_decode_runner", "count_hooks"]
+
+logger = logging.getLogger(__name__)
+
+_ATTENTION = "sliderquant_decode"
+# Sequences: beyond these a step is no longer bound by the host.
+MAX_BATCH = 64
+# A graph takes as long to capture as about one step takes without; for fewer steps there is nothing to be had.
+FEWEST_STEPS = 3
+# Buffers that are kept between generations, as a part of the GPU's memory; larger ones go with their generation.
+KEPT_SHARE = 0.03
+
+
+@dataclass
+class _Graph:
+    """A captured step: what replays it, and where it leaves its logits `[batch, 1, vocabulary]`."""
+
+    replay: Callable[[], None]
+    logits: Tensor
+
+
+def capture_on_cuda(step: Callable[[], Tensor]) -> _Graph:
+    """Capture a step that has run before. Raises what the capture raises."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads of the process may go on using the GPU.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        logits = step()
+    return _Graph(graph.replay, logits)
+
+
+class DecodeRunner:
+    """Takes over the steps of a model's `generate`; whatever it does not take, transformers runs as always.
+
+    It takes greedy decoding and sampling on one CUDA device with the default cache and `sdpa` attention. It leaves
+    beams, assisted decoding, outputs of attentions or hidden states, `disable_compile=True`, other caches, and models
+    with hooks that were added after it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        hooks: int,
+        capture: Callable[[Callable[[], Tensor]], _Graph] = capture_on_cuda,
+    ) -> None:
+        """
+        Args:
+            hooks: what `count_hooks` finds on the model; with more of them, transformers runs as always.
+            capture: makes a graph of a step that has run.
+        """
+        self.model, self._hooks, self._capture = model, hooks, capture
+        self._keyword = cache_keyword(type(model).forward)
+        self._lock = threading.RLock()
+        self._slots: list[Slot] = []
+        self._fingerprint: tuple[int, ...] = ()
+        self._refused = False
+        self._generation = threading.local()
+
+    # What transformers asks before a generation, and calls in its loop.
+
+    def valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """In place of the method of `GenerationMixin`: whether `get_compiled_call` is to be used."""
+        self._generation.taken = self._takes(model_kwargs, generation_config)
+        if not self._generation.taken:
+            return type(self.model)._valid_auto_compile_criteria(self.model, model_kwargs, generation_config)
+        self._generation.max_length = generation_config.max_length
+        fingerprint = _fingerprint(self.model)
+        with self._lock:
+            if fingerprint != self._fingerprint:
+                self._slots, self._fingerprint = [], fingerprint
+        return True
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """In place of the method of `PreTrainedModel`."""
+        if getattr(self._generation, "taken", False):
+            return self.step
+        return type(self.model).get_compiled_call(self.model, compile_config)
+
+    def step(self, **inputs: Any) -> Any:
+        """The model's forward for the next token, by a graph where that is possible."""
+        cache = inputs.get(self._keyword)
+        if not _is_plain_step(inputs, self._keyword) or not isinstance(cache, DynamicCache):
+            # Several tokens at once, as assisted decoding has them: it takes some of them back, step after step.
+            self._generation.taken = False
+        slot = self._slot_of(cache, inputs) if self._generation.taken and not self._refused else None
+        if slot is None:
+            return self.model(**inputs)
+        slot.ids.copy_(inputs["input_ids"])
+        positions = inputs.get("position_ids")
+        if positions is None:
+            slot.positions.fill_(slot.length)
+        else:
+            slot.positions.copy_(positions)
+        logits = self._run(slot)
+        return self._output(logits=logits, **{self._keyword: cache})
+
+    def _takes(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        model, cache = self.model, model_kwargs.get(self._keyword)
+        return not (
+            self._refused
+            or generation_config.disable_compile
+            or generation_config.compile_config is not None
+            or generation_config.num_beams > 1
+            or generation_config.is_assistant
+            or generation_config.prompt_lookup_num_tokens
+            or generation_config.output_attentions
+            or generation_config.output_hidden_states
+            or generation_config.prefill_chunk_size is not None
+            or not isinstance(cache, DynamicCache)
+            or not model_kwargs.get("use_cache", True)
+            or model.training
+            or model.config._attn_implementation != "sdpa"
+            or torch.is_autocast_enabled(model.device.type)
+            or not self._on_one_device()
+            or count_hooks(model) != self._hooks
+        )
+
+    def _on_one_device(self) -> bool:
+        devices = {tensor.device for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return len(devices) == 1 and (devices.pop().type == "cuda" or self._capture is not capture_on_cuda)
+
+    def _slot_of(self, cache: Cache, inputs: dict[str, Any]) -> Slot | None:
+        """The slot that shows this cache, with room for the next token; None: run without a graph."""
+        layer = cache.layers[0]
+        slot = layer.slot if type(layer) is BoundLayer else None
+        seen = inputs.get("attention_mask")
+        gap = slot is not None and seen is not None and seen.shape[1] != slot.length + 1
+        if slot is None or gap or not slot.intact or slot not in self._slots:
+            slot = self._bind(cache, seen)
+        while slot is not None and slot.length + 1 > slot.capacity:
+            slot.grow()
+        return slot
+
+    def _bind(self, cache: Cache, seen: Tensor | None) -> Slot | None:
+        layers, tokens = cache.layers, cache.get_seq_length()
+        if not all(_is_bindable(layer, tokens, self._generation.max_length) for layer in layers):
+            return None
+        if self._generation.max_length - tokens - 1 < FEWEST_STEPS or layers[0].keys.shape[0] > MAX_BATCH:
+            return None
+        if seen is not None and seen.shape != (layers[0].keys.shape[0], tokens + 1):
+            return None
+        with self._lock:
+            slot = next((slot for slot in self._slots if slot.free and slot.fits(layers)), None)
+            if slot is None:
+                slot = Slot(layers, length_for(tokens + 1))
+                self._slots.append(slot)
+            while slot.capacity < tokens + 1:
+                slot.grow()
+            slot.bind(cache, seen)
+        weakref.finalize(cache, _drop_large, weakref.ref(self), slot)
+        return slot
+
+    def _run(self, slot: Slot) -> Tensor:
+        """Compute the token in `slot.ids`, and leave its keys and values in the slot."""
+        length = length_for(slot.length + 1)
+        graph = slot.graphs.get(length)
+        if graph is not None:
+            graph.replay()
+            slot.length += 1
+            return graph.logits
+        cache = slot.graph_cache(length)
+
+        def step() -> Tensor:
+            slot.mask.index_fill_(3, slot.index, 0)
+            keywords = {self._keyword: cache, "use_cache": True, "return_dict": True}
+            mask = slot.mask[..., :length]
+            output = self.model(input_ids=slot.ids, position_ids=slot.positions, attention_mask=mask, **keywords)
+            slot.index.add_(1)
+            self._output = type(output)
+            return output.logits
+
+        with self._lock, _attention(self.model, _ATTENTION):
+            logits = step()
+            slot.length += 1
+            try:
+                slot.graphs[length] = self._capture(step)
+            except Exception as error:  # whatever a model does that no graph can hold
+                self._refuse(error)
+        return logits
+
+    def _refuse(self, error: Exception) -> None:
+        self._refused = True
+        reason = " ".join(str(error).split())[:200]
+        logger.warning("generate runs without CUDA graphs: %s: %s", type(error).__name__, reason)
+
+    # A model is copied and pickled without its graphs.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodeRunner:
+        return type(self)(copy.deepcopy(self.model, memo), self._hooks, self._capture)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.model, self._hooks, self._capture)
+
+
+def attach_decode_runner(model: PreTrainedModel, **keywords: Any) -> DecodeRunner | None:
+    """Let `model.generate` replay CUDA graphs; None: the model or this transformers has not what that takes.
+
+    Args:
+        keywords: of `DecodeRunner`.
+    """
+    names = ("_valid_auto_compile_criteria", "get_compiled_call")
+    if not model.can_generate() or not all(callable(getattr(model, name, None)) for name in names):
+        return None
+    runner = DecodeRunner(model, count_hooks(model), **keywords)
+    for name in names:
+        setattr(model, name, getattr(runner, name.removeprefix("_")))
+    return runner
+
+
+def _is_plain_step(inputs: dict[str, Any], cache_name: str) -> bool:
+    """Whether these are the inputs of one token for every sequence, and nothing that a graph does not take."""
+    ids, seen, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    known = {"input_ids", "attention_mask", "position_ids", cache_name, "use_cache", "return_dict", "logits_to_keep"}
+    return (
+        isinstance(ids, Tensor)
+        and ids.ndim == 2
+        and ids.shape[1] == 1
+        and (seen is None or (isinstance(seen, Tensor) and seen.ndim == 2))
+        and (positions is None or (isinstance(positions, Tensor) and positions.shape == ids.shape))
+        and not any(value is not None and value is not False for name, value in inputs.items() if name not in known)
+    )
+
+
+def _is_bindable(layer: Any, tokens: int, max_length: int) -> bool:
+    """Whether a layer of a cache is filled with all tokens, and will show all of them to the last."""
+    if layer.get_seq_length() != tokens or tokens == 0 or layer.keys is None or layer.keys.ndim != 4:
+        return False
+    if type(layer) is DynamicSlidingWindowLayer:
+        return max_length < layer.sliding_window
+    return type(layer) in (DynamicLayer, BoundLayer)
+
+
+def count_hooks(model: nn.Module) -> int:
+    """Hooks on a model's modules: a replayed graph does not call them."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def _fingerprint(model: nn.Module) -> tuple[int, ...]:
+    """Where a model's tensors are: a graph reads them there, whatever the model holds by then."""
+    return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _drop_large(runner: weakref.ref[DecodeRunner], slot: Slot) -> None:
+    """After its generation, give the memory of a slot back unless it is small."""
+    owner, device = runner(), slot.index.device
+    if owner is None or device.type != "cuda":
+        return
+    if slot.bytes > KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory:
+        owner._slots = [kept for kept in owner._slots if kept is not slot]
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Set the attention of a model while it is captured."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def _one_query(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
+) -> tuple[Tensor, None]:
+    """`sdpa` of one token: the query heads that share keys are the rows of one product, and no key is copied."""
+    batch, heads, tokens, size = query.shape
+    if tokens != 1 or keywords.get("softcap") or keywords.get("position_bias") is not None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **keywords)
+    rows = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
+    out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=keywords.get("scaling"))
+    return out.reshape(batch, 1, heads, value.shape[3]), None
+
+
+AttentionInterface.register(_ATTENTION, _one_query)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
