@@ -9,6 +9,7 @@ that are not there.
 """
 
 from .activations import QuantizedActivations, quantize_activations
+from .elementwise import rms_norm, rotary, silu_mul
 from .hadamard import hadamard, hadamard_quantize
 from .hadamard_matrix import HadamardTransform, factor_hadamard
 from .layout import PackedWeight, WeightLayout, choose_layout
@@ -32,5 +33,8 @@ __all__ = [
     "hadamard_quantize",
     "low_bit_linear",
     "quantize_activations",
+    "rms_norm",
+    "rotary",
+    "silu_mul",
     "weight_only_linear",
 ]

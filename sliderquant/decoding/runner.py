@@ -26,7 +26,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from sliderquant.decoding.cache import BoundLayer, Slot, length_for
+from sliderquant.models import FAMILIES, family_of
 from sliderquant.modules.attention import cache_keyword
+from sliderquant.modules.fused import fused_rotary
 
 __all__ = ["DecodeRunner", "attach_decode_runner", "count_hooks"]
 
@@ -79,6 +81,7 @@ class DecodeRunner:
         """
         self.model, self._hooks, self._capture = model, hooks, capture
         self._keyword = cache_keyword(type(model).forward)
+        self._family = family_of(type(model).__name__, None, [type(model).__name__])
         self._lock = threading.RLock()
         self._slots: list[Slot] = []
         self._fingerprint: tuple[int, ...] = ()
@@ -198,7 +201,7 @@ class DecodeRunner:
             self._output = type(output)
             return output.logits
 
-        with self._lock, _attention(self.model, _ATTENTION):
+        with self._lock, _attention(self.model, _ATTENTION), fused_rotary(self.model, self._family):
             logits = step()
             slot.length += 1
             try:
@@ -222,13 +225,15 @@ class DecodeRunner:
 
 
 def attach_decode_runner(model: PreTrainedModel, **keywords: Any) -> DecodeRunner | None:
-    """Let `model.generate` replay CUDA graphs; None: the model or this transformers has not what that takes.
+    """Let `model.generate` replay CUDA graphs; None: not with a model of this family, or with
+    this transformers.
 
     Args:
         keywords: of `DecodeRunner`.
     """
     names = ("_valid_auto_compile_criteria", "get_compiled_call")
-    if not model.can_generate() or not all(callable(getattr(model, name, None)) for name in names):
+    known = any(type(model).__name__ in family.architectures for family in FAMILIES)
+    if not known or not all(callable(getattr(model, name, None)) for name in names):
         return None
     runner = DecodeRunner(model, count_hooks(model), **keywords)
     for name in names:

@@ -7,6 +7,7 @@ from sliderquant.modules.attention import (
     round_attention,
     round_layer,
 )
+from sliderquant.modules.fused import fuse_layers, fused_rotary
 from sliderquant.modules.linear import PackedLinear, QuantizedLinear
 from sliderquant.modules.merged import LinearSlice, MergedLinear, merge_linears, split_linears
 from sliderquant.modules.rotated import OnlineRotation, RotatedLinear, insert_rotation, insert_rotations
@@ -20,6 +21,8 @@ __all__ = [
     "QuantizedLinear",
     "RotatedLinear",
     "cache_keyword",
+    "fuse_layers",
+    "fused_rotary",
     "insert_rotation",
     "insert_rotations",
     "insert_rounding",

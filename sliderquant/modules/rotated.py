@@ -40,9 +40,17 @@ class OnlineRotation(nn.Module):
         """x `[..., size]` -> the same shape and dtype."""
         return hadamard(x, self.transform, self.signs.to(x.dtype))
 
-    def quantize(self, x: Tensor, bits: int, symmetric: bool, clip: Clip | None = None) -> QuantizedActivations:
-        """x `[..., size]` rotated and, each row, rounded to `bits`; clip: factors on the ends of its range."""
-        return hadamard_quantize(x, self.transform, bits, symmetric, signs=self.signs.to(x.dtype), clip=clip)
+    def quantize(
+        self, x: Tensor, bits: int, symmetric: bool, clip: Clip | None = None, gate: Tensor | None = None
+    ) -> QuantizedActivations:
+        """x `[..., size]` rotated and, each row, rounded to `bits`.
+
+        Args:
+            clip: factors on the ends of a row's range.
+            gate: like x: `silu(gate) * x` is rotated.
+        """
+        signs = self.signs.to(x.dtype)
+        return hadamard_quantize(x, self.transform, bits, symmetric, signs=signs, gate=gate, clip=clip)
 
     def extra_repr(self) -> str:
         return f"{self.transform}"
