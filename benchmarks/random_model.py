@@ -91,7 +91,8 @@ def write(folder: Path, shape: str, seed: int = 0) -> int:
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    generator = torch.Generator().manual_seed(seed)
+    # On a GPU where there is one: 8 billion normal numbers take a CPU minutes.
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
     shards: list[tuple[list[str], int]] = [([], 0)]
     for name, shape_of in shapes.items():
         size = 2 * torch.Size(shape_of).numel()
@@ -116,4 +117,4 @@ def write(folder: Path, shape: str, seed: int = 0) -> int:
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    return torch.empty(shape, dtype=torch.bfloat16, device=generator.device).normal_(0, 0.02, generator=generator).cpu()

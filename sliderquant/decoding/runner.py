@@ -29,6 +29,7 @@ from sliderquant.decoding.cache import BoundLayer, Slot, length_for
 from sliderquant.models import FAMILIES, family_of
 from sliderquant.modules.attention import cache_keyword
 from sliderquant.modules.fused import fused_rotary
+from sliderquant_kernels import decode_attention
 
 __all__ = ["DecodeRunner", "attach_decode_runner", "count_hooks"]
 
@@ -201,7 +202,7 @@ class DecodeRunner:
             self._output = type(output)
             return output.logits
 
-        with self._lock, _attention(self.model, _ATTENTION), fused_rotary(self.model, self._family):
+        with self._lock, _attention(self.model, slot), fused_rotary(self.model, self._family):
             logits = step()
             slot.length += 1
             try:
@@ -284,25 +285,37 @@ def _drop_large(runner: weakref.ref[DecodeRunner], slot: Slot) -> None:
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Set the attention of a model while it is captured."""
+def _attention(model: PreTrainedModel, slot: Slot) -> Iterator[None]:
+    """Let a model attend over a slot while its step is run and captured."""
     before = model.config._attn_implementation
-    model.config._attn_implementation = name
+    model.config._attn_implementation = _ATTENTION
+    _current.index = slot.index
     try:
         yield
     finally:
         model.config._attn_implementation = before
+        _current.index = None
+
+
+# Where the step of this thread writes, for `_one_query`, which transformers calls.
+_current = threading.local()
 
 
 def _one_query(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, None]:
-    """`sdpa` of one token: the query heads that share keys are the rows of one product, and no key is copied."""
-    batch, heads, tokens, size = query.shape
-    if tokens != 1 or keywords.get("softcap") or keywords.get("position_bias") is not None:
+    """`sdpa` of one token over a slot, whose length the device knows."""
+    index = getattr(_current, "index", None)
+    special = keywords.get("softcap") or keywords.get("position_bias") is not None
+    if index is None or query.shape[2] != 1 or special:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **keywords)
+    scale = query.shape[3] ** -0.5 if keywords.get("scaling") is None else keywords["scaling"]
+    if decode_attention.fits(query, key, value, attention_mask):
+        return decode_attention.decode_attention(query, key, value, index, attention_mask, scale), None
+    # The query heads that share keys are the rows of one product: no key is copied.
+    batch, heads, _, size = query.shape
     rows = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
-    out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=keywords.get("scaling"))
+    out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scale)
     return out.reshape(batch, 1, heads, value.shape[3]), None
 
 
