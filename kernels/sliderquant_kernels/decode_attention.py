@@ -51,8 +51,8 @@ def decode_attention(
     """
     if not fits(q, keys, values, mask):
         raise ValueError(
-            "decode_attention: expected 16-bit queries [batch, heads, 1, D] on CUDA and keys and values "
-            f"[batch, heads, capacity, D], got {tuple(q.shape)}, {tuple(keys.shape)}, {tuple(values.shape)} in {q.dtype}"
+            "decode_attention: expected 16-bit queries [batch, heads, 1, D] on CUDA and keys and values [batch, heads, "
+            f"capacity, D], got {tuple(q.shape)}, {tuple(keys.shape)}, {tuple(values.shape)} of {q.dtype}"
         )
     return _kernels().decode_attention(q, keys, values, index, mask, scale)
 
