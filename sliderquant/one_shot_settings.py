@@ -19,7 +19,7 @@ class GptqSettings(OneShotSettings):
 
     damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, a share of its mean")
     act_order: bool = Field(
-        False, description="columns in descending order of the Hessian's diagonal, on grids of the original weights"
+        True, description="columns in descending order of the Hessian's diagonal, on grids of the original weights"
     )
 
 

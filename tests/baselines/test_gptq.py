@@ -188,7 +188,8 @@ def test_every_linear_of_a_run_is_the_textbook_on_what_the_loaded_model_gives_it
     """Layers, and linears in a layer, see what those before make of the text once they are quantized: what they see in
     the finished model."""
     folder = random_model(tmp_path / "model", model_type=family)
-    result = run(folder, scheme, "gptq", rotate=rotate)
+    # By the Hessian's diagonal, columns would change places that differ in their last digits.
+    result = run(folder, scheme, "gptq", rotate=rotate, settings={"act_order": False})
     source = open_model(folder)
     if rotate:
         source = RotatedSource.of(source, Rotations.of_model(source, rotate, seed=2))
@@ -289,7 +290,7 @@ def test_the_command_line(tiny_llama, calibration_file, tmp_path):
     planned = go("--dry-run", "--set", "damping=0.02", "--samples", "4", "--seqlen", "32")
     assert planned.exit_code == 0, planned.output
     assert "calibration wikitext2: 4 samples of 32 tokens, batches of 4" in planned.stdout
-    assert "damping=0.02, act_order=False" in planned.stdout
+    assert "damping=0.02, act_order=True" in planned.stdout
     text = ["--calibration", str(calibration_file), "--samples", "4", "--seqlen", "32"]
     done = go("-o", str(tmp_path / "out"), "--verbose", *text)
     assert done.exit_code == 0, done.output
