@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.kernels.figures import is_timed
+from benchmarks.kernels.floors import Floors
 
 __all__ = ["draw"]
 
@@ -47,11 +48,11 @@ def roofline(rows: list[Row], runs: dict[int, Any], title: str) -> Figure:
     intensities = [row["flops"] / row["bytes"] for row in rows]
     left, right = min(intensities) / 2, max(intensities) * 2
     # Several runs of one file are of one device; the roof is that of the last.
-    floors = runs[max(row["run"] for row in rows)]["floors"]
-    ridge = floors["matmul_tflops"] * 1e3 / floors["copy_gbps"]
+    floors = Floors(**runs[max(row["run"] for row in rows)]["floors"])
+    ridge = floors.matmul_tflops * 1e3 / floors.bandwidth_gbps
     xs = [left, *([ridge] if left < ridge < right else []), right]
-    ys = [min(x * floors["copy_gbps"] / 1e3, floors["matmul_tflops"]) for x in xs]
-    roof = f"measured: copy {floors['copy_gbps']:.0f} GB/s, matmul {floors['matmul_tflops']:.3g} TFLOP/s"
+    ys = [min(x * floors.bandwidth_gbps / 1e3, floors.matmul_tflops) for x in xs]
+    roof = f"measured: {floors.bandwidth_gbps:.0f} GB/s, matmul {floors.matmul_tflops:.3g} TFLOP/s"
     axes.plot(xs, ys, color="black", linewidth=1.5, label=roof)
     for index, (provider, found) in enumerate(_by(rows, "provider").items()):
         axes.scatter(

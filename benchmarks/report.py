@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.kernels.figures import derive, is_timed
+from benchmarks.kernels.floors import Floors
 from benchmarks.kernels.ops import OPS
 from benchmarks.kernels.store import load
 
@@ -75,14 +76,16 @@ def markdown(
 
 
 def _runs(runs: dict[int, Any]) -> str:
-    lines = ["| run | date | device | driver, clocks | copy GB/s | bf16 TFLOP/s | empty kernel us | versions |"]
-    lines.append("|" + "---|" * 8)
+    columns = ["run", "date", "device", "driver, clocks", "copy GB/s", "read GB/s", "bf16 TFLOP/s", "empty kernel us"]
+    columns.append("versions")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for number, run in runs.items():
-        machine, floors, clocks = run["machine"], run["floors"], run.get("clocks") or {}
+        machine, floors, clocks = run["machine"], Floors(**run["floors"]), run.get("clocks") or {}
         name = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
         found = ", ".join(clocks[key] for key in ("driver_version", "clocks.sm", "clocks.mem") if key in clocks) or "-"
         versions = ", ".join(f"{key} {value}" for key, value in run["versions"].items())
-        figures = f"{floors['copy_gbps']:.0f} | {floors['matmul_tflops']:.3g} | {floors['empty_kernel_us']:.2f}"
+        read = f"{floors.read_gbps:.0f}" if floors.read_gbps else "-"
+        figures = f"{floors.copy_gbps:.0f} | {read} | {floors.matmul_tflops:.3g} | {floors.empty_kernel_us:.2f}"
         lines.append(f"| {number} | {run['date']} | {name} | {found} | {figures} | {versions} |")
     return "\n".join(lines)
 

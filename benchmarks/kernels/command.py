@@ -275,10 +275,11 @@ def summary(store: Store, goals: list[Goal], recorder: Recorder, path: Path) -> 
     checks = [row for row in rows if row["kind"] == "check"]
     wrong = [row for row in rows if row["status"] == "error" and row["kind"] != "provider"]
     counts = Counter(row["status"] for row in rows if row["kind"] == "time")
-    floors = store.runs[-1]["floors"]
+    floors = Floors(**store.runs[-1]["floors"])
     print(f"\nwritten to {path}")
-    print(f"floors: copy {floors['copy_gbps']:.0f} GB/s, bf16 matmul {floors['matmul_tflops']:.3g} TFLOP/s, "
-          f"an empty kernel {floors['empty_kernel_us']:.2f} us")  # fmt: skip
+    print(f"floors: copy {floors.copy_gbps:.0f} GB/s, read {floors.read_gbps:.0f} GB/s, "
+          f"bf16 matmul {floors.matmul_tflops:.3g} TFLOP/s, "
+          f"an empty kernel {floors.empty_kernel_us:.2f} us")  # fmt: skip
     for row in [row for row in rows if row["kind"] == "provider"]:
         print(f"absent: {row['provider']}: {row['error']}")
     for row in wrong[:20]:

@@ -33,8 +33,9 @@ def is_timed(row: Row) -> bool:
 def derive(rows: Iterable[Row], runs: dict[int, dict[str, Any]], ops: dict[str, Op]) -> list[Row]:
     """Copies of the rows with what follows from them.
 
-    - floor_us: bytes over copy bandwidth or operations over matmul rate, of the row's own run; percent_of_floor: its
-      share of the time; percent_of_copy: bytes moved per second over copy bandwidth; gbps, tflops.
+    - floor_us: bytes over bandwidth, the better of copying and reading, or operations over matmul rate, of the row's
+      own run; percent_of_floor: its share of the time; percent_of_copy: bytes moved per second over that bandwidth;
+      gbps, tflops.
     - ratio_to_16bit: the baseline's time over the row's: above 1 is faster than 16-bit weights.
     - ratio_to_best_peer: the fastest peer's time over the row's; best_peer.
     - runs_mixed: a ratio's two times are from different runs.
@@ -56,7 +57,7 @@ def _add_floor(row: Row, run: dict[str, Any]) -> None:
     row["floor_us"] = floors.floor_us(row["bytes"], row["flops"])
     row["percent_of_floor"] = 100 * row["floor_us"] / row["q50_us"]
     row["gbps"] = row["bytes"] / row["q50_us"] / 1e3
-    row["percent_of_copy"] = 100 * row["gbps"] / floors.copy_gbps
+    row["percent_of_copy"] = 100 * row["gbps"] / floors.bandwidth_gbps
     row["tflops"] = row["flops"] / row["q50_us"] / 1e6
 
 

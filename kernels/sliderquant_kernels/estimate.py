@@ -8,7 +8,8 @@ begins when a program ends. The time of a launch is
 
     START + sum over the rounds of (OVERHEAD + bytes of the round / rate)
 
-with the bytes of packed weight that the busiest multiprocessor streams in the round. Its rate is the least of four:
+with the bytes of packed weight that the busiest multiprocessor streams in the round. The least of four rates limits it,
+and others that are close to the least slow it further: its inverse is the norm of order `SHARPNESS` of their inverses.
 
 - memory: its share of `MEMORY`;
 - latency: the bytes that the pipelines of its programs have in flight, over `LATENCY` (Little's law);
@@ -16,8 +17,10 @@ with the bytes of packed weight that the busiest multiprocessor streams in the r
 - issue: its four schedulers at `ISSUE` of their slots, by the instructions of the main loop per 16 packed bytes.
 
 What a program takes of a multiprocessor comes from `resources.json`, which `--write-resources` compiles. The constants
-are fitted to what `python -m benchmarks kernels --subset quick` measured on an H200 (benchmarks/results/nvidia-h200);
-tests/sliderquant_kernels/test_estimate.py compares each row with its estimate.
+are fitted to what `python -m benchmarks kernels --subset quick` measured on an H200 in two runs
+(benchmarks/results/nvidia-h200): least squares of logarithms over the rows of 4 and 2 bits, where all rows of a tile
+and a shape with up to 4 tokens count as one, and so do those with more. tests/sliderquant_kernels/test_estimate.py
+compares each row with its estimate.
 """
 
 from __future__ import annotations
@@ -47,12 +50,15 @@ _Tile = tuple[str, int, int, int]
 # Of one multiprocessor of sm_90: shared memory, of which a program reserves 1 KB, registers, warps, programs.
 SHARED, RESERVED, REGISTERS, WARPS, PROGRAMS = 233472, 1024, 65536, 64, 32
 SCHEDULERS, CLOCK = 4, 1.9e3  # cycles per microsecond
-# Fitted, bytes per microsecond of the whole GPU, microseconds, and a share.
-MEMORY, L2, LATENCY, ISSUE = 3.95e6, 6.6e6, 1.3, 0.6
+# Fitted, bytes per microsecond of the whole GPU, microseconds, and a share. cuBLAS reads 16-bit weights at 4.28e6.
+MEMORY, L2, LATENCY, ISSUE = 3.72e6, 6.8e6, 1.34, 0.576
+SHARPNESS = 12
 START = 1.3
-SPLIT_OVERHEAD = 0.5
+SPLIT_OVERHEAD = 1.5
 MAX_TOKENS = 64
 MAX_SPLIT = 8
+# Estimates that are nearer to each other than this tell nothing apart.
+TIE = 1.01
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ def estimate(problem: Problem, choice: Choice, device: Device) -> Estimate:
             "issue": 16 * 32 * SCHEDULERS * CLOCK * ISSUE / taken.per_16_bytes,
         }
         bound = min(rates, key=lambda name: rates[name])
-        streaming = held * streamed / rates[bound]
+        slowed = sum((rates[bound] / rate) ** SHARPNESS for rate in rates.values()) ** (1 / SHARPNESS)
+        streaming = held * streamed / rates[bound] * slowed
         spent[bound] = spent.get(bound, 0.0) + streaming
         total += _overhead(choice) + streaming
         rounds, left = rounds + 1, left - held
@@ -117,8 +124,8 @@ def estimate(problem: Problem, choice: Choice, device: Device) -> Estimate:
 def _overhead(choice: Choice) -> float:
     """Microseconds of a round aside from its main loop: filling the pipeline, adding up what warps hold, storing."""
     if choice.variant == "rows":
-        return 2.6
-    return 3.2 if choice.num_warps <= 4 and choice.block_m == 8 else 5.6
+        return 1.3
+    return 2.8 if choice.num_warps <= 4 and choice.block_m == 8 else 5.2
 
 
 def _scale_share(problem: Problem) -> float:
@@ -149,7 +156,7 @@ def _groups(problem: Problem) -> int:
 
 
 def fastest(problem: Problem, device: Device, variants: tuple[str, ...]) -> Choice | None:
-    """The candidate with the least estimate; None where there is none: for more tokens than `MAX_TOKENS`."""
+    """The candidate with the least estimate, or one that is as good (`TIE`); None for more tokens than `MAX_TOKENS`."""
     # The estimate for 5 tokens is that for 8: a new number of tokens is no reason to think again.
     tokens = 1 << (problem.m - 1).bit_length()
     return _fastest(replace(problem, m=tokens), device, variants) if tokens <= MAX_TOKENS else None
@@ -160,9 +167,11 @@ def _fastest(problem: Problem, device: Device, variants: tuple[str, ...]) -> Cho
     found = [(estimate(problem, choice, device), choice) for choice in candidates(problem, device, variants)]
     if not found:
         return None
-    # Of equals the one that a longer latency than was measured would hurt least.
-    best, choice = min(found, key=lambda pair: (round(pair[0].microseconds, 2), -pair[0].in_flight))
-    return replace(choice, reason=f"least of {len(found)} estimates: {best.microseconds:.1f} us, by {best.bound}")
+    least = min(taken.microseconds for taken, _ in found)
+    near = [pair for pair in found if pair[0].microseconds <= least * TIE]
+    # Of equals the one whose tiles the fewest programs and warps share, then that which a longer latency hurts least.
+    best, choice = min(near, key=lambda pair: (pair[1].split, pair[1].num_warps, -pair[0].in_flight))
+    return replace(choice, reason=f"best of {len(found)} estimates: {best.microseconds:.1f} us, by {best.bound}")
 
 
 def candidates(problem: Problem, device: Device, variants: tuple[str, ...] = ("warp_k", "rows")) -> list[Choice]:
@@ -278,7 +287,7 @@ def main() -> None:
         write_resources()
         return
     device = Device.typical(90)
-    print("groups of 128, bf16, 132 multiprocessors, memory of an H200; share of what memory can stream")
+    print(f"groups of 128, bf16, 132 multiprocessors, memory of an H200; share of {MEMORY / 1e6:.2f} TB/s")
     for shape, bits, m in itertools.product(arguments.shape, arguments.bits, arguments.tokens):
         n, k = (int(size) for size in shape.split("x"))
         problem = Problem(m, n, k, bits, 128, False, torch.bfloat16)

@@ -115,7 +115,7 @@ def result(tmp_path):
 
 def test_floors_are_the_better_of_before_and_after(arguments, fake_gpu, tmp_path, monkeypatch):
     """What ran before may still be running when they are measured first."""
-    found = iter([Floors(2500.0, 800.0, 2.0), Floors(4000.0, 700.0, 1.5)])
+    found = iter([Floors(2500.0, 800.0, 2.0, 4200.0), Floors(4000.0, 700.0, 1.5, 4100.0)])
     ask = InThisProcess.ask
 
     def asked(self, task, timeout):
@@ -124,9 +124,10 @@ def test_floors_are_the_better_of_before_and_after(arguments, fake_gpu, tmp_path
     monkeypatch.setattr(InThisProcess, "ask", asked)
     command.run(arguments())
     content = json.loads((tmp_path / "fake-gpu" / "kernels-tiny.json").read_text())
-    assert content["runs"][0]["floors"] == {"copy_gbps": 4000.0, "matmul_tflops": 800.0, "empty_kernel_us": 1.5}
+    better = {"copy_gbps": 4000.0, "matmul_tflops": 800.0, "empty_kernel_us": 1.5, "read_gbps": 4200.0}
+    assert content["runs"][0]["floors"] == better
     row = next(row for row in content["rows"] if row["kind"] == "time")
-    assert row["percent_of_copy"] == pytest.approx(100 * row["gbps"] / 4000, rel=1e-3)
+    assert row["percent_of_copy"] == pytest.approx(100 * row["gbps"] / 4200, rel=1e-3)
 
 
 def test_measure_resume_and_report(arguments, result, capsys):

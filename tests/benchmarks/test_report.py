@@ -39,7 +39,7 @@ def file(tmp_path, rows, run_facts):
 def test_tables(file):
     (written,) = report.report(file, plots=False)
     text = written.read_text()
-    assert "| 0 | 2026-01-01T00:00:00+00:00 | NVIDIA Test | 1.2, 1980 MHz | 4000 | 800 | 1.50 | torch 2.8 |" in text
+    assert "| 0 | 2026-01-01T00:00:00+00:00 | NVIDIA Test | 1.2, 1980 MHz | 4000 | - | 800 | 1.50 | torch 2.8 |" in text
     assert "of copy bandwidth | at least 0.75 |" in text
     assert "| pass |" in text
     assert "| not measured |" in text
@@ -50,6 +50,15 @@ def test_tables(file):
     assert ours[7] == "77"
     assert ours[10:13] == ["3.21", "1.15", "humming"]
     assert "| mslk | error | not installed: pip install mslk-cuda==1.1.0 | 1 |" in text
+
+
+def test_reading_is_told_where_it_was_measured(rows, run_facts):
+    run = run_facts()
+    runs = {0: {**run, "floors": {**run["floors"], "read_gbps": 4200.0}}}
+    assert "| 4000 | 4200 | 800 | 1.50 |" in report.markdown("title", runs, derive(rows, runs, OPS), [])
+    timed = [row for row in derive(rows, runs, OPS) if row["kind"] == "time"]
+    (axes,) = roofline(timed, runs, "title").axes
+    assert axes.get_lines()[0].get_label() == "measured: 4200 GB/s, matmul 800 TFLOP/s"
 
 
 def test_pictures_are_written_and_shown(file):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from sliderquant_kernels.estimate import candidates, fastest
 from sliderquant_kernels.tiles import Choice, Device, Problem
 
 H200 = Device(90, 132, "NVIDIA H200")
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200" / "kernels-quick.json"
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "results" / "nvidia-h200"
+# The first run had tiles of other rules.
+RESULTS = ("kernels-quick-first.json", "kernels-quick.json")
 BOTH = ("warp_k", "rows")
 
 
@@ -26,32 +29,46 @@ def _problem(m=1, n=4096, k=4096, bits=4, group_size=128, symmetric=False):
 
 
 def _measured():
-    """(problem, tile, microseconds) of each launch of up to 64 tokens in the result file."""
+    """(problem, tile) -> microseconds of each launch of up to 64 tokens, for each result file."""
     pattern = re.compile(r"(warp_k|rows) (\d+) x (\d+), (\d+) warps, (\d) stages(?:, split (\d))?:")
-    found = {}
-    for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]:
-        ours = row["op"] == "weight_only_linear" and row["kind"] == "time" and row["provider"].startswith("sliderquant")
-        if not (ours and row["status"] == "ok" and row["m"] <= 64):
-            continue
-        match = pattern.match(row["note"])
-        variant, block_m, rows, warps, stages, split = (match[1], *map(int, match.groups("1")[1:]))
-        scheme = re.fullmatch(r"W(\d)A16-g(\d+)", row["scheme"])
-        n, k = map(int, row["shape"].split("x"))
-        problem = _problem(row["m"], n, k, int(scheme[1]), int(scheme[2]))
-        choice = Choice(variant, block_m, rows // 16, warps, stages, split)
-        if estimate._key(choice) in estimate._resources(problem):  # others spill with the release that it is of
-            found[problem, choice] = row["q50_us"]
-    return found
+    for name in RESULTS:
+        found = {}
+        for row in json.loads((FOLDER / name).read_text(encoding="utf-8"))["rows"]:
+            ours = row["op"] == "weight_only_linear" and row["provider"].startswith("sliderquant")
+            if not (ours and row["kind"] == "time" and row["status"] == "ok" and row["m"] <= 64):
+                continue
+            match = pattern.match(row["note"])
+            variant, block_m, rows, warps, stages, split = (match[1], *map(int, match.groups("1")[1:]))
+            scheme = re.fullmatch(r"W(\d)A16-g(\d+)", row["scheme"])
+            n, k = map(int, row["shape"].split("x"))
+            problem = _problem(row["m"], n, k, int(scheme[1]), int(scheme[2]))
+            choice = Choice(variant, block_m, rows // 16, warps, stages, split)
+            if estimate._key(choice) in estimate._resources(problem):  # others spill with the release that it is of
+                found[problem, choice] = row["q50_us"]
+        yield found
 
 
 def test_estimates_are_near_what_an_h200_took():
-    ratios = {}
-    for (problem, choice), microseconds in _measured().items():
-        ratios[problem, choice] = estimate.estimate(problem, choice, H200).microseconds / microseconds
-    assert len(ratios) >= 40
-    assert statistics.fmean(abs(math.log(ratio)) for ratio in ratios.values()) < 0.07
-    worst = max(ratios, key=lambda key: abs(math.log(ratios[key])))
-    assert 0.75 < ratios[worst] < 1.33, worst
+    for measured, launches in zip(_measured(), (55, 30), strict=True):
+        ratios = {key: estimate.estimate(*key, H200).microseconds / took for key, took in measured.items()}
+        assert len(ratios) == launches
+        # Nothing was fitted to 8 bits, which stream faster than these constants say.
+        fitted = {key: ratio for key, ratio in ratios.items() if key[0].bits != 8}
+        assert statistics.fmean(abs(math.log(ratio)) for ratio in fitted.values()) < 0.035
+        worst = max(fitted, key=lambda key: abs(math.log(fitted[key])))
+        assert 0.86 < fitted[worst] < 1.09, worst
+        assert all(1.0 < ratio < 1.26 for key, ratio in ratios.items() if key not in fitted)
+
+
+def test_of_the_tiles_that_were_measured_it_prefers_one_of_the_fastest():
+    took = defaultdict(list)
+    for measured in _measured():
+        for (problem, choice), microseconds in measured.items():
+            took[problem].append((estimate.estimate(problem, choice, H200).microseconds, microseconds))
+    compared = [found for found in took.values() if len(found) > 1]
+    assert len(compared) >= 19
+    for found in compared:
+        assert min(found)[1] < 1.025 * min(microseconds for _, microseconds in found)
 
 
 def test_by_hand():
@@ -61,8 +78,20 @@ def test_by_hand():
     assert (got.programs, got.rounds) == (3, 2)
     # Codes of 64 rows, and a scale with its zero-point, 4 bytes, for each 128 of them; of 4 programs at the most.
     streamed = 4 * 64 * 4096 / 2 * (1 + 4 / 64)
-    want = estimate.START + 2 * 3.2 + streamed / (estimate.MEMORY / 132)
-    assert got.microseconds == pytest.approx(want, rel=1e-9)
+    # In the first round the busiest one has 3 programs, in the second 1; each has 3 steps of 4 blocks under way.
+    loop = 0.0
+    for programs in (3, 1):
+        rates = [
+            estimate.MEMORY / 132,
+            programs * 3 * 4 * 4 * 1024 / estimate.LATENCY,
+            # One token of 128 bf16 inputs for 4 blocks of 1 KB.
+            estimate.L2 / 132 / (1 + 256 / 4096),
+            16 * 32 * 4 * 1900 * estimate.ISSUE / 64.4,
+        ]
+        inverse = sum(rate**-estimate.SHARPNESS for rate in rates) ** (1 / estimate.SHARPNESS)
+        assert 1 < inverse * min(rates) < 4 ** (1 / estimate.SHARPNESS)
+        loop += programs * streamed / 4 * inverse
+    assert got.microseconds == pytest.approx(estimate.START + 2 * 2.8 + loop, rel=1e-9)
     assert got.bound == "memory"
     # With 3 stages all of them are held at once.
     assert (estimate.estimate(problem, replace(choice, num_stages=3), H200).rounds) == 1
@@ -99,7 +128,7 @@ def test_the_least_of_all_candidates_is_taken(problem, sm_count):
     best = fastest(problem, device, BOTH)
     least = min(estimate.estimate(rounded, choice, device).microseconds for choice in found)
     got = estimate.estimate(rounded, replace(best, reason=""), device)
-    assert got.microseconds == pytest.approx(least, abs=0.011)
+    assert least <= got.microseconds <= estimate.TIE * least
     assert best.block_m >= min(problem.m, 64)
     assert f"{got.microseconds:.1f} us, by {got.bound}" in best.reason
     for choice in found:

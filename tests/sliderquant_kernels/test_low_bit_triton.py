@@ -116,6 +116,25 @@ def test_rows_that_are_not_copied_16_bytes_at_a_time_take_no_tiles():
         assert found == ["tiles", "tiles", "rows"]
 
 
+def test_16_tokens_take_the_tallest_tile_that_leaves_multiprocessors_busy():
+    def tile(n, m=16, group_size=None, arch=90):
+        found = choose_low_bit(m, n, 4096, 4, group_size, Device.typical(arch))
+        return found.row_blocks, found.num_warps, found.num_stages
+
+    assert [tile(n) for n in (28672, 14336, 8192, 4096, 1024)] == [
+        (8, 4, 3), (4, 4, 4), (4, 8, 4), (2, 8, 4), (1, 8, 4)
+    ]  # fmt: skip
+    assert tile(8192, arch=89)[2] == 3  # no room for more
+    # Of those with more programs each reads x again.
+    for n in range(16, 40000, 16 * 7):
+        programs = -(-n // (16 * tile(n)[0]))
+        assert programs >= min(0.75 * 132, n // 16)
+        assert programs < 3 * 132 or tile(n)[0] == 8
+    # In groups the loop has no registers for them; up to 8 tokens the reads go through the L1 cache.
+    assert tile(28672, group_size=128) == (4, 4, 3)
+    assert [tile(n, m=8) for n in (28672, 14336, 8192, 4096)] == [(4, 4, 4), (4, 4, 4), (2, 8, 4), (1, 8, 4)]
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_ptx_of_the_planes(bits):
     """Every byte beside every zero-point, four at a time: no code disturbs its neighbours."""
