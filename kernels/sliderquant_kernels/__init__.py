@@ -9,7 +9,7 @@ that are not there.
 """
 
 from .activations import QuantizedActivations, quantize_activations
-from .hadamard import hadamard, hadamard_quantize
+from .hadamard import hadamard, hadamard_quantize, prepare_hadamard
 from .hadamard_matrix import HadamardTransform, factor_hadamard
 from .layout import PackedWeight, WeightLayout, choose_layout
 from .low_bit import direct_low_bit_linear, low_bit_linear
@@ -31,6 +31,7 @@ __all__ = [
     "hadamard",
     "hadamard_quantize",
     "low_bit_linear",
+    "prepare_hadamard",
     "quantize_activations",
     "weight_only_linear",
 ]

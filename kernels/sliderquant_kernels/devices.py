@@ -1,4 +1,4 @@
-"""What the current thread's CUDA state is, read as cheaply as Python can, and when an op may skip torch's dispatcher."""
+"""The current thread's CUDA state, read as cheaply as Python can, and when an op may skip torch's dispatcher."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def direct_low_bit_linear(
                     f"{name}: expected device {packed.weight.device} like weight, got {tensor.device}; move it"
                 )
         check_alignment(weight=packed.weight)
-        clip = None if rounding.clip is None else tuple(map(float, rounding.clip))
+        clip = None if rounding.clip is None else (float(rounding.clip[0]), float(rounding.clip[1]))
         return _launch().DirectLowBitLinear(packed, layout, dtype, bias, rounding._replace(clip=clip))
     if bias is not None and not bias.is_contiguous():
         return None

@@ -297,9 +297,7 @@ def _all_fits(
         and (
             residual is None
             or (
-                residual.shape == (*shape[:-1], layout.n)
-                and residual.dtype is dtype
-                and residual.get_device() == index
+                residual.shape == (*shape[:-1], layout.n) and residual.dtype is dtype and residual.get_device() == index
             )
         )
     )

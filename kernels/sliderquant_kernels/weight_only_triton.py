@@ -42,11 +42,14 @@ def problem_of(layout: WeightLayout, m: int, dtype: torch.dtype) -> Problem:
 
 def device_of(tensor: Tensor) -> Device:
     """The device that a tensor is on, as the rules see it."""
-    return _cuda_device(tensor.device.index) if tensor.is_cuda else _INTERPRETED_DEVICE
+    return device_at(tensor.get_device())
 
 
 @lru_cache(maxsize=64)
-def _cuda_device(index: int) -> Device:
+def device_at(index: int) -> Device:
+    """The CUDA device of an index, as the rules see it; below 0: what stands for one in the interpreter."""
+    if index < 0:
+        return _INTERPRETED_DEVICE
     found = torch.cuda.get_device_properties(index)
     return Device(10 * found.major + found.minor, found.multi_processor_count, found.name)
 
