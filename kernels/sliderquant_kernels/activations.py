@@ -90,10 +90,13 @@ def quantize_activations(
     # Numbers of other types are left to the op, which converts or refuses them.
     if type(bits) is int and type(symmetric) is bool and devices.may_skip_dispatcher(x, (norm_weight, gate)):
         floats = None if clip is None else [float(factor) for factor in clip]
-        found = _on_cuda(x, bits, symmetric, norm_weight, float(norm_eps), gate, bool(packed), floats)
-    else:
-        found = _op(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip)
-    codes, scale, zero, total = found
+        _check(x, bits, norm_weight, gate, packed, floats)
+        return QuantizedActivations(
+            *_launch().quantize_activations(
+                x, bits, symmetric, norm_weight, float(norm_eps), gate, bool(packed), floats
+            )
+        )
+    codes, scale, zero, total = _op(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip)
     return QuantizedActivations(codes, scale, None if symmetric else zero, total)
 
 
@@ -193,7 +196,13 @@ def _quantizer(dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor
 
 def _on_cuda(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip=None):
     _check(x, bits, norm_weight, gate, packed, clip)
-    return _launch().quantize_activations(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip)
+    return filled(_launch().quantize_activations(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip))
+
+
+def filled(found: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What an op returns of codes, scale, zero-point and sum: a tensor, unset, for the zero-point that is None."""
+    codes, scale, zero, total = found
+    return codes, scale, torch.empty_like(total) if zero is None else zero, total
 
 
 @lru_cache(maxsize=1)

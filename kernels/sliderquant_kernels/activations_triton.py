@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import devices
-from .launch_plan import PlanCache, launcher_for
+from .launch_plan import PlanCache, dtype_of, launcher_for
 
 # Added to an fp32 number below 2^22 it leaves the number's nearest integer, half to even, in the lowest mantissa bits.
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23
@@ -128,42 +127,48 @@ def quantize_activations(
     packed: bool,
     clip: Sequence[float] | None = None,
     plans: PlanCache | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scale, zero-point (unset when symmetric) and token sum; arguments have been validated.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Codes, scale, zero-point (None when symmetric) and token sum; arguments have been validated.
 
     plans: of a caller for whom all but the number of tokens stays the same.
     """
-    shape = x.shape
-    tokens, k = shape[:-1], shape[-1]
+    if not x.is_contiguous():
+        x = x.contiguous()
+    tokens, k = x.shape[:-1], x.shape[-1]
     if packed:
-        codes = x.new_empty((*tokens, k // 2), dtype=torch.uint8)
+        codes = x.new_empty(*tokens, k // 2, dtype=torch.uint8)
     else:
-        codes = x.new_empty(shape, dtype=torch.int8)
-    scale = x.new_empty(tokens, dtype=torch.float32)
-    zero, total = x.new_empty(tokens, dtype=torch.int32), x.new_empty(tokens, dtype=torch.int32)
+        codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scale, zero, total = token_values(x, symmetric)
     rows = scale.numel()
     if rows == 0:
         return codes, scale, zero, total
-    if not x.is_contiguous():
-        x = x.contiguous()
     if gate is not None and not gate.is_contiguous():
         gate = gate.contiguous()
     if norm_weight is not None and not norm_weight.is_contiguous():
         norm_weight = norm_weight.contiguous()
     clip_low, clip_high = (None, None) if clip is None else clip
-    tensors = (x, norm_weight, gate, codes, scale, None if symmetric else zero, total)
     numbers = (k, norm_eps, clip_low, clip_high)
-    index = x.get_device()
-    with devices.on_device(index):
-        # Any number of tokens is the same kernel.
-        key: Hashable = None
-        if plans is None:
-            plans = _plans
-            key = (k, x.dtype, index, bits, symmetric, packed, norm_weight is None, gate is None, clip is None)
-        launcher = plans.get(key)
-        if launcher is None:
-            constants = quantize_constants(k, bits, symmetric, packed)
-            launcher = launcher_for(quantize_kernel, constants, quantize_options(k), index, tensors, numbers)
-            plans[key] = launcher
-        launcher((rows, 1, 1), tensors, numbers)
+    # Any number of tokens is the same kernel.
+    key: Hashable = None
+    if plans is None:
+        plans = _plans
+        key = (k, x.dtype, x.get_device(), bits, symmetric, packed, norm_weight is None, gate is None, clip is None)
+    launcher = plans.get(key)
+    if launcher is None:
+        dtypes = (x.dtype, dtype_of(norm_weight), dtype_of(gate), codes.dtype, torch.float32, dtype_of(zero),
+                  torch.int32)  # fmt: skip
+        constants = quantize_constants(k, bits, symmetric, packed)
+        launcher = launcher_for(quantize_kernel, constants, quantize_options(k), x.get_device(), dtypes, numbers)
+        plans[key] = launcher
+    launcher((rows, 1, 1), (x, norm_weight, gate, codes, scale, zero, total), numbers)
     return codes, scale, zero, total
+
+
+def token_values(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Memory for scale fp32, zero-point int32 (None when symmetric) and sum int32 of the tokens of x `[..., K]`."""
+    tokens = x.shape[:-1]
+    # Sizes one by one: torch takes longer to read them out of a tuple, but it does not take none of them.
+    scale = x.new_empty(*tokens, dtype=torch.float32) if tokens else x.new_empty((), dtype=torch.float32)
+    total = torch.empty_like(scale, dtype=torch.int32)
+    return scale, None if symmetric else torch.empty_like(total), total

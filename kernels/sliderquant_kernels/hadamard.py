@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import devices, hadamard_cpu
-from .activations import ACTIVATION_BITS, QuantizedActivations, check_clip, prepared, quantize
+from .activations import ACTIVATION_BITS, QuantizedActivations, check_clip, filled, prepared, quantize
 from .hadamard_matrix import HadamardTransform
 from .layout import DTYPES
 
@@ -100,10 +100,8 @@ def hadamard_quantize(
     # Numbers of other types are left to the op, which converts or refuses them.
     if type(bits) is int and type(symmetric) is bool and devices.may_skip_dispatcher(x, (signs, gate)):
         floats = None if clip is None else [float(factor) for factor in clip]
-        found = _quantize_on_cuda(x, signs, gate, transform, bits, symmetric, floats)
-    else:
-        found = _quantize_op(x, signs, gate, transform.n, transform.orders, bits, symmetric, clip)
-    codes, scale, zero, total = found
+        return QuantizedActivations(*_quantize_on_cuda(x, signs, gate, transform, bits, symmetric, floats))
+    codes, scale, zero, total = _quantize_op(x, signs, gate, transform.n, transform.orders, bits, symmetric, clip)
     return QuantizedActivations(codes, scale, None if symmetric else zero, total)
 
 
@@ -203,7 +201,7 @@ def _quantize_cpu(x, signs, gate, n, orders, bits, symmetric, clip=None):
 
 
 def _quantize_cuda(x, signs, gate, n, orders, bits, symmetric, clip=None):
-    return _quantize_on_cuda(x, signs, gate, _transform(n, tuple(orders)), bits, symmetric, clip)
+    return filled(_quantize_on_cuda(x, signs, gate, _transform(n, tuple(orders)), bits, symmetric, clip))
 
 
 def _quantize_on_cuda(
@@ -214,7 +212,7 @@ def _quantize_on_cuda(
     bits: int,
     symmetric: bool,
     clip: Sequence[float] | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     _check(x, signs, gate, transform.n)
     _check_grid(bits, clip)
     return _launch().hadamard_quantize(x, signs, gate, transform, bits, symmetric, clip)

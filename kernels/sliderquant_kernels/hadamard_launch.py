@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import devices, hadamard_axis_triton, hadamard_cpu
+from . import hadamard_axis_triton, hadamard_cpu
 from .activations import prepared
-from .activations_triton import quantize_activations
+from .activations_triton import quantize_activations, token_values
 from .hadamard_matrix import HadamardTransform, kronecker
 from .hadamard_tiles import HadamardChoice, choose_hadamard, padded
 from .hadamard_triton import row_kernel
-from .launch_plan import Grid, Launcher, PlanCache, launcher_for
+from .launch_plan import Dtypes, Grid, Launcher, PlanCache, dtype_of, launcher_for
 from .weight_only_triton import INTERPRETED, device_at, device_of, launch_options, operand_dtype
 from .workspace import outside_pools
 
@@ -29,7 +29,9 @@ _LEADING_STAGES = 2
 # The interpreter, which has nothing to pin, would do it element by element.
 _PIN = not INTERPRETED
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+_NO_LIMITS = (None, None)
+
+Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
 class _Step(NamedTuple):
@@ -56,9 +58,15 @@ def hadamard(x: Tensor, signs: Tensor | None, transform: HadamardTransform, inve
 
     Allocates y, x if it is strided, and between two launches another tensor like x.
     """
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        _rotate(x, None, signs, transform, inverse, (y, None, None, None), 0, True)
+        plan = _plan_for(x, None, signs, transform, inverse, 0, True, None)
+        if plan.first is None:
+            rows = x.reshape(-1, transform.block).contiguous()
+            signs = None if signs is None else signs.contiguous()
+            y.copy_(hadamard_cpu.rotate(rows, signs, transform, inverse).view(y.shape))
+        else:
+            _launch(plan, x, None, signs, inverse, (y, None, None, None), None)
     return y
 
 
@@ -71,18 +79,17 @@ def hadamard_quantize(
     symmetric: bool,
     clip: Sequence[float] | None = None,
 ) -> Outputs:
-    """Codes int8 `[..., n]`, scale fp32, zero (unset when symmetric) and token sum int32 `[...]`."""
-    fused = transform.blocks == 1 and _choice(x, gate, signs, transform).variant != "matmul"
-    if not fused and x.numel():
-        # The scale of a token takes all of its blocks.
+    """Codes int8 `[..., n]`, scale fp32, zero (None when symmetric) and token sum int32 `[...]`."""
+    plan = RotationPlan()
+    # The scale of a token takes all of its blocks.
+    if transform.blocks == 1 and x.numel():
+        plan = _plan_for(x, gate, signs, transform, False, bits, symmetric, clip)
+    if plan.first is None:
         rotated = hadamard(prepared(x, None, 0.0, gate), signs, transform, False)
         return quantize_activations(rotated, bits, symmetric, None, 0.0, None, False, clip)
-    tokens = x.shape[:-1]
-    codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(tokens, dtype=torch.float32)
-    zero, total = x.new_empty(tokens, dtype=torch.int32), x.new_empty(tokens, dtype=torch.int32)
-    if x.numel():
-        outputs = (codes, scale, None if symmetric else zero, total)
-        _rotate(x, gate, signs, transform, False, outputs, bits, symmetric, clip)
+    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scale, zero, total = token_values(x, symmetric)
+    _launch(plan, x, gate, signs, False, (codes, scale, zero, total), clip)
     return codes, scale, zero, total
 
 
@@ -100,22 +107,18 @@ def prepare(transform: HadamardTransform, device: torch.device, dtype: torch.dty
                 _leading_matrix(choice, inverse, dtype, device)
 
 
-def _choice(x: Tensor, gate: Tensor | None, signs: Tensor | None, transform: HadamardTransform) -> HadamardChoice:
-    return choose_hadamard(transform.orders, device_of(x), x.dtype, gate is None and signs is None)
-
-
-def _rotate(
+def _launch(
+    plan: RotationPlan,
     x: Tensor,
     gate: Tensor | None,
     signs: Tensor | None,
-    transform: HadamardTransform,
     inverse: bool,
     outputs: tuple[Tensor | None, ...],
-    bits: int,
-    symmetric: bool,
-    clip: Sequence[float] | None = None,
+    clip: Sequence[float] | None,
 ) -> None:
     """x `[..., n]`, not empty, into the outputs: y, or codes, scale, zero and sum."""
+    first, second = plan
+    assert first is not None
     if not x.is_contiguous():
         x = x.contiguous()
     if gate is not None and not gate.is_contiguous():
@@ -123,77 +126,83 @@ def _rotate(
     if signs is not None and not signs.is_contiguous():
         signs = signs.contiguous()
     before, after = (None, signs) if inverse else (signs, None)
-    m, index = x.numel() // transform.block, x.get_device()
-    limits = (None, None) if clip is None else (clip[0], clip[1])
-    with devices.on_device(index):
-        # Tests put other functions in the places of these two, which have to get plans of their own.
-        key = (transform, m, x.dtype, index, inverse, gate is None, signs is None, bits, symmetric, clip is None,
-               choose_hadamard, device_of)  # fmt: skip
-        plan = _plans.get(key)
-        if plan is None:
-            plan = _plan(x, gate, before, after, outputs, transform, m, inverse, bits, symmetric, limits)
-            _plans[key] = plan
-        first, second = plan
-        if first is None:
-            y = outputs[0]
-            assert y is not None
-            y.copy_(hadamard_cpu.rotate(x.view(m, -1), signs, transform, inverse).view(y.shape))
-            return
-        if second is None:
-            first.launcher(first.grid, (x, gate, before, after, *first.matrices, *outputs), (*first.numbers, *limits))
-            return
-        between = x.new_empty(x.shape)
-        first.launcher(first.grid, (x, gate, before, None, *first.matrices, between, None, None, None),
-                       (*first.numbers, None, None))  # fmt: skip
-        second.launcher(second.grid, (between, after, *second.matrices, *outputs), limits)
+    limits = _NO_LIMITS if clip is None else (clip[0], clip[1])
+    if second is None:
+        first.launcher(first.grid, (x, gate, before, after, *first.matrices, *outputs), (*first.numbers, *limits))
+        return
+    between = torch.empty_like(x)
+    first.launcher(first.grid, (x, gate, before, None, *first.matrices, between, None, None, None),
+                   (*first.numbers, *_NO_LIMITS))  # fmt: skip
+    second.launcher(second.grid, (between, after, *second.matrices, *outputs), limits)
 
 
-def _plan(
+def _plan_for(
     x: Tensor,
     gate: Tensor | None,
-    before: Tensor | None,
-    after: Tensor | None,
-    outputs: tuple[Tensor | None, ...],
+    signs: Tensor | None,
     transform: HadamardTransform,
-    m: int,
     inverse: bool,
     bits: int,
     symmetric: bool,
-    limits: tuple[float | None, float | None],
+    clip: Sequence[float] | None,
 ) -> RotationPlan:
-    """The plan for m rows of a block; of the tensors only their dtypes, device and absence count."""
-    choice = _choice(x, gate, before if after is None else after, transform)
+    """The plan for x `[..., n]`, not empty; with bits 0 the result is not rounded."""
+    # Other functions in the places of the last two get plans of their own.
+    key = (transform, x.numel(), x.dtype, x.get_device(), inverse, gate is None, signs is None, bits, symmetric,
+           clip is None, choose_hadamard, device_of)  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        choice = choose_hadamard(transform.orders, device_of(x), x.dtype, gate is None and signs is None)
+        plan = _plans.keep(key, _plan(choice, x, gate, signs, transform, inverse, bits, symmetric, clip))
+    return plan
+
+
+def _plan(
+    choice: HadamardChoice,
+    x: Tensor,
+    gate: Tensor | None,
+    signs: Tensor | None,
+    transform: HadamardTransform,
+    inverse: bool,
+    bits: int,
+    symmetric: bool,
+    clip: Sequence[float] | None,
+) -> RotationPlan:
     if choice.variant == "matmul":
         return RotationPlan()
+    m, dtype, index = x.numel() // transform.block, x.dtype, x.get_device()
+    before, after = (None, dtype_of(signs)) if inverse else (dtype_of(signs), None)
+    limits = _NO_LIMITS if clip is None else (clip[0], clip[1])
     scheme = {"BITS": bits, "SYMMETRIC": symmetric, "IEEE": INTERPRETED}
+    outputs: Dtypes = (dtype, None, None, None)
+    if bits:
+        outputs = (torch.int8, torch.float32, None if symmetric else torch.int32, torch.int32)
     if choice.leading == 1:
-        tensors = (x, gate, before, after)
-        return RotationPlan(_first(tensors, outputs, choice, inverse, m, transform.blocks, scheme, limits))
-    between, rest = x.new_empty(0), transform.block // choice.leading
-    period = transform.blocks * choice.leading
-    first = _first((x, gate, before, None), (between, None, None, None), choice, inverse, m * choice.leading, period,
-                   {**scheme, "BITS": 0}, (None, None))  # fmt: skip
-    left = _leading_matrix(choice, inverse, x.dtype, x.device)
-    constants = {**leading_constants(choice.leading, rest, x.dtype), "PERIOD": transform.blocks, **scheme}
-    launcher = launcher_for(hadamard_axis_triton.leading_kernel, constants, leading_options(choice.leading),
-                            x.get_device(), (between, after, left, *outputs), limits)  # fmt: skip
+        tensors = (dtype, dtype_of(gate), before, after)
+        return RotationPlan(_first(choice, x, tensors, outputs, inverse, m, transform.blocks, scheme, limits))
+    rest, period = transform.block // choice.leading, transform.blocks * choice.leading
+    first = _first(choice, x, (dtype, dtype_of(gate), before, None), (dtype, None, None, None), inverse,
+                   m * choice.leading, period, {**scheme, "BITS": 0}, _NO_LIMITS)  # fmt: skip
+    left = _leading_matrix(choice, inverse, dtype, x.device)
+    constants = {**leading_constants(choice.leading, rest, dtype), "PERIOD": transform.blocks, **scheme}
+    launcher = launcher_for(hadamard_axis_triton.leading_kernel, constants, leading_options(choice.leading), index,
+                            (dtype, after, left.dtype, *outputs), limits)  # fmt: skip
     grid = (m, 1 if bits else triton.cdiv(rest, COLUMNS), 1)
     return RotationPlan(first, _Step(launcher, grid, (left,), ()))
 
 
 def _first(
-    tensors: tuple[Tensor | None, ...],
-    outputs: tuple[Tensor | None, ...],
     choice: HadamardChoice,
+    x: Tensor,
+    tensors: Dtypes,
+    outputs: Dtypes,
     inverse: bool,
     m: int,
     period: int,
     scheme: dict[str, Any],
     limits: tuple[float | None, float | None],
 ) -> _Step:
-    """The launch over m rows of x `[M, A Q B]`. tensors: x, gate, signs before, signs after."""
-    x = tensors[0]
-    assert x is not None
+    """The launch over m rows of `[M, A Q B]`. tensors: the dtypes of x, gate, signs before and signs after."""
     matrices = _matrices(choice, inverse, x.dtype, x.device)
     if choice.variant == "rows":
         kernel, programs, options = hadamard_axis_triton.rows_kernel, triton.cdiv(m, ROWS), ROWS_OPTIONS
@@ -202,8 +211,9 @@ def _first(
         kernel, options = row_kernel, row_options(choice)
         programs = min(m, choice.programs * device_of(x).sm_count) if choice.num_stages else m
         constants = row_constants(choice, x.dtype)
-    launcher = launcher_for(kernel, {**constants, "PERIOD": period, **scheme}, options, x.get_device(),
-                            (*tensors, *matrices, *outputs), (m, *limits))  # fmt: skip
+    dtypes = (*tensors, *(matrix.dtype for matrix in matrices), *outputs)
+    constants = {**constants, "PERIOD": period, **scheme}
+    launcher = launcher_for(kernel, constants, options, x.get_device(), dtypes, (m, *limits))
     return _Step(launcher, (programs, 1, 1), matrices, (m,))
 
 

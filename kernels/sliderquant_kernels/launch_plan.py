@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -27,6 +28,7 @@ _RUN_ARGUMENTS = ("gridX", "gridY", "gridZ", "stream", "function", "kernel_metad
 _MOST_PLANS = 8192
 
 Grid = tuple[int, int, int]
+Dtypes = tuple[torch.dtype | None, ...]
 
 
 def _release() -> tuple[int, ...]:
@@ -79,34 +81,43 @@ class Launcher:
             self._pre_run_hooks = getattr(kernel, "pre_run_hooks", ())
 
     def __call__(self, grid: Grid, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:
-        """Launch on the current stream of the device, which has to be the current one.
+        """Launch on the current stream of the device.
 
         Args:
             tensors, numbers: the kernel's arguments before the constants, in the order of its signature.
         """
-        run = self._run
-        if run is not None and self._index == devices.current_device() and not self._pre_run_hooks and _no_hooks():
-            addresses: list[int | None] = []
-            together = 0
-            for tensor in tensors:
-                if tensor is None:
-                    addresses.append(None)
-                else:
-                    address = tensor.data_ptr()
-                    together |= address
-                    addresses.append(address)
-            if together % ALIGNMENT == 0:
-                run(*grid, devices.raw_stream(self._index), self._function, self._metadata, None, None, None,
-                    *addresses, *numbers, *self._constants)  # fmt: skip
-                return
-        self._launch_by_jit(grid, tensors, numbers)
+        run, index, runtime = self._run, self._index, _runtime
+        if run is None or index != devices.current_device() or self._pre_run_hooks:
+            self._launch_by_jit(grid, tensors, numbers)
+            return
+        # A chain without calls in newer releases of Triton, None in older ones, a function where a user put it.
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            self._launch_by_jit(grid, tensors, numbers)
+            return
+        addresses: list[int | None] = []
+        together = 0
+        for tensor in tensors:
+            if tensor is None:
+                addresses.append(None)
+            else:
+                address = tensor.data_ptr()
+                together |= address
+                addresses.append(address)
+        if together % ALIGNMENT:
+            self._launch_by_jit(grid, tensors, numbers)
+            return
+        run(*grid, devices.raw_stream(index), self._function, self._metadata, None, None, None,
+            *addresses, *numbers, *self._constants)  # fmt: skip
 
     def _launch_by_jit(self, grid: Grid, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:
-        compiled = self._kernel[grid](*tensors, *numbers, **self._keywords)
-        if self._run is None and self._can_keep and self._index == devices.current_device():
-            if any(tensor is not None and tensor.data_ptr() % ALIGNMENT for tensor in tensors):
-                return
-            self._keep(compiled)
+        # Triton launches on the current device, which need not be the tensors'.
+        with devices.on_device(self._index):
+            compiled = self._kernel[grid](*tensors, *numbers, **self._keywords)
+            # The kernel for addresses that are not multiples is another one.
+            odd = any(tensor is not None and tensor.data_ptr() % ALIGNMENT for tensor in tensors)
+            if self._run is None and self._can_keep and not odd:
+                self._keep(compiled)
 
     def _keep(self, compiled: Any) -> None:
         run = getattr(compiled, "run", None)
@@ -117,11 +128,11 @@ class Launcher:
         self._compiled, self._function, self._metadata = compiled, function, metadata
         self._run = run
 
-    def prepare(self, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...], grid: Grid = (1, 1, 1)) -> bool:
-        """Compile and load without a launch; whether the next one can go directly. Only dtypes of the tensors count."""
+    def prepare(self, dtypes: Dtypes, numbers: tuple[Any, ...], grid: Grid = (1, 1, 1)) -> bool:
+        """Compile and load without a launch; whether the next launch can go directly."""
         if self._run is None and self._can_keep:
             with devices.on_device(self._index):
-                compiled = self._kernel.warmup(*tensors, *numbers, grid=grid, **self._keywords)
+                compiled = self._kernel.warmup(*dtypes, *numbers, grid=grid, **self._keywords)
                 load = getattr(compiled, "_init_handles", None)
                 if load is not None:
                     load()
@@ -137,13 +148,17 @@ def launcher_for(
     constants: dict[str, Any],
     options: dict[str, Any],
     index: int,
-    tensors: tuple[Tensor | None, ...],
+    dtypes: Dtypes,
     numbers: tuple[Any, ...],
 ) -> Launcher:
-    """The launcher of a kernel for arguments such as these; see the top of the module for what it depends on."""
-    dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+    """The launcher of a kernel for such arguments; see the top of the module for what it depends on.
+
+    Args:
+        dtypes: of the tensors, None where there is none.
+        numbers: the arguments between the tensors and the constants.
+    """
     key = (kernel, tuple(constants.items()), tuple(options.items()), index, dtypes,
-           _specialization(kernel, len(tensors), numbers))  # fmt: skip
+           _specialization(kernel, len(dtypes), numbers))  # fmt: skip
     found = _launchers.get(key)
     return _launchers.keep(key, Launcher(kernel, constants, options, index)) if found is None else found
 
@@ -158,15 +173,6 @@ def _specialization(kernel: Any, first: int, numbers: tuple[Any, ...]) -> tuple[
         else:
             found.append(float if isinstance(number, float) else number)
     return tuple(found)
-
-
-def _no_hooks() -> bool:
-    # A chain without calls in newer releases of Triton, None in older ones, a function where a user put it.
-    runtime = _runtime
-    return not (
-        getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
-        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
-    )
 
 
 def _takes_our_arguments(run: Any) -> bool:
@@ -185,3 +191,8 @@ def _takes_our_arguments(run: Any) -> bool:
 
 
 _runtime: Any = getattr(getattr(triton, "knobs", None), "runtime", None)
+
+
+def dtype_of(tensor: Tensor | None) -> torch.dtype | None:
+    """None of None."""
+    return None if tensor is None else tensor.dtype

@@ -175,26 +175,30 @@ def _all_fits(operands: tuple, layout: LowBitLayout, dtype: torch.dtype, variant
     shape, index = codes.shape, codes.get_device()
     if layout.kind != "triton_int8" or variant or dtype not in DTYPES or not shape or constants is None:
         return False
-    tokens = shape[:-1]
+    tokens, floats, integers = shape[:-1], torch.float32, torch.int32
     return (
         codes.dtype is torch.int8
         and shape[-1] == layout.k
         and weight.shape == weight_shape
-        and weight.dtype is weight_dtype
-        and weight.is_contiguous()
-        and weight.get_device() == index
-        and weight.data_ptr() % ALIGNMENT == 0
         and scale.shape == scale_shape
-        and scale.dtype is scale_dtype
-        and scale.is_contiguous()
-        and scale.get_device() == index
         and constants.shape == constant_shape
+        and x_scale.shape == tokens
+        and x_sum.shape == tokens
+        and weight.dtype is weight_dtype
+        and scale.dtype is scale_dtype
         and constants.dtype is constant_dtype
+        and x_scale.dtype is floats
+        and x_sum.dtype is integers
+        and weight.is_contiguous()
+        and scale.is_contiguous()
         and constants.is_contiguous()
+        and weight.data_ptr() % ALIGNMENT == 0
+        and weight.get_device() == index
+        and scale.get_device() == index
         and constants.get_device() == index
-        and _is(x_scale, tokens, torch.float32, index)
-        and _is(x_sum, tokens, torch.int32, index)
-        and (x_zero is None or _is(x_zero, tokens, torch.int32, index))
+        and x_scale.get_device() == index
+        and x_sum.get_device() == index
+        and (x_zero is None or _is(x_zero, tokens, integers, index))
         and (bias is None or _is(bias, (layout.n,), dtype, index))
         and (residual is None or _is(residual, (*tokens, layout.n), dtype, index))
     )

@@ -14,7 +14,7 @@ from . import low_bit_triton as kernels
 from .activations_triton import quantize_activations
 from .cpu_vnni import Rounding
 from .int8_fragments import ROWS, block_inputs
-from .launch_plan import Grid, Launcher, PlanCache, launcher_for
+from .launch_plan import Grid, Launcher, PlanCache, dtype_of, launcher_for
 from .layout import PackedWeight
 from .low_bit_layout import LowBitLayout
 from .low_bit_tiles import choose_low_bit
@@ -101,75 +101,85 @@ def low_bit_linear(
 
     Allocates y, operands that are strided, and for `tiles` the weight as int8 `[N, K]`.
     """
-    y = codes.new_empty((*codes.shape[:-1], layout.n), dtype=dtype)
+    y = codes.new_empty(*codes.shape[:-1], layout.n, dtype=dtype)
     m = codes.numel() // layout.k
     if m == 0:
         return y
-    # What strides are left, the kernels do not know.
+    # The kernels know no strides.
     x = codes if codes.is_contiguous() else codes.contiguous()
-    x_scale = x_scale if x_scale.is_contiguous() else x_scale.contiguous()
-    x_sum = x_sum if x_sum.is_contiguous() else x_sum.contiguous()
+    if not x_scale.is_contiguous():
+        x_scale = x_scale.contiguous()
+    if not x_sum.is_contiguous():
+        x_sum = x_sum.contiguous()
     if x_zero is not None and not x_zero.is_contiguous():
         x_zero = x_zero.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if residual is not None and not residual.is_contiguous():
         residual = residual.contiguous()
-    index = x.get_device()
-    with devices.on_device(index):
-        key: Hashable = m
-        if plans is None:
-            plans = _plans
-            key = (layout, m, dtype, index, x_zero is None, bias is None, residual is None, variant, choose_low_bit)
-        plan = plans.get(key)
-        tensors = (x, x_scale, x_zero, x_sum, weight, scale, constants, bias, residual, y)
-        if plan is None:
-            plan = plans.keep(key, _plan(tensors, layout, m, variant))
-        if plan.expands:
-            tensors = (x, x_scale, x_zero, x_sum, expand(weight, layout), scale, constants, bias, residual, y)
-        plan.launcher(plan.grid, tensors, plan.numbers)
+    key: Hashable = m
+    if plans is None:
+        # Another function in the place of the chooser gets plans of its own.
+        plans = _plans
+        key = (layout, m, dtype, x.get_device(), x_zero is None, bias is None, residual is None, variant,
+               choose_low_bit)  # fmt: skip
+    plan = plans.get(key)
+    if plan is None:
+        plan = plans.keep(key, _plan(x, x_zero, weight, scale, bias, residual, layout, dtype, m, variant))
+    if plan.expands:
+        weight = expand(weight, layout)
+    tensors = (x, x_scale, x_zero, x_sum, weight, scale, constants, bias, residual, y)
+    plan.launcher(plan.grid, tensors, plan.numbers)
     return y
 
 
-def _plan(tensors: tuple[Tensor | None, ...], layout: LowBitLayout, m: int, variant: str | None) -> LowBitPlan:
-    x, weight, scale = tensors[0], tensors[4], tensors[5]
-    assert x is not None
-    assert weight is not None
-    assert scale is not None
+def _plan(
+    x: Tensor,
+    x_zero: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    layout: LowBitLayout,
+    dtype: torch.dtype,
+    m: int,
+    variant: str | None,
+) -> LowBitPlan:
     n, k = layout.n, layout.k
     choice = choose_low_bit(max(m, FEWEST_TOKENS), n, k, layout.bits, layout.group_size, device_of(x), variant)
     row_blocks, k_blocks = weight.shape[:2]
     tiles_m = triton.cdiv(m, choice.block_m)
     expands = choice.variant == "tiles"
-    numbers: tuple[int, ...] = (m, n, k, row_blocks, k_blocks, scale.shape[0])
-    tiles = tiles_m * triton.cdiv(row_blocks, choice.row_blocks)
-    kernel = kernels.low_bit_warp_k_kernel if choice.variant == "warp_k" else kernels.low_bit_rows_kernel
     if expands:
         kernel, numbers = kernels.int8_tiles_kernel, (m, n, k, row_blocks * ROWS)
         tiles = tiles_m * triton.cdiv(n, choice.row_blocks * ROWS)
-        tensors = (*tensors[:4], weight.new_empty(0, dtype=torch.int8), *tensors[5:])
+    else:
+        kernel = kernels.low_bit_warp_k_kernel if choice.variant == "warp_k" else kernels.low_bit_rows_kernel
+        numbers = (m, n, k, row_blocks, k_blocks, scale.shape[0])
+        tiles = tiles_m * triton.cdiv(row_blocks, choice.row_blocks)
+    dtypes = (torch.int8, torch.float32, dtype_of(x_zero), torch.int32, torch.int8 if expands else weight.dtype,
+              torch.float32, torch.int32, dtype_of(bias), dtype_of(residual), dtype)  # fmt: skip
     launcher = launcher_for(
-        kernel, matmul_constants(layout, choice), matmul_options(choice), x.get_device(), tensors, numbers
+        kernel, matmul_constants(layout, choice), matmul_options(choice), x.get_device(), dtypes, numbers
     )
     return LowBitPlan(launcher, (tiles, 1, 1), numbers, expands)
 
 
 def expand(weight: Tensor, layout: LowBitLayout) -> Tensor:
     """Packed codes -> int8 `[N, K]`, less 128 at 8 bits."""
-    out = weight.new_empty((layout.n, layout.k), dtype=torch.int8)
-    index = weight.get_device()
-    key = (layout, index)
-    with devices.on_device(index):
-        plan = _expand_plans.get(key)
-        if plan is None:
-            row_blocks, k_blocks = weight.shape[:2]
-            constants = expand_constants(layout)
-            tiles = triton.cdiv(row_blocks, constants["ROW_BLOCKS"]) * triton.cdiv(k_blocks, constants["W"])
-            numbers = (layout.n, layout.k, row_blocks, k_blocks)
-            launcher = launcher_for(kernels.expand_kernel, constants, EXPAND_OPTIONS, index, (weight, out), numbers)
-            plan = _expand_plans.keep(key, (launcher, (tiles, 1, 1), numbers))
-        launcher, grid, numbers = plan
-        launcher(grid, (weight, out), numbers)
+    out = weight.new_empty(layout.n, layout.k, dtype=torch.int8)
+    key = (layout, weight.get_device())
+    plan = _expand_plans.get(key)
+    if plan is None:
+        row_blocks, k_blocks = weight.shape[:2]
+        constants = expand_constants(layout)
+        tiles = triton.cdiv(row_blocks, constants["ROW_BLOCKS"]) * triton.cdiv(k_blocks, constants["W"])
+        numbers = (layout.n, layout.k, row_blocks, k_blocks)
+        dtypes = (weight.dtype, torch.int8)
+        launcher = launcher_for(kernels.expand_kernel, constants, EXPAND_OPTIONS, weight.get_device(), dtypes, numbers)
+        plan = _expand_plans.keep(key, (launcher, (tiles, 1, 1), numbers))
+    launcher, grid, numbers = plan
+    launcher(grid, (weight, out), numbers)
     return out
 
 
@@ -211,7 +221,7 @@ class DirectLowBitLinear:
         codes, scale, zero, total = quantize_activations(
             x, self._bits, self._symmetric, None, 0.0, None, False, self._clip, self._quantize_plans
         )
-        return self.multiply(codes, scale, None if self._symmetric else zero, total)
+        return self.multiply(codes, scale, zero, total)
 
     def multiply(self, codes: Tensor, scale: Tensor, zero: Tensor | None, total: Tensor) -> Tensor:
         """The product alone, for inputs that are rounded already."""

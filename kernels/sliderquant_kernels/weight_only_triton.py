@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from . import devices
 from . import matmul_triton as kernels
 from .fragments import block_inputs, zero_bias
-from .launch_plan import Grid, Launcher, PlanCache, launcher_for
+from .launch_plan import Grid, Launcher, PlanCache, dtype_of, launcher_for
 from .layout import WeightLayout
 from .tiles import Choice, Device, Problem
 from .tuned import choose
@@ -129,8 +129,8 @@ def weight_only_linear(
 
     Allocates y; x if it is strided; a split's partial sums, fp32 `[split, M, N]`; the dense weight for `dense`.
     """
-    n = layout.n
-    y = x.new_empty((*x.shape[:-1], n))
+    shape, n = x.shape, layout.n
+    y = x.new_empty(*shape[:-1], n)
     m = x.numel() // layout.k
     if m == 0:
         return y
@@ -140,26 +140,23 @@ def weight_only_linear(
         bias = bias.contiguous()
     if residual is not None and not residual.is_contiguous():
         residual = residual.contiguous()
-    index = x.get_device()
-    with devices.on_device(index):
+    key: Hashable = m
+    if plans is None:
         # A tuner puts another function in the place of `choose`, which has to get plans of its own.
-        key: Hashable = m
-        if plans is None:
-            plans = _plans
-            key = (layout, m, x.dtype, index, bias is None, residual is None, variant, batch_invariant, choose)
-        plan = plans.get(key)
-        if plan is None:
-            plan = _plan(x, weight, scale, bias, residual, y, layout, m, variant, batch_invariant)
-            plans[key] = plan
-        choice, launcher = plan.choice, plan.launcher
-        if launcher is None:
-            out = linear(x.reshape(m, layout.k), dequantize(weight, scale, layout, x.dtype), bias)
-            return (out if residual is None else out.add_(residual.view(m, n))).view(y.shape)
-        partial = counters = None
-        if choice.split > 1:
-            partial = x.new_empty((choice.split, m, n), dtype=torch.float32)
-            counters = split_counters(plan.grid[0], x.device)
-        launcher(plan.grid, (x, weight, scale, bias, residual, y, partial, counters), plan.numbers)
+        plans = _plans
+        key = (layout, m, x.dtype, x.get_device(), bias is None, residual is None, variant, batch_invariant, choose)
+    plan = plans.get(key)
+    if plan is None:
+        plan = plans.keep(key, _plan(x, weight, bias, residual, layout, m, variant, batch_invariant))
+    choice, launcher = plan.choice, plan.launcher
+    if launcher is None:
+        out = linear(x.reshape(m, layout.k), dequantize(weight, scale, layout, x.dtype), bias)
+        return (out if residual is None else out.add_(residual.view(m, n))).view(y.shape)
+    partial = counters = None
+    if choice.split > 1:
+        partial = x.new_empty(choice.split, m, n, dtype=torch.float32)
+        counters = split_counters(plan.grid[0], x.device)
+    launcher(plan.grid, (x, weight, scale, bias, residual, y, partial, counters), plan.numbers)
     return y
 
 
@@ -201,32 +198,28 @@ def requires_grad(tensor: Tensor | None) -> bool:
 def _plan(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    y: Tensor,
     layout: WeightLayout,
     m: int,
     variant: str | None,
     batch_invariant: bool,
 ) -> MatmulPlan:
-    """The plan of a product of m tokens; of the tensors only their dtypes, device and absence count."""
-    problem, device = problem_of(layout, m, x.dtype), device_of(x)
+    dtype, device = x.dtype, device_of(x)
+    problem = problem_of(layout, m, dtype)
     choice = choose(problem, device, variant, batch_invariant)
     if choice.variant == "dense":
         return MatmulPlan(choice)
     row_blocks, k_blocks = weight.shape[:2]
     tiles = triton.cdiv(m, choice.block_m) * triton.cdiv(row_blocks, choice.row_blocks)
-    partial = counters = None
-    if choice.split > 1:
-        partial, counters = x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.int32)
+    shared = (torch.float32, torch.int32) if choice.split > 1 else (None, None)
     numbers = (m, layout.n, layout.k, row_blocks, k_blocks)
     launcher = launcher_for(
         kernels.warp_k_kernel if choice.variant == "warp_k" else kernels.rows_kernel,
         matmul_constants(problem, choice, device.arch),
         launch_options(choice.num_warps, choice.num_stages),
         x.get_device(),
-        (x, weight, scale, bias, residual, y, partial, counters),
+        (dtype, weight.dtype, dtype, dtype_of(bias), dtype_of(residual), dtype, *shared),
         numbers,
     )
     return MatmulPlan(choice, launcher, (tiles, choice.split, 1), numbers)
@@ -234,20 +227,18 @@ def _plan(
 
 def dequantize(weight: Tensor, scale: Tensor, layout: WeightLayout, dtype: torch.dtype) -> Tensor:
     """The weight `[N, K]` in `dtype`, rounded once. Arguments have been validated."""
-    out = scale.new_empty((layout.n, layout.k), dtype=dtype)
+    out = scale.new_empty(layout.n, layout.k, dtype=dtype)
     index = weight.get_device()
     key = (layout, scale.dtype, dtype, index)
-    with devices.on_device(index):
-        plan = _dequantize_plans.get(key)
-        if plan is None:
-            row_blocks, k_blocks = weight.shape[:2]
-            constants = dequantize_constants(layout, scale.dtype)
-            tiles = triton.cdiv(row_blocks, constants["ROW_BLOCKS"]) * triton.cdiv(k_blocks, constants["W"])
-            numbers = (layout.n, layout.k, row_blocks, k_blocks)
-            launcher = launcher_for(
-                kernels.dequantize_kernel, constants, DEQUANTIZE_OPTIONS, index, (weight, scale, out), numbers
-            )
-            plan = _dequantize_plans.keep(key, (launcher, (tiles, 1, 1), numbers))
-        launcher, grid, numbers = plan
-        launcher(grid, (weight, scale, out), numbers)
+    plan = _dequantize_plans.get(key)
+    if plan is None:
+        row_blocks, k_blocks = weight.shape[:2]
+        constants = dequantize_constants(layout, scale.dtype)
+        tiles = triton.cdiv(row_blocks, constants["ROW_BLOCKS"]) * triton.cdiv(k_blocks, constants["W"])
+        numbers = (layout.n, layout.k, row_blocks, k_blocks)
+        dtypes = (weight.dtype, scale.dtype, dtype)
+        launcher = launcher_for(kernels.dequantize_kernel, constants, DEQUANTIZE_OPTIONS, index, dtypes, numbers)
+        plan = _dequantize_plans.keep(key, (launcher, (tiles, 1, 1), numbers))
+    launcher, grid, numbers = plan
+    launcher(grid, (weight, scale, out), numbers)
     return out

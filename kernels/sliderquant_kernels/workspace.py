@@ -43,10 +43,13 @@ class _Outcome(NamedTuple):
 
 
 def split_counters(count: int, device: torch.device) -> Tensor:
-    """At least `count` zeros int32 on `device`, for one launch on the current stream of the device, the current one."""
+    """At least `count` zeros int32 on `device`, for one launch on the current stream of the device."""
     index = device.index
     if index is None:
         return torch.zeros(count, dtype=torch.int32, device=device)
+    if index != devices.current_device():
+        with torch.cuda.device(index):
+            return split_counters(count, device)
     if devices.is_capturing():
         return _captured(count, device)
     found = _by_stream.get((index, devices.raw_stream(index)))
