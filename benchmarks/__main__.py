@@ -14,6 +14,7 @@ COMMANDS = {
     "kernels": ("benchmarks.kernels.command", "kernels against their floors and the best public kernels"),
     "load": ("benchmarks.load", "seconds per GB of loading a checkpoint, against plain reading"),
     "step": ("benchmarks.step", "a training step with quantizers against one without"),
+    "host": ("benchmarks.host", "microseconds that calls cost on the host"),
     "report": ("benchmarks.report", "tables and roofline plots from the files of `kernels`"),
 }
 

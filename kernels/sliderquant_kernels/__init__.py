@@ -10,7 +10,7 @@ that are not there.
 
 from .activations import QuantizedActivations, quantize_activations
 from .elementwise import rms_norm, rotary, silu_mul
-from .hadamard import hadamard, hadamard_quantize
+from .hadamard import hadamard, hadamard_quantize, prepare_hadamard
 from .hadamard_matrix import HadamardTransform, factor_hadamard
 from .layout import PackedWeight, WeightLayout, choose_layout
 from .low_bit import direct_low_bit_linear, low_bit_linear
@@ -32,6 +32,7 @@ __all__ = [
     "hadamard",
     "hadamard_quantize",
     "low_bit_linear",
+    "prepare_hadamard",
     "quantize_activations",
     "rms_norm",
     "rotary",

@@ -17,10 +17,13 @@ in fp32; when symmetric max|x| becomes the larger of -c_low min(x, 0) and c_high
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import devices
 
 ACTIVATION_BITS = (4, 8)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -84,6 +87,15 @@ def quantize_activations(
         ValueError, TypeError: an argument's shape, dtype or device does not fit.
         NotImplementedError: when a gradient is asked of the result.
     """
+    # Numbers of other types are left to the op, which converts or refuses them.
+    if type(bits) is int and type(symmetric) is bool and devices.may_skip_dispatcher(x, (norm_weight, gate)):
+        floats = None if clip is None else [float(factor) for factor in clip]
+        _check(x, bits, norm_weight, gate, packed, floats)
+        return QuantizedActivations(
+            *_launch().quantize_activations(
+                x, bits, symmetric, norm_weight, float(norm_eps), gate, bool(packed), floats
+            )
+        )
     codes, scale, zero, total = _op(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip)
     return QuantizedActivations(codes, scale, None if symmetric else zero, total)
 
@@ -152,6 +164,8 @@ def _check(
     check_clip(clip)
     if norm_weight is not None and gate is not None:
         raise ValueError("gate: not together with norm_weight; call the op for the one that is nearest to it")
+    if norm_weight is None and gate is None:
+        return
     for name, tensor, shape in (("norm_weight", norm_weight, x.shape[-1:]), ("gate", gate, x.shape)):
         if tensor is None:
             continue
@@ -182,11 +196,22 @@ def _quantizer(dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor
 
 def _on_cuda(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip=None):
     _check(x, bits, norm_weight, gate, packed, clip)
+    return filled(_launch().quantize_activations(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip))
+
+
+def filled(found: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What an op returns of codes, scale, zero-point and sum: a tensor, unset, for the zero-point that is None."""
+    codes, scale, zero, total = found
+    return codes, scale, torch.empty_like(total) if zero is None else zero, total
+
+
+@lru_cache(maxsize=1)
+def _launch() -> Any:
     try:
         from . import activations_triton
     except ImportError as error:
         raise ImportError("activations on CUDA need the package triton; install it or run on the CPU") from error
-    return activations_triton.quantize_activations(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip)
+    return activations_triton
 
 
 def _fake(x, bits, symmetric, norm_weight, norm_eps, gate, packed, clip=None):

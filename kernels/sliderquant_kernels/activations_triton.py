@@ -4,14 +4,15 @@ one write of its codes. The formulas are in `activations`."""
 # mypy: allow-incomplete-defs
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch_plan import PlanCache, dtype_of, launcher_for
 
 # Added to an fp32 number below 2^22 it leaves the number's nearest integer, half to even, in the lowest mantissa bits.
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23
@@ -113,6 +114,9 @@ def quantize_constants(k: int, bits: int, symmetric: bool, packed: bool) -> dict
     return {"BITS": bits, "SYMMETRIC": symmetric, "PACKED": packed, "BLOCK": block, "IEEE": INTERPRETED}
 
 
+_plans = PlanCache()
+
+
 def quantize_activations(
     x: Tensor,
     bits: int,
@@ -122,22 +126,49 @@ def quantize_activations(
     gate: Tensor | None,
     packed: bool,
     clip: Sequence[float] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scale, zero-point (unset when symmetric) and token sum; arguments have been validated."""
-    shape, k = x.shape[:-1], x.shape[-1]
-    codes = x.new_empty((*shape, k // 2) if packed else x.shape, dtype=torch.uint8 if packed else torch.int8)
-    scale = x.new_empty(shape, dtype=torch.float32)
-    zero, total = x.new_empty(shape, dtype=torch.int32), x.new_empty(shape, dtype=torch.int32)
+    plans: PlanCache | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Codes, scale, zero-point (None when symmetric) and token sum; arguments have been validated.
+
+    plans: of a caller for whom all but the number of tokens stays the same.
+    """
+    if not x.is_contiguous():
+        x = x.contiguous()
+    tokens, k = x.shape[:-1], x.shape[-1]
+    if packed:
+        codes = x.new_empty(*tokens, k // 2, dtype=torch.uint8)
+    else:
+        codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scale, zero, total = token_values(x, symmetric)
     rows = scale.numel()
     if rows == 0:
         return codes, scale, zero, total
-    x = x.reshape(-1, k).contiguous()
-    gate = None if gate is None else gate.reshape(-1, k).contiguous()
-    norm_weight = None if norm_weight is None else norm_weight.contiguous()
+    if gate is not None and not gate.is_contiguous():
+        gate = gate.contiguous()
+    if norm_weight is not None and not norm_weight.is_contiguous():
+        norm_weight = norm_weight.contiguous()
     clip_low, clip_high = (None, None) if clip is None else clip
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        quantize_kernel[(rows,)](
-            x, norm_weight, gate, codes, scale, None if symmetric else zero, total, k, norm_eps, clip_low,
-            clip_high, **quantize_constants(k, bits, symmetric, packed), **quantize_options(k),
-        )  # fmt: skip
+    numbers = (k, norm_eps, clip_low, clip_high)
+    # Any number of tokens is the same kernel.
+    key: Hashable = None
+    if plans is None:
+        plans = _plans
+        key = (k, x.dtype, x.get_device(), bits, symmetric, packed, norm_weight is None, gate is None, clip is None)
+    launcher = plans.get(key)
+    if launcher is None:
+        dtypes = (x.dtype, dtype_of(norm_weight), dtype_of(gate), codes.dtype, torch.float32, dtype_of(zero),
+                  torch.int32)  # fmt: skip
+        constants = quantize_constants(k, bits, symmetric, packed)
+        launcher = launcher_for(quantize_kernel, constants, quantize_options(k), x.get_device(), dtypes, numbers)
+        plans[key] = launcher
+    launcher((rows, 1, 1), (x, norm_weight, gate, codes, scale, zero, total), numbers)
     return codes, scale, zero, total
+
+
+def token_values(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Memory for scale fp32, zero-point int32 (None when symmetric) and sum int32 of the tokens of x `[..., K]`."""
+    tokens = x.shape[:-1]
+    # Sizes one by one: torch takes longer to read them out of a tuple, but it does not take none of them.
+    scale = x.new_empty(*tokens, dtype=torch.float32) if tokens else x.new_empty((), dtype=torch.float32)
+    total = torch.empty_like(scale, dtype=torch.int32)
+    return scale, None if symmetric else torch.empty_like(total), total

@@ -10,14 +10,15 @@ R = H / sqrt(n), or the same block by block, is orthonormal; with signs it is H 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import hadamard_cpu
-from .activations import ACTIVATION_BITS, QuantizedActivations, check_clip, prepared, quantize
+from . import devices, hadamard_cpu
+from .activations import ACTIVATION_BITS, QuantizedActivations, check_clip, filled, prepared, quantize
 from .hadamard_matrix import HadamardTransform
 from .layout import DTYPES
 
@@ -56,6 +57,8 @@ def hadamard(x: Tensor, transform: HadamardTransform, signs: Tensor | None = Non
         NotImplementedError: when a gradient for the signs is asked for.
     """
     _check_transform(transform)
+    if devices.may_skip_dispatcher(x, (signs,)):
+        return _hadamard_on_cuda(x, signs, transform, bool(inverse))
     arguments = (x, signs, transform.n, transform.orders, inverse)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return _hadamard_op(*arguments)
@@ -94,8 +97,31 @@ def hadamard_quantize(
         NotImplementedError: when a gradient is asked of the result.
     """
     _check_transform(transform)
+    # Numbers of other types are left to the op, which converts or refuses them.
+    if type(bits) is int and type(symmetric) is bool and devices.may_skip_dispatcher(x, (signs, gate)):
+        floats = None if clip is None else [float(factor) for factor in clip]
+        return QuantizedActivations(*_quantize_on_cuda(x, signs, gate, transform, bits, symmetric, floats))
     codes, scale, zero, total = _quantize_op(x, signs, gate, transform.n, transform.orders, bits, symmetric, clip)
     return QuantizedActivations(codes, scale, None if symmetric else zero, total)
+
+
+def prepare_hadamard(transform: HadamardTransform, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Make the matrices that rotating tensors of `dtype` on a CUDA device takes, so that no call has to: during the
+    capture of a CUDA graph it could not. On other devices nothing is done.
+
+    Raises:
+        TypeError: the dtype is not float16, bfloat16 or float32, or the transform is none.
+        RuntimeError: a CUDA graph is being captured, and a matrix is missing.
+    """
+    _check_transform(transform)
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected float16, bfloat16 or float32, got {dtype}")
+    device = torch.device(device)
+    if device.type != "cuda":
+        return
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    _launch().prepare(transform, device, dtype)
 
 
 def _check_transform(transform: Any) -> None:
@@ -110,20 +136,24 @@ def _transform(n: int, orders: tuple[int, ...]) -> HadamardTransform:
 
 def _checked(x: Tensor, signs: Tensor | None, gate: Tensor | None, n: int, orders: Any) -> HadamardTransform:
     transform = _transform(n, tuple(orders))
+    _check(x, signs, gate, n)
+    return transform
+
+
+def _check(x: Tensor, signs: Tensor | None, gate: Tensor | None, n: int) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float16, bfloat16 or float32, got {x.dtype}; convert it")
     if x.ndim < 1 or x.shape[-1] != n:
         raise ValueError(f"x: expected shape [..., {n}] for this transform, got {tuple(x.shape)}")
-    for name, tensor, shape in (("signs", signs, (n,)), ("gate", gate, tuple(x.shape))):
+    for name, tensor, shape in (("signs", signs, (n,)), ("gate", gate, x.shape)):
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
         if tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected dtype {x.dtype} like x, got {tensor.dtype}; convert it")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}; move it")
-    return transform
 
 
 def _check_grid(bits: int, clip: Any) -> None:
@@ -132,6 +162,7 @@ def _check_grid(bits: int, clip: Any) -> None:
         raise ValueError(f"bits: expected 4 or 8, got {bits}")
 
 
+@lru_cache(maxsize=1)
 def _launch() -> Any:
     try:
         from . import hadamard_launch
@@ -147,7 +178,12 @@ def _hadamard_cpu(x, signs, n, orders, inverse):
 
 
 def _hadamard_cuda(x, signs, n, orders, inverse):
-    return _launch().hadamard(x, signs, _checked(x, signs, None, n, orders), inverse)
+    return _hadamard_on_cuda(x, signs, _transform(n, tuple(orders)), inverse)
+
+
+def _hadamard_on_cuda(x: Tensor, signs: Tensor | None, transform: HadamardTransform, inverse: bool) -> Tensor:
+    _check(x, signs, None, transform.n)
+    return _launch().hadamard(x, signs, transform, inverse)
 
 
 def _hadamard_fake(x, signs, n, orders, inverse):
@@ -165,7 +201,19 @@ def _quantize_cpu(x, signs, gate, n, orders, bits, symmetric, clip=None):
 
 
 def _quantize_cuda(x, signs, gate, n, orders, bits, symmetric, clip=None):
-    transform = _checked(x, signs, gate, n, orders)
+    return filled(_quantize_on_cuda(x, signs, gate, _transform(n, tuple(orders)), bits, symmetric, clip))
+
+
+def _quantize_on_cuda(
+    x: Tensor,
+    signs: Tensor | None,
+    gate: Tensor | None,
+    transform: HadamardTransform,
+    bits: int,
+    symmetric: bool,
+    clip: Sequence[float] | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    _check(x, signs, gate, transform.n)
     _check_grid(bits, clip)
     return _launch().hadamard_quantize(x, signs, gate, transform, bits, symmetric, clip)
 

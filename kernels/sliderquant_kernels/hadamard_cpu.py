@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from .hadamard_matrix import HadamardTransform, hadamard_matrix
+from .workspace import outside_pools
 
 # Sizes of the factors into which a power of two is split. Products with matrices of 16 and 32 take 0.1-0.3 of the time
 # of butterflies, and 0.4-0.7 of that of two factors (4096 and 14336, 1 to 256 rows, one thread).
@@ -22,16 +23,21 @@ def rotate(x: Tensor, signs: Tensor | None, transform: HadamardTransform, invers
 
     Computed in fp32 (on CUDA as precisely as torch multiplies fp32 matrices there) and rounded once.
     """
-    factors = [_factor(order, inverse, x.device) for order in factors_of(transform.orders)]
+    matrices = factors(transform, inverse, x.device)
     if x.is_cuda:
-        return _rotated(x.float(), signs, transform, factors, inverse).to(x.dtype)
+        return _rotated(x.float(), signs, transform, matrices, inverse).to(x.dtype)
     out = torch.empty_like(x)
     # Whole tokens, so that every chunk begins with the first of the signs.
     step = max(_CHUNK // transform.n, 1) * transform.blocks
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
-        out[rows] = _rotated(x[rows].float(), signs, transform, factors, inverse)
+        out[rows] = _rotated(x[rows].float(), signs, transform, matrices, inverse)
     return out
+
+
+def factors(transform: HadamardTransform, inverse: bool, device: torch.device) -> list[Tensor]:
+    """The matrices on a device whose products rotate; kept."""
+    return [_factor(order, inverse, device) for order in factors_of(transform.orders)]
 
 
 def _rotated(
@@ -78,8 +84,13 @@ def refuse_capture(device: torch.device) -> None:
         )
 
 
-@lru_cache(maxsize=256)
+# Without a limit: CUDA graphs keep the addresses of what is in it.
+@cache
 def _factor(order: int, transposed: bool, device: torch.device) -> Tensor:
     refuse_capture(device)
-    matrix = hadamard_matrix(order)
-    return (matrix.t() if transposed else matrix).float().contiguous().to(device)
+
+    def make() -> Tensor:
+        matrix = hadamard_matrix(order)
+        return (matrix.t() if transposed else matrix).float().contiguous().to(device)
+
+    return outside_pools(make, device)

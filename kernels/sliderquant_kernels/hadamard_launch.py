@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,11 +14,13 @@ from torch import Tensor
 
 from . import hadamard_axis_triton, hadamard_cpu
 from .activations import prepared
-from .activations_triton import quantize_activations
+from .activations_triton import quantize_activations, token_values
 from .hadamard_matrix import HadamardTransform, kronecker
 from .hadamard_tiles import HadamardChoice, choose_hadamard, padded
 from .hadamard_triton import row_kernel
-from .weight_only_triton import INTERPRETED, device_of, launch_options, operand_dtype
+from .launch_plan import Dtypes, Grid, Launcher, PlanCache, dtype_of, launcher_for
+from .weight_only_triton import INTERPRETED, device_at, device_of, launch_options, operand_dtype
+from .workspace import outside_pools
 
 ROWS = 64
 COLUMNS = 64
@@ -28,7 +29,28 @@ _LEADING_STAGES = 2
 # The interpreter, which has nothing to pin, would do it element by element.
 _PIN = not INTERPRETED
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+_NO_LIMITS = (None, None)
+
+Outputs = tuple[Tensor, Tensor, Tensor | None, Tensor]
+
+
+class _Step(NamedTuple):
+    """One launch: its launcher, grid and operands, x's matrices."""
+
+    launcher: Launcher
+    grid: Grid
+    matrices: tuple[Tensor, ...]
+    numbers: tuple[Any, ...]
+
+
+class RotationPlan(NamedTuple):
+    """The launches that rotate some rows; none: torch's matrix products do."""
+
+    first: _Step | None = None
+    second: _Step | None = None
+
+
+_plans = PlanCache()
 
 
 def hadamard(x: Tensor, signs: Tensor | None, transform: HadamardTransform, inverse: bool) -> Tensor:
@@ -38,8 +60,13 @@ def hadamard(x: Tensor, signs: Tensor | None, transform: HadamardTransform, inve
     """
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        x = x.reshape(-1, transform.block).contiguous()
-        _rotate(x, None, signs, transform, inverse, (y, None, None, None), 0, True)
+        plan = _plan_for(x, None, signs, transform, inverse, 0, True, None)
+        if plan.first is None:
+            rows = x.reshape(-1, transform.block).contiguous()
+            signs = None if signs is None else signs.contiguous()
+            y.copy_(hadamard_cpu.rotate(rows, signs, transform, inverse).view(y.shape))
+        else:
+            _launch(plan, x, None, signs, inverse, (y, None, None, None), None)
     return y
 
 
@@ -52,95 +79,155 @@ def hadamard_quantize(
     symmetric: bool,
     clip: Sequence[float] | None = None,
 ) -> Outputs:
-    """Codes int8 `[..., n]`, scale fp32, zero (unset when symmetric) and token sum int32 `[...]`."""
-    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
-    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    zero, total = x.new_empty(scale.shape, dtype=torch.int32), x.new_empty(scale.shape, dtype=torch.int32)
-    if not x.numel():
-        return codes, scale, zero, total
-    fused = transform.blocks == 1 and _choice(x, gate, signs, transform).variant != "matmul"
-    if not fused:
-        # The scale of a token takes all of its blocks.
+    """Codes int8 `[..., n]`, scale fp32, zero (None when symmetric) and token sum int32 `[...]`."""
+    plan = RotationPlan()
+    # The scale of a token takes all of its blocks.
+    if transform.blocks == 1 and x.numel():
+        plan = _plan_for(x, gate, signs, transform, False, bits, symmetric, clip)
+    if plan.first is None:
         rotated = hadamard(prepared(x, None, 0.0, gate), signs, transform, False)
         return quantize_activations(rotated, bits, symmetric, None, 0.0, None, False, clip)
-    x = x.reshape(-1, transform.n).contiguous()
-    gate = None if gate is None else gate.reshape(-1, transform.n).contiguous()
-    outputs = (codes, scale, None if symmetric else zero, total)
-    _rotate(x, gate, signs, transform, False, outputs, bits, symmetric, clip)
+    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    scale, zero, total = token_values(x, symmetric)
+    _launch(plan, x, gate, signs, False, (codes, scale, zero, total), clip)
     return codes, scale, zero, total
 
 
-def _choice(x: Tensor, gate: Tensor | None, signs: Tensor | None, transform: HadamardTransform) -> HadamardChoice:
-    return choose_hadamard(transform.orders, device_of(x), x.dtype, gate is None and signs is None)
+def prepare(transform: HadamardTransform, device: torch.device, dtype: torch.dtype) -> None:
+    """Make the matrices that rotating rows of `dtype` on a device takes, in either direction."""
+    found = device_at(device.index if device.type == "cuda" else -1)
+    for inverse in (False, True):
+        for plain in (False, True):
+            choice = choose_hadamard(transform.orders, found, dtype, plain)
+            if choice.variant == "matmul":
+                hadamard_cpu.factors(transform, inverse, device)
+                continue
+            _matrices(choice, inverse, dtype, device)
+            if choice.leading > 1:
+                _leading_matrix(choice, inverse, dtype, device)
 
 
-def _rotate(
+def _launch(
+    plan: RotationPlan,
+    x: Tensor,
+    gate: Tensor | None,
+    signs: Tensor | None,
+    inverse: bool,
+    outputs: tuple[Tensor | None, ...],
+    clip: Sequence[float] | None,
+) -> None:
+    """x `[..., n]`, not empty, into the outputs: y, or codes, scale, zero and sum."""
+    first, second = plan
+    assert first is not None
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if gate is not None and not gate.is_contiguous():
+        gate = gate.contiguous()
+    if signs is not None and not signs.is_contiguous():
+        signs = signs.contiguous()
+    before, after = (None, signs) if inverse else (signs, None)
+    limits = _NO_LIMITS if clip is None else (clip[0], clip[1])
+    if second is None:
+        first.launcher(first.grid, (x, gate, before, after, *first.matrices, *outputs), (*first.numbers, *limits))
+        return
+    between = torch.empty_like(x)
+    first.launcher(first.grid, (x, gate, before, None, *first.matrices, between, None, None, None),
+                   (*first.numbers, *_NO_LIMITS))  # fmt: skip
+    second.launcher(second.grid, (between, after, *second.matrices, *outputs), limits)
+
+
+def _plan_for(
     x: Tensor,
     gate: Tensor | None,
     signs: Tensor | None,
     transform: HadamardTransform,
     inverse: bool,
-    outputs: tuple[Tensor | None, ...],
     bits: int,
     symmetric: bool,
-    clip: Sequence[float] | None = None,
-) -> None:
-    """x `[M, block]`, contiguous, into the outputs: y, or codes, scale, zero and sum."""
-    choice = _choice(x, gate, signs, transform)
-    signs = None if signs is None else signs.contiguous()
-    before, after = (None, signs) if inverse else (signs, None)
+    clip: Sequence[float] | None,
+) -> RotationPlan:
+    """The plan for x `[..., n]`, not empty; with bits 0 the result is not rounded."""
+    # Other functions in the places of the last two get plans of their own.
+    key = (transform, x.numel(), x.dtype, x.get_device(), inverse, gate is None, signs is None, bits, symmetric,
+           clip is None, choose_hadamard, device_of)  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        choice = choose_hadamard(transform.orders, device_of(x), x.dtype, gate is None and signs is None)
+        plan = _plans.keep(key, _plan(choice, x, gate, signs, transform, inverse, bits, symmetric, clip))
+    return plan
+
+
+def _plan(
+    choice: HadamardChoice,
+    x: Tensor,
+    gate: Tensor | None,
+    signs: Tensor | None,
+    transform: HadamardTransform,
+    inverse: bool,
+    bits: int,
+    symmetric: bool,
+    clip: Sequence[float] | None,
+) -> RotationPlan:
     if choice.variant == "matmul":
-        y = outputs[0]
-        assert y is not None
-        y.copy_(hadamard_cpu.rotate(x, signs, transform, inverse).view(y.shape))
-        return
-    clip_low, clip_high = (None, None) if clip is None else clip
-    scheme = {"BITS": bits, "SYMMETRIC": symmetric, "IEEE": INTERPRETED, "clip_low": clip_low, "clip_high": clip_high}
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        if choice.leading == 1:
-            _first(x, gate, before, after, outputs, choice, inverse, transform.blocks, scheme)
-            return
-        between = torch.empty_like(x)
-        first = {**scheme, "BITS": 0, "clip_low": None, "clip_high": None}
-        rows = x.view(-1, transform.block // choice.leading)
-        period = transform.blocks * choice.leading
-        _first(rows, gate, before, None, (between, None, None, None), choice, inverse, period, first)
-        rest = transform.block // choice.leading
-        left = operand((choice.leading,), (padded(choice.leading),), inverse, x_operand(x.dtype), x.device)
-        grid = (x.shape[0], 1 if bits else triton.cdiv(rest, COLUMNS))
-        hadamard_axis_triton.leading_kernel[grid](
-            between, after, left, *outputs, **leading_constants(choice.leading, rest, x.dtype),
-            PERIOD=transform.blocks, **scheme, **leading_options(choice.leading),
-        )  # fmt: skip
+        return RotationPlan()
+    m, dtype, index = x.numel() // transform.block, x.dtype, x.get_device()
+    before, after = (None, dtype_of(signs)) if inverse else (dtype_of(signs), None)
+    limits = _NO_LIMITS if clip is None else (clip[0], clip[1])
+    scheme = {"BITS": bits, "SYMMETRIC": symmetric, "IEEE": INTERPRETED}
+    outputs: Dtypes = (dtype, None, None, None)
+    if bits:
+        outputs = (torch.int8, torch.float32, None if symmetric else torch.int32, torch.int32)
+    if choice.leading == 1:
+        tensors = (dtype, dtype_of(gate), before, after)
+        return RotationPlan(_first(choice, x, tensors, outputs, inverse, m, transform.blocks, scheme, limits))
+    rest, period = transform.block // choice.leading, transform.blocks * choice.leading
+    first = _first(choice, x, (dtype, dtype_of(gate), before, None), (dtype, None, None, None), inverse,
+                   m * choice.leading, period, {**scheme, "BITS": 0}, _NO_LIMITS)  # fmt: skip
+    left = _leading_matrix(choice, inverse, dtype, x.device)
+    constants = {**leading_constants(choice.leading, rest, dtype), "PERIOD": transform.blocks, **scheme}
+    launcher = launcher_for(hadamard_axis_triton.leading_kernel, constants, leading_options(choice.leading), index,
+                            (dtype, after, left.dtype, *outputs), limits)  # fmt: skip
+    grid = (m, 1 if bits else triton.cdiv(rest, COLUMNS), 1)
+    return RotationPlan(first, _Step(launcher, grid, (left,), ()))
 
 
 def _first(
-    x: Tensor,
-    gate: Tensor | None,
-    before: Tensor | None,
-    after: Tensor | None,
-    outputs: tuple[Tensor | None, ...],
     choice: HadamardChoice,
+    x: Tensor,
+    tensors: Dtypes,
+    outputs: Dtypes,
     inverse: bool,
+    m: int,
     period: int,
     scheme: dict[str, Any],
-) -> None:
-    """The launch over rows of x `[M, A Q B]`."""
-    m = x.shape[0]
+    limits: tuple[float | None, float | None],
+) -> _Step:
+    """The launch over m rows of `[M, A Q B]`. tensors: the dtypes of x, gate, signs before and signs after."""
+    matrices = _matrices(choice, inverse, x.dtype, x.device)
     if choice.variant == "rows":
-        right = operand(choice.right, (choice.padded_b,), not inverse, x_operand(x.dtype), x.device)
-        hadamard_axis_triton.rows_kernel[(triton.cdiv(m, ROWS),)](
-            x, gate, before, after, right, *outputs, m, **rows_constants(choice, x.dtype), PERIOD=period, **scheme,
-            **ROWS_OPTIONS,
-        )  # fmt: skip
-        return
-    left = operand(choice.left, choice.sizes, inverse, x_operand(x.dtype), x.device)
-    right = operand(choice.right, (choice.padded_b,), not inverse, part_operand(), x.device)
-    programs = min(m, choice.programs * device_of(x).sm_count) if choice.num_stages else m
-    row_kernel[(programs,)](
-        x, gate, before, after, left, right, *outputs, m, **row_constants(choice, x.dtype), PERIOD=period, **scheme,
-        **row_options(choice),
-    )  # fmt: skip
+        kernel, programs, options = hadamard_axis_triton.rows_kernel, triton.cdiv(m, ROWS), ROWS_OPTIONS
+        constants = rows_constants(choice, x.dtype)
+    else:
+        kernel, options = row_kernel, row_options(choice)
+        programs = min(m, choice.programs * device_of(x).sm_count) if choice.num_stages else m
+        constants = row_constants(choice, x.dtype)
+    dtypes = (*tensors, *(matrix.dtype for matrix in matrices), *outputs)
+    constants = {**constants, "PERIOD": period, **scheme}
+    launcher = launcher_for(kernel, constants, options, x.get_device(), dtypes, (m, *limits))
+    return _Step(launcher, (programs, 1, 1), matrices, (m,))
+
+
+def _matrices(choice: HadamardChoice, inverse: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """The operands of the first launch: right, or left and right."""
+    if choice.variant == "rows":
+        return (operand(choice.right, (choice.padded_b,), not inverse, x_operand(dtype), device),)
+    left = operand(choice.left, choice.sizes, inverse, x_operand(dtype), device)
+    return left, operand(choice.right, (choice.padded_b,), not inverse, part_operand(), device)
+
+
+def _leading_matrix(choice: HadamardChoice, inverse: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The operand of the second launch."""
+    return operand((choice.leading,), (padded(choice.leading),), inverse, x_operand(dtype), device)
 
 
 def row_constants(choice: HadamardChoice, dtype: torch.dtype) -> dict[str, Any]:
@@ -218,15 +305,20 @@ def _x_parts(dtype: torch.dtype) -> int:
 _TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-@lru_cache(maxsize=256)
+# Without a limit: graphs and plans keep the addresses of what is in it.
+@cache
 def operand(
     orders: tuple[int, ...], sizes: tuple[int, ...], transposed: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The Kronecker product of the matrices of `orders`, or its transpose, with zeros up to sum(sizes), on a device."""
     hadamard_cpu.refuse_capture(device)
-    matrix = kronecker(orders)
-    matrix = matrix.t() if transposed else matrix
-    size = sum(sizes)
-    out = torch.zeros(size, size, dtype=dtype)
-    out[: math.prod(orders), : math.prod(orders)] = matrix
-    return out.to(device)
+
+    def make() -> Tensor:
+        matrix = kronecker(orders)
+        matrix = matrix.t() if transposed else matrix
+        size = sum(sizes)
+        out = torch.zeros(size, size, dtype=dtype)
+        out[: math.prod(orders), : math.prod(orders)] = matrix
+        return out.to(device)
+
+    return outside_pools(make, device)

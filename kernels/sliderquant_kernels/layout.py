@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import bits as bitpack
-from . import cpu_int4, cpu_native, fragments, vnni_blocks
+from . import cpu_int4, cpu_native, fragments, vnni_blocks, workspace
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -169,6 +169,8 @@ class WeightLayout(PackedLayout):
         if self.kind == "cpu_int8":
             return PackedWeight((codes ^ 0x80).view(torch.int8), scale.contiguous(), None)
         if self.kind == "triton":
+            # Before any launch, which may run inside the memory pool of a CUDA graph.
+            workspace.reserve(codes.device)
             shape = fragments.scale_shape(self.n, self.k, self.bits, self.group_size, self.symmetric)
             fused = fragments.pack_scales(scale, zero_point, self.bits, shape)
             return PackedWeight(fragments.pack_codes(codes, self.bits), fused, None)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu_vnni, low_bit_cpu
+from . import cpu_vnni, devices, low_bit_cpu
 from .activations import QuantizedActivations, quantize_activations
 from .cpu_vnni import DirectVnniLinear, Rounding
 from .layout import DTYPES, PackedWeight
 from .low_bit_layout import LowBitLayout
 from .low_bit_tiles import VARIANTS
-from .weight_only import check_alignment
+from .weight_only import ALIGNMENT, DirectLinear, check_alignment
 
 _FIELDS = "str kind, int bits, int n, int k, int group_size, bool symmetric"
 _library = torch.library.Library("sliderquant_kernels", "FRAGMENT")
@@ -67,8 +67,11 @@ def low_bit_linear(
         )
     if not isinstance(packed, tuple) or len(packed) != 3:
         raise TypeError(f"packed: expected a PackedWeight, got {type(packed).__name__}; use layout.pack")
+    operands = (*activations, *packed, bias, residual)
+    if devices.may_skip_dispatcher(operands[0], operands[1:]):
+        return _multiply(operands, layout, dtype, variant or "")
     fields = (layout.kind, layout.bits, layout.n, layout.k, layout.group_size or 0, layout.symmetric)
-    return _op(*activations, *packed, bias, residual, *fields, dtype, variant or "")
+    return _op(*operands, *fields, dtype, variant or "")
 
 
 def direct_low_bit_linear(
@@ -77,21 +80,35 @@ def direct_low_bit_linear(
     dtype: torch.dtype,
     bias: Tensor | None,
     rounding: Rounding,
-) -> DirectVnniLinear | None:
+) -> DirectLinear | None:
     """`low_bit_linear(quantize_activations(x, *rounding), packed, layout, dtype, bias)` as an object that checks its
-    arguments once; None where there is no short cut: on CUDA, in fp16, with a bias that is not contiguous, and on CPUs
-    without AVX512-VNNI.
+    arguments once; None where there is no short cut: on a CPU in fp16, with a bias that is not contiguous, and without
+    AVX512-VNNI.
 
     The object computes only what its method `fits` accepts; everything else goes to the ops.
 
     Raises ValueError or TypeError when the tensors do not fit the layout, or the rounding is none that there is.
     """
-    if layout.kind != "cpu_vnni" or packed.weight.device.type != "cpu" or not cpu_vnni.takes(dtype):
+    on_gpu = layout.kind == "triton_int8"
+    if layout.device_type != packed.weight.device.type:
+        return None
+    if not on_gpu and (layout.kind != "cpu_vnni" or not cpu_vnni.takes(dtype)):
         return None
     layout.check_packed(packed)
     quantize_activations(torch.empty(0, layout.k), rounding.bits, rounding.symmetric, clip=rounding.clip)
     if bias is not None and (bias.shape != (layout.n,) or bias.dtype != dtype):
         raise ValueError(f"bias: expected {dtype} of shape ({layout.n},), got {bias.dtype} of {tuple(bias.shape)}")
+    if on_gpu:
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype: expected float16, bfloat16 or float32, got {dtype}")
+        for name, tensor in (("scale", packed.scale), ("constants", packed.zero_point), ("bias", bias)):
+            if tensor is not None and tensor.device != packed.weight.device:
+                raise ValueError(
+                    f"{name}: expected device {packed.weight.device} like weight, got {tensor.device}; move it"
+                )
+        check_alignment(weight=packed.weight)
+        clip = None if rounding.clip is None else (float(rounding.clip[0]), float(rounding.clip[1]))
+        return _launch().DirectLowBitLinear(packed, layout, dtype, bias, rounding._replace(clip=clip))
     if bias is not None and not bias.is_contiguous():
         return None
     return DirectVnniLinear(packed, layout, dtype, bias, rounding)
@@ -103,8 +120,13 @@ def _layout(kind: str, bits: int, n: int, k: int, group_size: int, symmetric: bo
 
 
 def _checked(operands: tuple, fields: tuple, dtype: torch.dtype, variant: str) -> LowBitLayout:
-    codes, x_scale, x_zero, x_sum, weight, scale, constants, bias, residual = operands
     layout = _layout(*fields)
+    _check(operands, layout, dtype, variant)
+    return layout
+
+
+def _check(operands: tuple, layout: LowBitLayout, dtype: torch.dtype, variant: str) -> None:
+    codes, x_scale, x_zero, x_sum, weight, scale, constants, bias, residual = operands
     layout.check_packed(PackedWeight(weight, scale, constants))
     # Meta tensors pass: they stand for either device while tracing.
     if weight.device.type not in (layout.device_type, "meta"):
@@ -143,7 +165,47 @@ def _checked(operands: tuple, fields: tuple, dtype: torch.dtype, variant: str) -
             f"variant: expected one of {', '.join(VARIANTS)} on CUDA, got {variant!r} for kind {layout.kind!r}; "
             "leave it out"
         )
-    return layout
+
+
+def _all_fits(operands: tuple, layout: LowBitLayout, dtype: torch.dtype, variant: str) -> bool:
+    """Whether `_check` and the check of the alignment have nothing to say of CUDA tensors, at a tenth of their time;
+    false where they have to be asked."""
+    codes, x_scale, x_zero, x_sum, weight, scale, constants, bias, residual = operands
+    (weight_shape, weight_dtype), (scale_shape, scale_dtype), (constant_shape, constant_dtype) = layout.specs()
+    shape, index = codes.shape, codes.get_device()
+    if layout.kind != "triton_int8" or variant or dtype not in DTYPES or not shape or constants is None:
+        return False
+    tokens, floats, integers = shape[:-1], torch.float32, torch.int32
+    return (
+        codes.dtype is torch.int8
+        and shape[-1] == layout.k
+        and weight.shape == weight_shape
+        and scale.shape == scale_shape
+        and constants.shape == constant_shape
+        and x_scale.shape == tokens
+        and x_sum.shape == tokens
+        and weight.dtype is weight_dtype
+        and scale.dtype is scale_dtype
+        and constants.dtype is constant_dtype
+        and x_scale.dtype is floats
+        and x_sum.dtype is integers
+        and weight.is_contiguous()
+        and scale.is_contiguous()
+        and constants.is_contiguous()
+        and weight.data_ptr() % ALIGNMENT == 0
+        and weight.get_device() == index
+        and scale.get_device() == index
+        and constants.get_device() == index
+        and x_scale.get_device() == index
+        and x_sum.get_device() == index
+        and (x_zero is None or _is(x_zero, tokens, integers, index))
+        and (bias is None or _is(bias, (layout.n,), dtype, index))
+        and (residual is None or _is(residual, (*tokens, layout.n), dtype, index))
+    )
+
+
+def _is(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, index: int) -> bool:
+    return tensor.shape == shape and tensor.dtype is dtype and tensor.get_device() == index
 
 
 def _on_cpu(*arguments: Any) -> Tensor:
@@ -154,15 +216,25 @@ def _on_cpu(*arguments: Any) -> Tensor:
 
 
 def _on_cuda(*arguments: Any) -> Tensor:
-    operands, (dtype, variant) = arguments[:9], arguments[15:]
-    layout = _checked(operands, arguments[9:15], dtype, variant)
-    check_alignment(weight=operands[4])
+    dtype, variant = arguments[15:]
+    return _multiply(arguments[:9], _layout(*arguments[9:15]), dtype, variant)
+
+
+def _multiply(operands: tuple, layout: LowBitLayout, dtype: torch.dtype, variant: str) -> Tensor:
+    """The op on CUDA."""
+    if not _all_fits(operands, layout, dtype, variant):
+        _check(operands, layout, dtype, variant)
+        check_alignment(weight=operands[4])
+    return _launch().low_bit_linear(*operands, layout, dtype, variant or None)
+
+
+@lru_cache(maxsize=1)
+def _launch() -> Any:
     try:
         from . import low_bit_launch
     except ImportError as error:
         raise ImportError("low-bit ops on CUDA need the package triton; install it or run on the CPU") from error
-    function: Any = low_bit_launch.low_bit_linear
-    return function(*operands, layout, dtype, variant or None)
+    return low_bit_launch
 
 
 def _fake(*arguments: Any) -> Tensor:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from . import devices
 from . import low_bit_triton as kernels
+from .activations_triton import quantize_activations
+from .cpu_vnni import Rounding
 from .int8_fragments import ROWS, block_inputs
+from .launch_plan import Grid, Launcher, PlanCache, dtype_of, launcher_for
+from .layout import PackedWeight
 from .low_bit_layout import LowBitLayout
 from .low_bit_tiles import choose_low_bit
 from .tiles import Choice
-from .weight_only_triton import FEWEST_TOKENS, INTERPRETED, device_of, launch_options
+from .weight_only_triton import FEWEST_TOKENS, INTERPRETED, device_of, launch_options, requires_grad
 
 EXPAND_OPTIONS = launch_options(num_warps=4, num_stages=1)
 TILE_K = 128
@@ -62,6 +67,19 @@ def expand_constants(layout: LowBitLayout) -> dict[str, Any]:
     return {"BITS": layout.bits, "W": max(256 // block_inputs(layout.bits), 1), "ROW_BLOCKS": 2}
 
 
+class LowBitPlan(NamedTuple):
+    """How one product is launched. expands: the weight is expanded to int8 before."""
+
+    launcher: Launcher
+    grid: Grid
+    numbers: tuple[int, ...]
+    expands: bool
+
+
+_plans = PlanCache()
+_expand_plans = PlanCache()
+
+
 def low_bit_linear(
     codes: Tensor,
     x_scale: Tensor,
@@ -75,48 +93,139 @@ def low_bit_linear(
     layout: LowBitLayout,
     dtype: torch.dtype,
     variant: str | None = None,
+    plans: PlanCache | None = None,
 ) -> Tensor:
     """`[..., K]` -> `[..., N]` in `dtype`, contiguous. Arguments have been validated.
 
+    plans: of a caller for whom all but the activations stays the same; found by the number of tokens alone.
+
     Allocates y, operands that are strided, and for `tiles` the weight as int8 `[N, K]`.
     """
-    n, k = layout.n, layout.k
-    y = codes.new_empty((*codes.shape[:-1], n), dtype=dtype)
-    x = codes.reshape(-1, k).contiguous()
-    m = x.shape[0]
+    y = codes.new_empty(*codes.shape[:-1], layout.n, dtype=dtype)
+    m = codes.numel() // layout.k
     if m == 0:
         return y
-    vectors = [None if t is None else t.reshape(-1).contiguous() for t in (x_scale, x_zero, x_sum)]
-    bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.reshape(-1, n).contiguous()
-    choice = choose_low_bit(max(m, FEWEST_TOKENS), n, k, layout.bits, layout.group_size, device_of(x), variant)
-    options = matmul_options(choice)
-    row_blocks, k_blocks = weight.shape[:2]
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        tiles_m = triton.cdiv(m, choice.block_m)
-        if choice.variant == "tiles":
-            weight = expand(weight, layout)
-            kernels.int8_tiles_kernel[(tiles_m * triton.cdiv(n, choice.row_blocks * ROWS),)](
-                x, *vectors, weight, scale, constants, bias, residual, y, m, n, k, row_blocks * ROWS,
-                **matmul_constants(layout, choice), **options,
-            )  # fmt: skip
-        else:
-            warp_k = choice.variant == "warp_k"
-            kernel = kernels.low_bit_warp_k_kernel if warp_k else kernels.low_bit_rows_kernel
-            kernel[(tiles_m * triton.cdiv(row_blocks, choice.row_blocks),)](
-                x, *vectors, weight, scale, constants, bias, residual, y, m, n, k, row_blocks, k_blocks,
-                scale.shape[0], **matmul_constants(layout, choice), **options,
-            )  # fmt: skip
+    # The kernels know no strides.
+    x = codes if codes.is_contiguous() else codes.contiguous()
+    if not x_scale.is_contiguous():
+        x_scale = x_scale.contiguous()
+    if not x_sum.is_contiguous():
+        x_sum = x_sum.contiguous()
+    if x_zero is not None and not x_zero.is_contiguous():
+        x_zero = x_zero.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    if residual is not None and not residual.is_contiguous():
+        residual = residual.contiguous()
+    key: Hashable = m
+    if plans is None:
+        # Another function in the place of the chooser gets plans of its own.
+        plans = _plans
+        key = (layout, m, dtype, x.get_device(), x_zero is None, bias is None, residual is None, variant,
+               choose_low_bit)  # fmt: skip
+    plan = plans.get(key)
+    if plan is None:
+        plan = plans.keep(key, _plan(x, x_zero, weight, scale, bias, residual, layout, dtype, m, variant))
+    if plan.expands:
+        weight = expand(weight, layout)
+    tensors = (x, x_scale, x_zero, x_sum, weight, scale, constants, bias, residual, y)
+    plan.launcher(plan.grid, tensors, plan.numbers)
     return y
+
+
+def _plan(
+    x: Tensor,
+    x_zero: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    layout: LowBitLayout,
+    dtype: torch.dtype,
+    m: int,
+    variant: str | None,
+) -> LowBitPlan:
+    n, k = layout.n, layout.k
+    choice = choose_low_bit(max(m, FEWEST_TOKENS), n, k, layout.bits, layout.group_size, device_of(x), variant)
+    row_blocks, k_blocks = weight.shape[:2]
+    tiles_m = triton.cdiv(m, choice.block_m)
+    expands = choice.variant == "tiles"
+    if expands:
+        kernel, numbers = kernels.int8_tiles_kernel, (m, n, k, row_blocks * ROWS)
+        tiles = tiles_m * triton.cdiv(n, choice.row_blocks * ROWS)
+    else:
+        kernel = kernels.low_bit_warp_k_kernel if choice.variant == "warp_k" else kernels.low_bit_rows_kernel
+        numbers = (m, n, k, row_blocks, k_blocks, scale.shape[0])
+        tiles = tiles_m * triton.cdiv(row_blocks, choice.row_blocks)
+    dtypes = (torch.int8, torch.float32, dtype_of(x_zero), torch.int32, torch.int8 if expands else weight.dtype,
+              torch.float32, torch.int32, dtype_of(bias), dtype_of(residual), dtype)  # fmt: skip
+    launcher = launcher_for(
+        kernel, matmul_constants(layout, choice), matmul_options(choice), x.get_device(), dtypes, numbers
+    )
+    return LowBitPlan(launcher, (tiles, 1, 1), numbers, expands)
 
 
 def expand(weight: Tensor, layout: LowBitLayout) -> Tensor:
     """Packed codes -> int8 `[N, K]`, less 128 at 8 bits."""
-    out = torch.empty(layout.n, layout.k, dtype=torch.int8, device=weight.device)
-    row_blocks, k_blocks = weight.shape[:2]
-    constants = expand_constants(layout)
-    grid = (triton.cdiv(row_blocks, constants["ROW_BLOCKS"]) * triton.cdiv(k_blocks, constants["W"]),)
-    kernels.expand_kernel[grid](
-        weight, out, layout.n, layout.k, row_blocks, k_blocks, **constants, **EXPAND_OPTIONS
-    )  # fmt: skip
+    out = weight.new_empty(layout.n, layout.k, dtype=torch.int8)
+    key = (layout, weight.get_device())
+    plan = _expand_plans.get(key)
+    if plan is None:
+        row_blocks, k_blocks = weight.shape[:2]
+        constants = expand_constants(layout)
+        tiles = triton.cdiv(row_blocks, constants["ROW_BLOCKS"]) * triton.cdiv(k_blocks, constants["W"])
+        numbers = (layout.n, layout.k, row_blocks, k_blocks)
+        dtypes = (weight.dtype, torch.int8)
+        launcher = launcher_for(kernels.expand_kernel, constants, EXPAND_OPTIONS, weight.get_device(), dtypes, numbers)
+        plan = _expand_plans.keep(key, (launcher, (tiles, 1, 1), numbers))
+    launcher, grid, numbers = plan
+    launcher(grid, (weight, out), numbers)
     return out
+
+
+class DirectLowBitLinear:
+    """A product of rounded inputs with one packed weight on CUDA, whose tensors were checked before."""
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        layout: LowBitLayout,
+        dtype: torch.dtype,
+        bias: Tensor | None,
+        rounding: Rounding,
+    ) -> None:
+        self._packed, self._layout, self._dtype, self._bias = packed, layout, dtype, bias
+        self._bits, self._symmetric, self._clip = rounding
+        self._index = packed.weight.get_device()
+        self._plans, self._quantize_plans = PlanCache(), PlanCache()
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether `x` is what the ops would compute with these tensors, where nothing would see the ops."""
+        return (
+            devices.nothing_watches()
+            and type(x) is Tensor
+            and x.dtype is self._dtype
+            and x.get_device() == self._index
+            and devices.on_gpu(x)
+            and x.ndim > 0
+            and x.shape[-1] == self._layout.k
+            and not (torch.is_grad_enabled() and (x.requires_grad or requires_grad(self._bias)))
+        )
+
+    def parts(self, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        """Slices of one product, with its strides: on CUDA what reads them does not mind."""
+        return self(x).split(list(sizes), -1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x `[..., K]` -> `[..., N]`, contiguous."""
+        codes, scale, zero, total = quantize_activations(
+            x, self._bits, self._symmetric, None, 0.0, None, False, self._clip, self._quantize_plans
+        )
+        return self.multiply(codes, scale, zero, total)
+
+    def multiply(self, codes: Tensor, scale: Tensor, zero: Tensor | None, total: Tensor) -> Tensor:
+        """The product alone, for inputs that are rounded already."""
+        weight, weight_scale, constants = self._packed
+        assert constants is not None
+        return low_bit_linear(codes, scale, zero, total, weight, weight_scale, constants, self._bias, None,
+                              self._layout, self._dtype, plans=self._plans)  # fmt: skip

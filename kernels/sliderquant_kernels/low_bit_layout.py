@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -59,14 +60,7 @@ class LowBitLayout(PackedLayout):
 
     def specs(self) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
         """Shapes and dtypes of the packed codes, the scales (fp32), and the zero-points and sums (int32)."""
-        padded = -(-self.n // fragments.ROWS) * fragments.ROWS
-        groups = fragments.groups_of(self.k, self.bits, self.group_size)
-        weight = TensorSpec((self.n, self.k), torch.int8)
-        if self.kind == "triton_int8":
-            weight = TensorSpec(fragments.weight_shape(self.n, self.k, self.bits), torch.uint8)
-        elif self.kind == "cpu_vnni":
-            weight = TensorSpec(vnni_blocks.weight_shape(self.n, self.k, self.bits), torch.uint8)
-        return weight, TensorSpec((groups, padded), torch.float32), TensorSpec((groups + 1, padded), torch.int32)
+        return _specs(self.kind, self.bits, self.n, self.k, self.group_size)
 
     def pack(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> PackedWeight:
         """Pack codes `[N, K]` uint8, scale `[N, G]` fp16/bf16/fp32 (finite, > 0), zero_point `[N, G]` uint8 or None.
@@ -117,3 +111,15 @@ def choose_low_bit_layout(
     if device_type == "cpu":
         kind = "cpu_vnni" if cpu_native.vnni(4) is not None else "cpu_int8_rows"
     return LowBitLayout(kind, bits, n, k, group_size, symmetric)
+
+
+@lru_cache(maxsize=1024)
+def _specs(kind: str, bits: int, n: int, k: int, group_size: int | None) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    padded = -(-n // fragments.ROWS) * fragments.ROWS
+    groups = fragments.groups_of(k, bits, group_size)
+    weight = TensorSpec((n, k), torch.int8)
+    if kind == "triton_int8":
+        weight = TensorSpec(fragments.weight_shape(n, k, bits), torch.uint8)
+    elif kind == "cpu_vnni":
+        weight = TensorSpec(vnni_blocks.weight_shape(n, k, bits), torch.uint8)
+    return weight, TensorSpec((groups, padded), torch.float32), TensorSpec((groups + 1, padded), torch.int32)

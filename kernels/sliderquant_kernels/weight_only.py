@@ -6,13 +6,14 @@ they can be traced; the functions of the same names here take a `PackedWeight` a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, devices
 from .layout import DTYPES, PackedWeight, WeightLayout
 from .tiles import VARIANTS
 
@@ -62,8 +63,10 @@ def weight_only_linear(
         NotImplementedError: when a gradient is asked of the result.
     """
     _check_types(packed, layout)
-    op, (weight, scale, zero_point), fields = _linear_op, packed, _fields(layout)
-    how = (variant or "", batch_invariant)
+    weight, scale, zero_point = packed
+    if devices.may_skip_dispatcher(x, (weight, scale, zero_point, bias, residual)):
+        return _multiply(x, weight, scale, zero_point, bias, residual, layout, variant or "", bool(batch_invariant))
+    op, fields, how = _linear_op, _fields(layout), (variant or "", batch_invariant)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _require_grad(x, scale, bias, residual)):
         return op(x, weight, scale, zero_point, bias, residual, *fields, *how)
     # Without gradients the autograd layer, Python and a third of the op's overhead on a CPU, has nothing to do.
@@ -71,19 +74,36 @@ def weight_only_linear(
         return op(x, weight, scale, zero_point, bias, residual, *fields, *how)
 
 
-def direct_linear(packed: PackedWeight, layout: WeightLayout, bias: Tensor | None = None) -> cpu.DirectLinear | None:
-    """`weight_only_linear(x, packed, layout, bias)` as an object that checks its arguments once; None on CUDA.
+class DirectLinear(Protocol):
+    """A linear whose packed weight and bias were checked before."""
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether `x` is what the op would compute with these tensors, outside of gradients and tracing."""
+
+    def parts(self, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        """The first `sizes[0]` outputs, the next, and so on, each `[..., size]`; on CUDA slices of one product."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x `[..., K]` -> `[..., N]`, contiguous."""
+
+
+def direct_linear(packed: PackedWeight, layout: WeightLayout, bias: Tensor | None = None) -> DirectLinear | None:
+    """`weight_only_linear(x, packed, layout, bias)` as an object that checks its arguments once; None for tensors that
+    are not on the layout's device.
 
     The object computes only what its method `fits` accepts; everything else goes to `weight_only_linear`.
 
     Raises ValueError or TypeError when the tensors do not fit the layout.
     """
     _check_types(packed, layout)
-    if layout.device_type != "cpu" or packed.weight.device.type != "cpu":
-        return None
     weight, scale, zero_point = packed
-    checked = _checked_layout(weight, scale, zero_point, *_fields(layout))
+    if layout.device_type != weight.device.type:
+        return None
+    checked = _check_layout(weight, scale, zero_point, layout)
     _check_operands(scale.new_empty(0, layout.k), weight, scale, bias, None, checked, "")
+    if devices.on_gpu(weight):
+        check_alignment(weight=weight, scale=scale)
+        return _triton().DirectLinear(weight, scale, bias, checked)
     return cpu.DirectLinear(weight, scale, zero_point, bias, checked)
 
 
@@ -93,7 +113,10 @@ def dequantize(packed: PackedWeight, layout: WeightLayout, dtype: torch.dtype) -
     Raises ValueError or TypeError when a tensor does not fit the layout, NotImplementedError for gradients.
     """
     _check_types(packed, layout)
-    return _dequantize_op(packed[0], packed[1], packed[2], *_fields(layout), dtype=dtype)
+    weight, scale, zero_point = packed
+    if devices.may_skip_dispatcher(weight, (scale, zero_point)):
+        return _dequantize(weight, scale, zero_point, layout, dtype)
+    return _dequantize_op(weight, scale, zero_point, *_fields(layout), dtype=dtype)
 
 
 def _fields(layout: WeightLayout) -> tuple[str, int, int, int, int, bool]:
@@ -114,7 +137,10 @@ def _layout(kind: str, bits: int, n: int, k: int, group_size: int, symmetric: bo
 
 
 def _checked_layout(weight: Tensor, scale: Tensor, zero_point: Tensor | None, *fields: Any) -> WeightLayout:
-    layout = _layout(*fields)
+    return _check_layout(weight, scale, zero_point, _layout(*fields))
+
+
+def _check_layout(weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: WeightLayout) -> WeightLayout:
     layout.check_packed(PackedWeight(weight, scale, zero_point))
     device = weight.device
     for name, tensor in (("scale", scale), ("zero_point", zero_point)):
@@ -195,6 +221,7 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise TypeError(f"dtype: expected float16, bfloat16 or float32, got {dtype}")
 
 
+@lru_cache(maxsize=1)
 def _triton() -> Any:
     # Imported on the first CUDA call: the package is usable on machines that have no Triton.
     try:
@@ -213,11 +240,67 @@ def _linear_cpu(x, weight, scale, zero_point, bias, residual, kind, bits, n, k, 
 
 def _linear_cuda(x, weight, scale, zero_point, bias, residual, kind, bits, n, k, group_size, symmetric, variant,
                  batch_invariant):  # fmt: skip
-    layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
-    _check_operands(x, weight, scale, bias, residual, layout, variant)
-    check_alignment(weight=weight, scale=scale)
-    bias = None if bias is None else bias.contiguous()
+    layout = _layout(kind, bits, n, k, group_size, symmetric)
+    return _multiply(x, weight, scale, zero_point, bias, residual, layout, variant, batch_invariant)
+
+
+def _multiply(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    layout: WeightLayout,
+    variant: str,
+    batch_invariant: bool,
+) -> Tensor:
+    """The op on CUDA."""
+    if not _all_fits(x, weight, scale, zero_point, bias, residual, layout, variant):
+        _check_layout(weight, scale, zero_point, layout)
+        _check_operands(x, weight, scale, bias, residual, layout, variant)
+        check_alignment(weight=weight, scale=scale)
     return _triton().weight_only_linear(x, weight, scale, bias, residual, layout, variant or None, batch_invariant)
+
+
+def _all_fits(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    layout: WeightLayout,
+    variant: str,
+) -> bool:
+    """Whether `_check_layout`, `_check_operands` and `check_alignment` have nothing to say of CUDA tensors, at a tenth
+    of their time; false where they have to be asked."""
+    (weight_shape, weight_dtype), (scale_shape, _), _ = layout.specs()
+    dtype, shape, index = x.dtype, x.shape, x.get_device()
+    return (
+        layout.kind == "triton"
+        and zero_point is None
+        and not variant
+        and weight.shape == weight_shape
+        and scale.shape == scale_shape
+        and weight.dtype is weight_dtype
+        and scale.dtype is dtype
+        and dtype in DTYPES
+        and weight.is_contiguous()
+        and scale.is_contiguous()
+        and len(shape) > 0
+        and shape[-1] == layout.k
+        and weight.get_device() == index
+        and scale.get_device() == index
+        and (weight.data_ptr() | scale.data_ptr()) % ALIGNMENT == 0
+        and (bias is None or (bias.shape == (layout.n,) and bias.dtype is dtype and bias.get_device() == index))
+        and (
+            residual is None
+            or (
+                residual.shape == (*shape[:-1], layout.n) and residual.dtype is dtype and residual.get_device() == index
+            )
+        )
+    )
 
 
 def _linear_fake(x, weight, scale, zero_point, bias, residual, kind, bits, n, k, group_size, symmetric, variant,
@@ -234,8 +317,15 @@ def _dequantize_cpu(weight, scale, zero_point, kind, bits, n, k, group_size, sym
 
 
 def _dequantize_cuda(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric, dtype):
+    return _dequantize(weight, scale, zero_point, _layout(kind, bits, n, k, group_size, symmetric), dtype)
+
+
+def _dequantize(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, layout: WeightLayout, dtype: torch.dtype
+) -> Tensor:
+    """The op on CUDA."""
     _check_dtype(dtype)
-    layout = _checked_layout(weight, scale, zero_point, kind, bits, n, k, group_size, symmetric)
+    _check_layout(weight, scale, zero_point, layout)
     check_alignment(weight=weight, scale=scale)
     return _triton().dequantize(weight, scale, layout, dtype)
 

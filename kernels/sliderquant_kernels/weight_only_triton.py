@@ -1,10 +1,13 @@
-"""Launching the kernels of `matmul_triton`: what a problem and a device lead to, and the launch itself."""
+"""Launching the kernels of `matmul_triton`: what a problem and a device lead to, and the launch itself.
+
+What a launch needs beside its tensors is decided once for a layout, a number of tokens and so on, and kept as a plan.
+"""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
+from . import devices
 from . import matmul_triton as kernels
 from .fragments import block_inputs, zero_bias
+from .launch_plan import Grid, Launcher, PlanCache, dtype_of, launcher_for
 from .layout import WeightLayout
 from .tiles import Choice, Device, Problem
 from .tuned import choose
@@ -37,11 +42,14 @@ def problem_of(layout: WeightLayout, m: int, dtype: torch.dtype) -> Problem:
 
 def device_of(tensor: Tensor) -> Device:
     """The device that a tensor is on, as the rules see it."""
-    return _cuda_device(tensor.device.index) if tensor.is_cuda else _INTERPRETED_DEVICE
+    return device_at(tensor.get_device())
 
 
 @lru_cache(maxsize=64)
-def _cuda_device(index: int) -> Device:
+def device_at(index: int) -> Device:
+    """The CUDA device of an index, as the rules see it; below 0: what stands for one in the interpreter."""
+    if index < 0:
+        return _INTERPRETED_DEVICE
     found = torch.cuda.get_device_properties(index)
     return Device(10 * found.major + found.minor, found.multi_processor_count, found.name)
 
@@ -91,6 +99,19 @@ def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
 DEQUANTIZE_OPTIONS = launch_options(num_warps=4, num_stages=1)
 
 
+class MatmulPlan(NamedTuple):
+    """How one product is launched; `launcher` None: dequantize, then torch's matmul."""
+
+    choice: Choice
+    launcher: Launcher | None = None
+    grid: Grid = (0, 0, 0)
+    numbers: tuple[int, ...] = ()
+
+
+_plans = PlanCache()
+_dequantize_plans = PlanCache()
+
+
 def weight_only_linear(
     x: Tensor,
     weight: Tensor,
@@ -100,52 +121,124 @@ def weight_only_linear(
     layout: WeightLayout,
     variant: str | None = None,
     batch_invariant: bool = False,
+    plans: PlanCache | None = None,
 ) -> Tensor:
     """x `[..., K]` -> `[..., N]`, contiguous. Arguments have been validated.
 
+    plans: of a caller for whom all but x stays the same; found by the number of tokens alone, which is faster.
+
     Allocates y; x if it is strided; a split's partial sums, fp32 `[split, M, N]`; the dense weight for `dense`.
     """
-    y = x.new_empty(*x.shape[:-1], layout.n)
-    x = x.reshape(-1, layout.k).contiguous()
-    m, n, k = x.shape[0], layout.n, layout.k
+    shape, n = x.shape, layout.n
+    y = x.new_empty(*shape[:-1], n)
+    m = x.numel() // layout.k
     if m == 0:
         return y
-    if residual is not None:
-        residual = residual.reshape(-1, n).contiguous()
-    problem, device = problem_of(layout, m, x.dtype), device_of(x)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    if residual is not None and not residual.is_contiguous():
+        residual = residual.contiguous()
+    key: Hashable = m
+    if plans is None:
+        # A tuner puts another function in the place of `choose`, which has to get plans of its own.
+        plans = _plans
+        key = (layout, m, x.dtype, x.get_device(), bias is None, residual is None, variant, batch_invariant, choose)
+    plan = plans.get(key)
+    if plan is None:
+        plan = plans.keep(key, _plan(x, weight, bias, residual, layout, m, variant, batch_invariant))
+    choice, launcher = plan.choice, plan.launcher
+    if launcher is None:
+        out = linear(x.reshape(m, layout.k), dequantize(weight, scale, layout, x.dtype), bias)
+        return (out if residual is None else out.add_(residual.view(m, n))).view(y.shape)
+    partial = counters = None
+    if choice.split > 1:
+        partial = x.new_empty(choice.split, m, n, dtype=torch.float32)
+        counters = split_counters(plan.grid[0], x.device)
+    launcher(plan.grid, (x, weight, scale, bias, residual, y, partial, counters), plan.numbers)
+    return y
+
+
+class DirectLinear:
+    """A product with one packed weight on CUDA, whose tensors were checked before."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, layout: WeightLayout) -> None:
+        self._weight, self._scale, self._bias, self._layout = weight, scale, bias, layout
+        self._k, self._dtype, self._index = layout.k, scale.dtype, weight.get_device()
+        self._plans: PlanCache = PlanCache()
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether `x` is what the op would compute with these tensors, where nothing would see the op."""
+        return (
+            devices.nothing_watches()
+            and type(x) is Tensor
+            and x.dtype is self._dtype
+            and x.get_device() == self._index
+            and devices.on_gpu(x)
+            and x.ndim > 0
+            and x.shape[-1] == self._k
+            and not (torch.is_grad_enabled() and (x.requires_grad or requires_grad(self._bias)))
+        )
+
+    def parts(self, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        """Slices of one product, with its strides: on CUDA what reads them does not mind."""
+        return self(x).split(list(sizes), -1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x `[..., K]` -> `[..., N]`, contiguous."""
+        return weight_only_linear(x, self._weight, self._scale, self._bias, None, self._layout, plans=self._plans)
+
+
+def requires_grad(tensor: Tensor | None) -> bool:
+    """Whether there is a tensor whose gradient is asked for."""
+    return tensor is not None and tensor.requires_grad
+
+
+def _plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    layout: WeightLayout,
+    m: int,
+    variant: str | None,
+    batch_invariant: bool,
+) -> MatmulPlan:
+    dtype, device = x.dtype, device_of(x)
+    problem = problem_of(layout, m, dtype)
     choice = choose(problem, device, variant, batch_invariant)
     if choice.variant == "dense":
-        out = linear(x, dequantize(weight, scale, layout, x.dtype), bias)
-        return (out if residual is None else out.add_(residual)).view(y.shape)
+        return MatmulPlan(choice)
     row_blocks, k_blocks = weight.shape[:2]
     tiles = triton.cdiv(m, choice.block_m) * triton.cdiv(row_blocks, choice.row_blocks)
-    partial = counters = None
-    with _on_device_of(x):
-        if choice.split > 1:
-            partial = torch.empty(choice.split, m, n, dtype=torch.float32, device=x.device)
-            counters = split_counters(tiles, x.device)
-        kernel = kernels.warp_k_kernel if choice.variant == "warp_k" else kernels.rows_kernel
-        kernel[(tiles, choice.split)](
-            x, weight, scale, bias, residual, y, partial, counters, m, n, k, row_blocks, k_blocks,
-            **matmul_constants(problem, choice, device.arch),
-            **launch_options(choice.num_warps, choice.num_stages),
-        )  # fmt: skip
-    return y
+    shared = (torch.float32, torch.int32) if choice.split > 1 else (None, None)
+    numbers = (m, layout.n, layout.k, row_blocks, k_blocks)
+    launcher = launcher_for(
+        kernels.warp_k_kernel if choice.variant == "warp_k" else kernels.rows_kernel,
+        matmul_constants(problem, choice, device.arch),
+        launch_options(choice.num_warps, choice.num_stages),
+        x.get_device(),
+        (dtype, weight.dtype, dtype, dtype_of(bias), dtype_of(residual), dtype, *shared),
+        numbers,
+    )
+    return MatmulPlan(choice, launcher, (tiles, choice.split, 1), numbers)
 
 
 def dequantize(weight: Tensor, scale: Tensor, layout: WeightLayout, dtype: torch.dtype) -> Tensor:
     """The weight `[N, K]` in `dtype`, rounded once. Arguments have been validated."""
-    out = torch.empty(layout.n, layout.k, dtype=dtype, device=weight.device)
-    row_blocks, k_blocks = weight.shape[:2]
-    constants = dequantize_constants(layout, scale.dtype)
-    grid = (triton.cdiv(row_blocks, constants["ROW_BLOCKS"]) * triton.cdiv(k_blocks, constants["W"]),)
-    with _on_device_of(weight):
-        kernels.dequantize_kernel[grid](
-            weight, scale, out, layout.n, layout.k, row_blocks, k_blocks, **constants, **DEQUANTIZE_OPTIONS
-        )
+    out = scale.new_empty(layout.n, layout.k, dtype=dtype)
+    index = weight.get_device()
+    key = (layout, scale.dtype, dtype, index)
+    plan = _dequantize_plans.get(key)
+    if plan is None:
+        row_blocks, k_blocks = weight.shape[:2]
+        constants = dequantize_constants(layout, scale.dtype)
+        tiles = triton.cdiv(row_blocks, constants["ROW_BLOCKS"]) * triton.cdiv(k_blocks, constants["W"])
+        numbers = (layout.n, layout.k, row_blocks, k_blocks)
+        dtypes = (weight.dtype, scale.dtype, dtype)
+        launcher = launcher_for(kernels.dequantize_kernel, constants, DEQUANTIZE_OPTIONS, index, dtypes, numbers)
+        plan = _dequantize_plans.keep(key, (launcher, (tiles, 1, 1), numbers))
+    launcher, grid, numbers = plan
+    launcher(grid, (weight, scale, out), numbers)
     return out
-
-
-def _on_device_of(tensor: Tensor) -> Any:
-    # Triton launches on the current device, which need not be the tensor's.
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

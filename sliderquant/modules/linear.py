@@ -30,8 +30,8 @@ from sliderquant_kernels import (
     weight_only_linear,
 )
 from sliderquant_kernels.activations import MAX_K
-from sliderquant_kernels.cpu import DirectLinear
-from sliderquant_kernels.cpu_vnni import DirectVnniLinear, Rounding
+from sliderquant_kernels.cpu_vnni import Rounding
+from sliderquant_kernels.weight_only import DirectLinear
 
 __all__ = ["PackedLinear", "QuantizedLinear", "layout_for"]
 
@@ -154,7 +154,7 @@ class PackedLinear(QuantizedLinear):
     """
 
     layout: WeightLayout | LowBitLayout
-    _held: tuple[Tensor, Tensor | None, Clip | None, DirectLinear | DirectVnniLinear | None] | None
+    _held: tuple[Tensor, Tensor | None, Clip | None, DirectLinear | None] | None
     packed_weight: Tensor
     packed_scale: Tensor
     packed_zero_point: Tensor | None
@@ -241,13 +241,13 @@ class PackedLinear(QuantizedLinear):
         assert isinstance(self.layout, LowBitLayout)
         return low_bit_linear(activations, self.packed, self.layout, self.dtype, self.bias)
 
-    def _direct(self) -> DirectLinear | DirectVnniLinear | None:
+    def _direct(self) -> DirectLinear | None:
         """`forward` with the tensors that the module holds now; None: it has no short cut on this device."""
         weight, bias, clip = self._buffers["packed_weight"], self._parameters["bias"], self.input_clip
         held = self._held
         if held is None or held[0] is not weight or held[1] is not bias or held[2] is not clip:
             assert isinstance(weight, Tensor)
-            direct: DirectLinear | DirectVnniLinear | None
+            direct: DirectLinear | None
             if isinstance(self.layout, LowBitLayout):
                 rounding = Rounding(self.scheme.activation_bits, self.scheme.activation_symmetric, clip)
                 direct = direct_low_bit_linear(self.packed, self.layout, self.dtype, bias, rounding)

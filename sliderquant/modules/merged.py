@@ -145,7 +145,7 @@ class MergedLinear(PackedLinear):
         if not torch.compiler.is_compiling() and x.numel() > MAX_STRIDED_TOKENS * self.in_features:
             direct = self._direct()
             if direct is not None and direct.fits(x):
-                return direct.parts(x, self.sizes)
+                return list(direct.parts(x, self.sizes))
         return list(self(x).split(self.sizes, -1))
 
     def _begin(self, parent: nn.Module, arguments: Any) -> None:

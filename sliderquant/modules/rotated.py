@@ -3,8 +3,10 @@
 R4 is a `RotatedLinear` in the place of every down_proj. For R3 see `sliderquant.modules.attention`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sliderquant.activation_clipping import Clip
@@ -12,7 +14,7 @@ from sliderquant.errors import InputError
 from sliderquant.models.family import Family
 from sliderquant.modules.linear import PackedLinear
 from sliderquant.rotation import Rotation, Rotations
-from sliderquant_kernels import QuantizedActivations, hadamard, hadamard_quantize
+from sliderquant_kernels import QuantizedActivations, hadamard, hadamard_quantize, prepare_hadamard
 
 __all__ = ["OnlineRotation", "RotatedLinear", "insert_rotation", "insert_rotations"]
 
@@ -35,6 +37,7 @@ class OnlineRotation(nn.Module):
             raise InputError(f"rotation of {len(rotation.signs)} heads: an online rotation has the same signs for all")
         self.transform = rotation.transform
         self.register_buffer("signs", rotation.signs[0].clone(), persistent=False)
+        self._prepare()
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., size]` -> the same shape and dtype."""
@@ -54,6 +57,17 @@ class OnlineRotation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.transform}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OnlineRotation":
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        # What a GPU multiplies by is made here: the first call may be one that is captured into a CUDA graph.
+        if self.signs.is_cuda:
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                prepare_hadamard(self.transform, self.signs.device, dtype)
 
 
 class RotatedLinear(nn.Module):
