@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from sliderquant.evaluation.models import evaluate
     from sliderquant.loading import load
     from sliderquant.pipeline import plan, quantize
+    from sliderquant.warming import warm_up
 
-__all__ = ["__version__", "bench", "evaluate", "load", "plan", "quantize"]
+__all__ = ["__version__", "bench", "evaluate", "load", "plan", "quantize", "warm_up"]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,6 +32,10 @@ def __getattr__(name: str) -> Any:
         from sliderquant.evaluation.models import evaluate
 
         return evaluate
+    if name == "warm_up":
+        from sliderquant.warming import warm_up
+
+        return warm_up
     if name in ("plan", "quantize"):
         from sliderquant import pipeline
 

@@ -50,6 +50,7 @@ def load(
     *,
     attn_implementation: str | None = None,
     merge: bool = True,
+    warm_up: bool = False,
 ) -> PreTrainedModel:
     """Load a quantized checkpoint: of sliderquant, or of another tool in compressed-tensors' formats
     `pack-quantized` and `int-quantized`.
@@ -63,6 +64,8 @@ def load(
         attn_implementation: as in transformers: `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...
         merge: pack q_proj, k_proj and v_proj as one weight, and gate_proj and up_proj: one kernel launch each. The
             modules keep their places and `state_dict` its tensors; `sliderquant.modules.split_linears` undoes it.
+        warm_up: on CUDA, compile the kernels now, in parallel, and not when they are first launched; see
+            `sliderquant.warm_up`.
 
     Returns:
         The model in evaluation mode, without gradients; `generate`, `save_pretrained` and `torch.compile` work on it.
@@ -114,6 +117,11 @@ def load(
     model.requires_grad_(False).eval()
     if target.type == "cuda":
         _make_fast(model)
+    if warm_up:
+        from sliderquant.warming import warm_up as compile_all
+
+        for line in compile_all(model).errors:
+            logger.warning("%s", line)
     return model
 
 

@@ -81,5 +81,8 @@ class Progress:
     def layer_passed(self, done: int, total: int) -> None:
         """`done` of `total` passes of a block of text through a layer or the head are done."""
 
+    def kernels_compiled(self, done: int, total: int) -> None:
+        """`done` of `total` kernels are compiled."""
+
     def message(self, text: str) -> None:
         """A line worth reading."""

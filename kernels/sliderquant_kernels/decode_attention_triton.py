@@ -3,12 +3,14 @@
 # mypy: allow-incomplete-defs
 from __future__ import annotations
 
-from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch_plan import launch
 
 # Positions of a program, and of a step of its loop.
 SHARE, BLOCK = 128, 64
@@ -17,7 +19,8 @@ _ROWS = 16
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "groups", "shares", "q_batch", "q_head", "k_batch", "k_head", "v_batch",
+                                "v_head", "mask_batch"])  # fmt: skip
 def share_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sum_ptr, most_ptr, total_ptr, scale, heads, groups, shares,
                  q_batch, q_head, k_batch, k_head, k_token, v_batch, v_head, v_token, mask_batch,
                  D: tl.constexpr, DV: tl.constexpr, PADDED_D: tl.constexpr, PADDED_DV: tl.constexpr,
@@ -68,7 +71,7 @@ def share_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sum_ptr, most_ptr, to
         tl.store(sum_ptr + out[:, None] * DV + dv[None, :], acc, (row[:, None] < groups) & (dv[None, :] < DV))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "shares"])
 def join_kernel(sum_ptr, most_ptr, total_ptr, index_ptr, y_ptr, groups, shares, DV: tl.constexpr,
                 PADDED_DV: tl.constexpr, SHARE: tl.constexpr):  # fmt: skip
     """The shares' sums -> y `[batch, heads * groups, DV]`. Grid: rows of y."""
@@ -110,15 +113,16 @@ def decode_attention(
     # The interpreter cannot multiply bf16.
     operand = tl.float32 if INTERPRETED else _TRITON_DTYPES[q.dtype]
     padded = [max(triton.next_power_of_2(n), 16) for n in (size, out_size)]
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        share_kernel[(batch * heads, shares)](
-            q, keys, values, mask, index, sums, most, total, scale, heads, groups, shares, q.stride(0), q.stride(1),
-            *keys.stride()[:3], *values.stride()[:3], 0 if mask is None else mask.stride(0),
-            D=size, DV=out_size, PADDED_D=padded[0], PADDED_DV=padded[1],
-            ROWS=max(triton.next_power_of_2(groups), _ROWS), SHARE=SHARE, BLOCK=BLOCK, OPERAND=operand, num_warps=4,
-            num_stages=2,
-        )  # fmt: skip
-        join_kernel[(batch * query_heads,)](
-            sums, most, total, index, y, groups, shares, DV=out_size, PADDED_DV=padded[1], SHARE=SHARE, num_warps=1
-        )
+    numbers = (scale, heads, groups, shares, q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3],
+               0 if mask is None else mask.stride(0))  # fmt: skip
+    constants: dict[str, Any] = {
+        "D": size, "DV": out_size, "PADDED_D": padded[0], "PADDED_DV": padded[1],
+        "ROWS": max(triton.next_power_of_2(groups), _ROWS), "SHARE": SHARE, "BLOCK": BLOCK, "OPERAND": operand,
+    }  # fmt: skip
+    grid = (batch * heads, shares, 1)
+    launch(share_kernel, grid, (q, keys, values, mask, index, sums, most, total), numbers, constants,
+            {"num_warps": 4, "num_stages": 2})  # fmt: skip
+    constants = {"DV": out_size, "PADDED_DV": padded[1], "SHARE": SHARE}
+    grid = (batch * query_heads, 1, 1)
+    launch(join_kernel, grid, (sums, most, total, index, y), (groups, shares), constants, {"num_warps": 1})
     return y

@@ -3,14 +3,15 @@
 # mypy: allow-incomplete-defs
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch_plan import launch
+
+# Without fused multiply-adds: each step is rounded as torch rounds it.
+UNFUSED = {"enable_fp_fusion": False}
 # Values that a program takes of a row of `silu_mul`.
 COLUMNS = 1024
 
@@ -27,7 +28,7 @@ def _rounded(x, DTYPE: tl.constexpr, CUT: tl.constexpr):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "inner", "heads"])
 def rms_norm_kernel(x_ptr, weight_ptr, y_ptr, K, outer, inner, heads, eps, BLOCK: tl.constexpr, CUT: tl.constexpr):
     """One program a row: row r of x begins at (r // heads) * outer + (r % heads) * inner; y `[rows, K]`."""
     row = tl.program_id(0).to(tl.int64)
@@ -41,7 +42,7 @@ def rms_norm_kernel(x_ptr, weight_ptr, y_ptr, K, outer, inner, heads, eps, BLOCK
     tl.store(y_ptr + row * K + offsets, _rounded(_rounded(x, DTYPE, CUT) * weight, DTYPE, CUT), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["gate_stride", "up_stride"])
 def silu_mul_kernel(gate_ptr, up_ptr, y_ptr, K, gate_stride, up_stride, BLOCK: tl.constexpr, CUT: tl.constexpr):
     """y `[rows, K]` = silu(gate) * up, rows of both at strides of their own. Grid: rows, blocks of columns."""
     row = tl.program_id(0).to(tl.int64)
@@ -54,7 +55,8 @@ def silu_mul_kernel(gate_ptr, up_ptr, y_ptr, K, gate_stride, up_stride, BLOCK: t
     tl.store(y_ptr + row * K + offsets, _rounded(silu * up, DTYPE, CUT), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "q_heads", "k_heads", "q_batch", "q_head", "q_token", "k_batch", "k_head",
+                                "k_token", "cos_batch", "cos_token"])  # fmt: skip
 def rotary_kernel(q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, q_heads, k_heads,
                   q_batch, q_head, q_token, k_batch, k_head, k_token, cos_batch, cos_token,
                   D: tl.constexpr, HALF: tl.constexpr, CUT: tl.constexpr):  # fmt: skip
@@ -103,9 +105,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, strides = x.contiguous(), (0, k, rows)
     outer, inner, heads = strides
     block = triton.next_power_of_2(k)
-    options = {"num_warps": min(max(block // 512, 1), 16), "enable_fp_fusion": False}
-    with _on(x):
-        rms_norm_kernel[(rows,)](x, weight, y, k, outer, inner, heads, eps, BLOCK=block, CUT=INTERPRETED, **options)
+    constants = {"BLOCK": block, "CUT": INTERPRETED}
+    launch(
+        rms_norm_kernel, (rows, 1, 1), (x, weight, y), (k, outer, inner, heads, float(eps)), constants,
+        {"num_warps": min(max(block // 512, 1), 16), **UNFUSED},
+    )  # fmt: skip
     return y
 
 
@@ -117,12 +121,10 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     k = gate.shape[-1]
     gate, up = (x.reshape(-1, k) for x in (gate, up))
     gate, up = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
-    grid = (gate.shape[0], triton.cdiv(k, COLUMNS))
-    with _on(gate):
-        silu_mul_kernel[grid](
-            gate, up, y, k, gate.stride(0), up.stride(0), BLOCK=COLUMNS, CUT=INTERPRETED, num_warps=4,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    grid = (gate.shape[0], triton.cdiv(k, COLUMNS), 1)
+    constants = {"BLOCK": COLUMNS, "CUT": INTERPRETED}
+    options = {"num_warps": 4, **UNFUSED}
+    launch(silu_mul_kernel, grid, (gate, up, y), (k, gate.stride(0), up.stride(0)), constants, options)
     return y
 
 
@@ -137,11 +139,11 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         cos, sin = cos.contiguous(), sin.contiguous()
     outputs = [x.new_empty(batch, tokens, x.shape[1], size) for x in (q, k)]
     if batch * tokens:
-        with _on(q):
-            rotary_kernel[(batch * tokens, q_heads + k_heads)](
-                q, k, cos, sin, *outputs, tokens, q_heads, k_heads, *q.stride()[:3], *k.stride()[:3], *cos.stride()[:2],
-                D=size, HALF=triton.next_power_of_2(size // 2), CUT=INTERPRETED, num_warps=1, enable_fp_fusion=False,
-            )  # fmt: skip
+        grid = (batch * tokens, q_heads + k_heads, 1)
+        strides = (*q.stride()[:3], *k.stride()[:3], *cos.stride()[:2])
+        constants = {"D": size, "HALF": triton.next_power_of_2(size // 2), "CUT": INTERPRETED}
+        launch(rotary_kernel, grid, (q, k, cos, sin, *outputs), (tokens, q_heads, k_heads, *strides), constants,
+               {"num_warps": 1, **UNFUSED})  # fmt: skip
     return outputs[0].transpose(1, 2), outputs[1].transpose(1, 2)
 
 
@@ -157,7 +159,3 @@ def _rows(x: Tensor) -> tuple[int, int, int] | None:
         if x.stride(dim) != x.stride(dim + 1) * x.shape[dim + 1] and x.shape[dim] != 1:
             return None
     return x.stride(-3), x.stride(-2), x.shape[-2]
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -10,7 +10,8 @@ where there is none), the integers that the kernel is specialized for, and a dev
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ _RUN_ARGUMENTS = ("gridX", "gridY", "gridZ", "stream", "function", "kernel_metad
 _MOST_PLANS = 8192
 
 Grid = tuple[int, int, int]
+Recorder = Callable[["Launcher", "Dtypes", tuple[Any, ...]], None]
 Dtypes = tuple[torch.dtype | None, ...]
 
 
@@ -55,8 +57,8 @@ class PlanCache(dict[Hashable, Any]):
 class Launcher:
     """Launches of one kernel with everything that its compilation depends on."""
 
-    __slots__ = ("_can_keep", "_compiled", "_constants", "_function", "_index", "_kernel", "_keywords", "_metadata",
-                 "_pre_run_hooks", "_run")  # fmt: skip
+    __slots__ = ("_can_keep", "_compiled", "_constants", "_function", "_index", "_keywords", "_metadata",
+                 "_pre_run_hooks", "_run", "constants", "kernel", "options")  # fmt: skip
 
     def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, Any], index: int) -> None:
         """
@@ -66,7 +68,7 @@ class Launcher:
             options: Triton's.
             index: of the CUDA device.
         """
-        self._kernel, self._index = kernel, index
+        self.kernel, self.constants, self.options, self._index = kernel, constants, options, index
         self._keywords = {**constants, **options}
         self._run: Any = None
         self._compiled: Any = None
@@ -111,9 +113,12 @@ class Launcher:
             *addresses, *numbers, *self._constants)  # fmt: skip
 
     def _launch_by_jit(self, grid: Grid, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:
+        if _recording:
+            _recording[-1](self, tuple(map(dtype_of, tensors)), numbers)
+            return
         # Triton launches on the current device, which need not be the tensors'.
         with devices.on_device(self._index):
-            compiled = self._kernel[grid](*tensors, *numbers, **self._keywords)
+            compiled = self.kernel[grid](*tensors, *numbers, **self._keywords)
             # The kernel for addresses that are not multiples is another one.
             odd = any(tensor is not None and tensor.data_ptr() % ALIGNMENT for tensor in tensors)
             if self._run is None and self._can_keep and not odd:
@@ -132,7 +137,7 @@ class Launcher:
         """Compile and load without a launch; whether the next launch can go directly."""
         if self._run is None and self._can_keep:
             with devices.on_device(self._index):
-                compiled = self._kernel.warmup(*dtypes, *numbers, grid=grid, **self._keywords)
+                compiled = self.kernel.warmup(*dtypes, *numbers, grid=grid, **self._keywords)
                 load = getattr(compiled, "_init_handles", None)
                 if load is not None:
                     load()
@@ -141,6 +146,31 @@ class Launcher:
 
 
 _launchers = PlanCache()
+_recording: list[Recorder] = []
+
+
+@contextmanager
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """Call `recorder` in place of every launch of a kernel that is not compiled yet. Results are not computed then."""
+    _recording.append(recorder)
+    try:
+        yield
+    finally:
+        _recording.remove(recorder)
+
+
+def launch(
+    kernel: Any,
+    grid: Grid,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Launch a kernel by its launcher, on the device of the first tensor."""
+    index = next(tensor for tensor in tensors if tensor is not None).get_device()
+    launcher = launcher_for(kernel, constants, options, index, tuple(map(dtype_of, tensors)), numbers)
+    launcher(grid, tensors, numbers)
 
 
 def launcher_for(

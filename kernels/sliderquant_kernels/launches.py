@@ -23,6 +23,8 @@ from .tiles import Choice, Device
 
 _CLIP = {"clip_low": "fp32", "clip_high": "fp32"}
 _POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+# Triton's types of pointers to what kernels read and write.
+POINTERS = {**_POINTER, torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @dataclass

@@ -165,6 +165,9 @@ class Bars(_Counting):
     def layer_passed(self, done: int, total: int) -> None:
         self._update("passes", total, done=done)
 
+    def kernels_compiled(self, done: int, total: int) -> None:
+        self._update("kernels compiled", total, done=done)
+
     def message(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
 
@@ -217,6 +220,10 @@ class Lines(_Counting):
     def layer_passed(self, done: int, total: int) -> None:
         if done < total and self._due():
             self._print(f"{done / total:.0%} of the passes done")
+
+    def kernels_compiled(self, done: int, total: int) -> None:
+        if done < total and self._due():
+            self._print(f"compiled {done} of {total} kernels")
 
     def message(self, text: str) -> None:
         self._print(text)

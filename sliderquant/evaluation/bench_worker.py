@@ -22,6 +22,7 @@ from sliderquant.devices import resolve_device
 from sliderquant.evaluation.models import is_quantized
 from sliderquant.loading import load
 from sliderquant.models.source import open_model
+from sliderquant.warming import warm_up
 
 __all__ = ["Job", "Worker", "weight_bytes"]
 
@@ -77,6 +78,8 @@ class Worker:
         _wait(self.device)
         seconds = time.perf_counter() - start
         self._note_peak("load")
+        if self.quantized:
+            warm_up(self.model)
         _reset_peak(self.device)
         return seconds
 
