@@ -23,6 +23,7 @@ from sliderquant.modules.linear import PackedLinear
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import (
+    devices,
     factor_hadamard,
     hadamard,
     hadamard_quantize,
@@ -133,12 +134,8 @@ class through_dispatcher:
     """Ops go through torch's dispatcher within this context, as if something watched them, but nothing does."""
 
     def __enter__(self) -> None:
-        from sliderquant_kernels import devices
-
         self._kept = devices.nothing_watches
         devices.nothing_watches = lambda: False
 
     def __exit__(self, *_: Any) -> None:
-        from sliderquant_kernels import devices
-
         devices.nothing_watches = self._kept

@@ -6,6 +6,7 @@ Within the context alone, of one thread, in a process that does not interpret Tr
 """
 
 import importlib
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
@@ -19,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from sliderquant.modules import linear as modules
-from sliderquant_kernels import activations, cpu, layout, low_bit_cpu, low_bit_layout
+from sliderquant_kernels import activations, cpu, devices, layout, low_bit_cpu, low_bit_layout
 from sliderquant_kernels.tiles import Device
 
 __all__ = ["LAUNCHES", "stubbed_gpu"]
@@ -80,6 +81,11 @@ def stubbed_gpu() -> Iterator[None]:
         def replace(target: Any, name: str, value: Any) -> None:
             stack.enter_context(patch.object(target, name, value))
 
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # what waits for others is not ours
+        stack.callback(torch.set_num_threads, threads)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of ops that are overridden
         active = driver._active
         driver.set_active(_Driver())
         stack.callback(driver.set_active, active)  # type: ignore[arg-type]
@@ -102,12 +108,7 @@ def stubbed_gpu() -> Iterator[None]:
             replace(kind, "device_type", property(lambda self: "cpu"))
         replace(modules, "choose_layout", lambda *shape: layout.WeightLayout("triton", *shape[:5]))
         replace(modules, "choose_low_bit_layout", lambda *shape: low_bit_layout.LowBitLayout("triton_int8", *shape[:5]))
-        try:
-            from sliderquant_kernels import devices
-        except ImportError:
-            pass
-        else:
-            replace(devices, "on_gpu", attrgetter("is_cpu"))
-            replace(devices, "current_device", lambda: -1)
-            replace(devices, "raw_stream", lambda index: 0)
+        replace(devices, "on_gpu", attrgetter("is_cpu"))
+        replace(devices, "current_device", lambda: -1)
+        replace(devices, "raw_stream", lambda index: 0)
         yield

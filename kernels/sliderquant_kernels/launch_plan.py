@@ -187,7 +187,8 @@ def launcher_for(
         dtypes: of the tensors, None where there is none.
         numbers: the arguments between the tensors and the constants.
     """
-    key = (kernel, tuple(constants.items()), tuple(options.items()), index, dtypes,
+    # By identity, which a launcher keeps from being another's: Triton hashes the source.
+    key = (id(kernel), tuple(constants.items()), tuple(options.items()), index, dtypes,
            _specialization(kernel, len(dtypes), numbers))  # fmt: skip
     found = _launchers.get(key)
     return _launchers.keep(key, Launcher(kernel, constants, options, index)) if found is None else found

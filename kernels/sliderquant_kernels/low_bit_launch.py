@@ -151,7 +151,8 @@ def _plan(
     tiles_m = triton.cdiv(m, choice.block_m)
     expands = choice.variant == "tiles"
     if expands:
-        kernel, numbers = kernels.int8_tiles_kernel, (m, n, k, row_blocks * ROWS)
+        numbers: tuple[int, ...] = (m, n, k, row_blocks * ROWS)
+        kernel = kernels.int8_tiles_kernel
         tiles = tiles_m * triton.cdiv(n, choice.row_blocks * ROWS)
     else:
         kernel = kernels.low_bit_warp_k_kernel if choice.variant == "warp_k" else kernels.low_bit_rows_kernel
