@@ -1,5 +1,8 @@
 """CUDA graphs of real steps. Runs on a machine with a GPU; elsewhere every test is skipped with the reason."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -137,3 +140,28 @@ def test_transformers_compiles_the_step_with_its_own_graphs(
     config = CompileConfig(mode="reduce-overhead")
     found = written(model, prompt(), 12, cache_implementation="static", compile_config=config)
     assert_same_until_a_tie(found, expected)
+
+
+WARMED = """
+import sys, pathlib, torch, sliderquant
+from sliderquant.warming import warm_up
+cache = pathlib.Path(sys.argv[2])
+model = sliderquant.load(sys.argv[1], device="cuda")
+found = warm_up(model, tokens=(1, 8, 64, 300), batches=(), processes=2)
+assert not found.errors, found.errors
+before = len(list(cache.glob("*/*.cubin")))
+again = warm_up(model, tokens=(1, 8, 64, 300), batches=())
+print(found.kernels, before, again.kernels)
+"""
+
+
+def test_what_is_compiled_in_parallel_is_what_is_launched(
+    tmp_path: Path, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    make_model(scheme="W4A4", rotate=["R1", "R4"])
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", WARMED, str(tmp_path / "out"), str(tmp_path / "cache")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    recorded, compiled, left = map(int, done.stdout.split()[-3:])
+    assert (compiled, left) == (recorded, 0), "a launch compiled another kernel than its job"
