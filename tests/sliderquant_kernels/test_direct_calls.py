@@ -242,7 +242,7 @@ def test_strided_inputs(weight, low, make_x):
         assert torch.equal(got, want)
         assert got.is_contiguous()
     found = quantize_activations(dense, 4)
-    odd = QuantizedActivations(found.codes.t().contiguous().t(), found.scale.repeat(2).view(2, 4)[0], None,
+    odd = QuantizedActivations(found.codes.t().contiguous().t(), found.scale.repeat_interleave(2)[::2], None,
                                found.token_sum.repeat_interleave(2)[::2])  # fmt: skip
     assert torch.equal(low_bit_linear(odd, *low, x.dtype), low_bit_linear(found, *low, x.dtype))
 

@@ -45,7 +45,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "device", current)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
-    monkeypatch.setattr(devices, "is_capturing", lambda: State.capturing)
+    monkeypatch.setattr(devices, "is_capturing", lambda: State.capturing in (True, (State.device,)))
     monkeypatch.setattr(devices, "current_device", lambda: State.device)
     monkeypatch.setattr(devices, "raw_stream", lambda index: State.stream)
     for name in ("_by_stream", "_reserves"):
@@ -113,6 +113,13 @@ def test_nothing_lasting_is_allocated_in_the_caller_s_thread(cuda, monkeypatch):
     assert len(cuda.threads) == 5
     assert threading.current_thread() not in cuda.threads
     assert cuda.synchronized == cuda.threads
+
+
+def test_whether_the_stream_of_the_tensors_device_is_captured(cuda):
+    workspace.reserve(_Device(1))
+    cuda.capturing = (1,)  # the current stream of device 1; the current device is another one
+    first, second = (workspace.split_counters(100, _Device(1)) for _ in range(2))
+    assert not _overlap(first, second)
 
 
 def test_nothing_is_reserved_during_a_capture(cuda):
