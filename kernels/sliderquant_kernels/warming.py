@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -39,13 +39,8 @@ class Job:
     name: str
     dtypes: tuple[torch.dtype | None, ...]
     numbers: tuple[Any, ...]
-    constants: dict[str, Any] = field(hash=False)
-    options: dict[str, Any] = field(hash=False)
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for equal jobs."""
-        return self.module, self.name, self.dtypes, self.numbers, repr(self.constants), repr(self.options)
+    constants: dict[str, Any]
+    options: dict[str, Any]
 
     def compile(self, arch: int) -> None:
         """Compile for an architecture such as 90, as the launch would. Raises what the compiler raises."""
@@ -69,15 +64,15 @@ def recorded_jobs() -> Iterator[list[Job]]:
     """The kernels that are launched meanwhile and are not compiled yet: each once, none of them launched."""
     from .launch_plan import recorded
 
-    jobs: dict[tuple[Any, ...], Job] = {}
+    launchers: set[Any] = set()
     found: list[Job] = []
 
     def note(launcher: Any, dtypes: Any, numbers: tuple[Any, ...]) -> None:
-        function = launcher.kernel.fn
-        job = Job(function.__module__, function.__name__, dtypes, numbers, launcher.constants, launcher.options)
-        if job.key not in jobs:
-            jobs[job.key] = job
-            found.append(job)
+        # A launcher is one compiled kernel, whatever the numbers that it is not specialized for.
+        if launcher not in launchers:
+            launchers.add(launcher)
+            function, constants, options = launcher.kernel.fn, launcher.constants, launcher.options
+            found.append(Job(function.__module__, function.__name__, dtypes, numbers, constants, options))
 
     with recorded(note):
         yield found

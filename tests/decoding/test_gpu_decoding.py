@@ -136,10 +136,12 @@ def test_transformers_compiles_the_step_with_its_own_graphs(
     scheme: str, make_model: Callable[..., PreTrainedModel]
 ) -> None:
     model = make_model(scheme=scheme)
-    expected = written(model, prompt(), 12, disable_compile=True)
-    config = CompileConfig(mode="reduce-overhead")
-    found = written(model, prompt(), 12, cache_implementation="static", compile_config=config)
-    assert_same_until_a_tie(found, expected)
+    # Against the same compiled step without graphs: a compiler leaves roundings out, and at 4 bits that changes codes.
+    plain, graphs = (
+        written(model, prompt(), 12, cache_implementation="static", compile_config=CompileConfig(mode=mode))
+        for mode in ("default", "reduce-overhead")
+    )
+    assert_same_until_a_tie(graphs, plain)
 
 
 WARMED = """

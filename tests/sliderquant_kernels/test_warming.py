@@ -26,7 +26,8 @@ low = LowBitLayout("triton_int8", 4, 128, 256, None, True)
 packed, low_packed = layout.pack(codes, scale), low.pack(codes, torch.ones(128, 1))
 q, keys = torch.randn(1, 4, 1, 64).bfloat16(), torch.randn(1, 2, 256, 64).bfloat16()
 with recorded_jobs() as jobs:
-    for _ in range(2):
+    for tokens in (3, 2):
+        x = x[:tokens].contiguous()
         weight_only_triton.weight_only_linear(x, packed[0], packed[1], None, None, layout)
         a, b, c, d = activations_triton.quantize_activations(x, 4, False, None, 0.0, None, False, (0.9, 0.8))
         low_bit_launch.low_bit_linear(a, b, c, d, *low_packed, None, None, low, torch.bfloat16)
