@@ -5,14 +5,14 @@ one write of its codes. The formulas are in `activations`."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_plan import PlanCache, dtype_of, launcher_for
+from .launch_plan import Dtypes, Launcher, PlanCache, dtype_of, launcher_for
 
 # Added to an fp32 number below 2^22 it leaves the number's nearest integer, half to even, in the lowest mantissa bits.
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23
@@ -154,15 +154,41 @@ def quantize_activations(
     if plans is None:
         plans = _plans
         key = (k, x.dtype, x.get_device(), bits, symmetric, packed, norm_weight is None, gate is None, clip is None)
-    launcher = plans.get(key)
-    if launcher is None:
-        dtypes = (x.dtype, dtype_of(norm_weight), dtype_of(gate), codes.dtype, torch.float32, dtype_of(zero),
-                  torch.int32)  # fmt: skip
-        constants = quantize_constants(k, bits, symmetric, packed)
-        launcher = launcher_for(quantize_kernel, constants, quantize_options(k), x.get_device(), dtypes, numbers)
-        plans[key] = launcher
-    launcher((rows, 1, 1), (x, norm_weight, gate, codes, scale, zero, total), numbers)
+    plan = plans.get(key)
+    if plan is None:
+        plan = quantize_plan(plans, key, k, x.dtype, x.get_device(), bits, symmetric, packed, dtype_of(norm_weight),
+                             dtype_of(gate), clip)  # fmt: skip
+    plan.launcher((rows, 1, 1), (x, norm_weight, gate, codes, scale, zero, total), numbers)
     return codes, scale, zero, total
+
+
+class QuantizePlan(NamedTuple):
+    """How activations are quantized, and the dtypes of the tensors of the launch."""
+
+    launcher: Launcher
+    dtypes: Dtypes
+
+
+def quantize_plan(
+    plans: PlanCache,
+    key: Hashable,
+    k: int,
+    dtype: torch.dtype,
+    index: int,
+    bits: int,
+    symmetric: bool,
+    packed: bool,
+    norm: torch.dtype | None,
+    gate: torch.dtype | None,
+    clip: Sequence[float] | None,
+) -> QuantizePlan:
+    """A plan, kept in `plans` under `key`; norm, gate: the dtypes of what there is."""
+    dtypes = (dtype, norm, gate, torch.uint8 if packed else torch.int8, torch.float32,
+              None if symmetric else torch.int32, torch.int32)  # fmt: skip
+    limits = (None, None) if clip is None else (clip[0], clip[1])
+    constants = quantize_constants(k, bits, symmetric, packed)
+    launcher = launcher_for(quantize_kernel, constants, quantize_options(k), index, dtypes, (k, 0.0, *limits))
+    return plans.keep(key, QuantizePlan(launcher, dtypes))
 
 
 def token_values(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor | None, Tensor]:

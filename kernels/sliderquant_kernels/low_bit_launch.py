@@ -11,10 +11,10 @@ from torch import Tensor
 
 from . import devices
 from . import low_bit_triton as kernels
-from .activations_triton import quantize_activations
+from .activations_triton import quantize_activations, quantize_plan
 from .cpu_vnni import Rounding
 from .int8_fragments import ROWS, block_inputs
-from .launch_plan import Grid, Launcher, PlanCache, dtype_of, launcher_for
+from .launch_plan import Dtypes, Grid, Launcher, PlanCache, dtype_of, launcher_for
 from .layout import PackedWeight
 from .low_bit_layout import LowBitLayout
 from .low_bit_tiles import choose_low_bit
@@ -72,6 +72,7 @@ class LowBitPlan(NamedTuple):
 
     launcher: Launcher
     grid: Grid
+    dtypes: Dtypes
     numbers: tuple[int, ...]
     expands: bool
 
@@ -163,12 +164,18 @@ def _plan(
     launcher = launcher_for(
         kernel, matmul_constants(layout, choice), matmul_options(choice), x.get_device(), dtypes, numbers
     )
-    return LowBitPlan(launcher, (tiles, 1, 1), numbers, expands)
+    return LowBitPlan(launcher, (tiles, 1, 1), dtypes, numbers, expands)
 
 
 def expand(weight: Tensor, layout: LowBitLayout) -> Tensor:
     """Packed codes -> int8 `[N, K]`, less 128 at 8 bits."""
     out = weight.new_empty(layout.n, layout.k, dtype=torch.int8)
+    launcher, grid, _, numbers = _expand_plan(weight, layout)
+    launcher(grid, (weight, out), numbers)
+    return out
+
+
+def _expand_plan(weight: Tensor, layout: LowBitLayout) -> tuple[Launcher, Grid, Dtypes, tuple[int, ...]]:
     key = (layout, weight.get_device())
     plan = _expand_plans.get(key)
     if plan is None:
@@ -178,10 +185,8 @@ def expand(weight: Tensor, layout: LowBitLayout) -> Tensor:
         numbers = (layout.n, layout.k, row_blocks, k_blocks)
         dtypes = (weight.dtype, torch.int8)
         launcher = launcher_for(kernels.expand_kernel, constants, EXPAND_OPTIONS, weight.get_device(), dtypes, numbers)
-        plan = _expand_plans.keep(key, (launcher, (tiles, 1, 1), numbers))
-    launcher, grid, numbers = plan
-    launcher(grid, (weight, out), numbers)
-    return out
+        plan = _expand_plans.keep(key, (launcher, (tiles, 1, 1), dtypes, numbers))
+    return plan
 
 
 class DirectLowBitLinear:
@@ -223,6 +228,23 @@ class DirectLowBitLinear:
             x, self._bits, self._symmetric, None, 0.0, None, False, self._clip, self._quantize_plans
         )
         return self.multiply(codes, scale, zero, total)
+
+    def prepare(self, tokens: int) -> bool:
+        """Compile and load what so many tokens launch, without a launch; whether it can go directly."""
+        weight, scale, _ = self._packed
+        zero = None if self._symmetric else scale.new_empty(0, dtype=torch.int32)
+        plan = self._plans.get(tokens)
+        if plan is None:
+            plan = _plan(weight, zero, weight, scale, self._bias, None, self._layout, self._dtype, tokens, None)
+            self._plans[tokens] = plan
+        rounds = quantize_plan(self._quantize_plans, None, self._layout.k, self._dtype, self._index, self._bits,
+                               self._symmetric, False, None, None, self._clip)  # fmt: skip
+        numbers = (self._layout.k, 0.0, *(self._clip or (None, None)))
+        ready = [plan.launcher.prepare(plan.dtypes, plan.numbers), rounds.launcher.prepare(rounds.dtypes, numbers)]
+        if plan.expands:
+            launcher, _, dtypes, sizes = _expand_plan(weight, self._layout)
+            ready.append(launcher.prepare(dtypes, sizes))
+        return all(ready)
 
     def multiply(self, codes: Tensor, scale: Tensor, zero: Tensor | None, total: Tensor) -> Tensor:
         """The product alone, for inputs that are rounded already."""

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from . import devices
 from . import matmul_triton as kernels
 from .fragments import block_inputs, zero_bias
-from .launch_plan import Grid, Launcher, PlanCache, dtype_of, launcher_for
+from .launch_plan import Dtypes, Grid, Launcher, PlanCache, dtype_of, launcher_for
 from .layout import WeightLayout
 from .tiles import Choice, Device, Problem
 from .tuned import choose
@@ -105,6 +105,7 @@ class MatmulPlan(NamedTuple):
     choice: Choice
     launcher: Launcher | None = None
     grid: Grid = (0, 0, 0)
+    dtypes: Dtypes = ()
     numbers: tuple[int, ...] = ()
 
 
@@ -189,6 +190,17 @@ class DirectLinear:
         """x `[..., K]` -> `[..., N]`, contiguous."""
         return weight_only_linear(x, self._weight, self._scale, self._bias, None, self._layout, plans=self._plans)
 
+    def prepare(self, tokens: int) -> bool:
+        """Compile and load what a product of so many tokens launches, without a launch; whether it can go directly."""
+        weight, scale, layout = self._weight, self._scale, self._layout
+        plan = self._plans.get(tokens)
+        if plan is None:
+            plan = self._plans.keep(tokens, _plan(scale, weight, self._bias, None, layout, tokens, None, False))
+        if plan.launcher is not None:
+            return plan.launcher.prepare(plan.dtypes, plan.numbers)
+        launcher, _, dtypes, numbers = _dequantize_plan(weight, scale, layout, scale.dtype)
+        return launcher.prepare(dtypes, numbers)
+
 
 def requires_grad(tensor: Tensor | None) -> bool:
     """Whether there is a tensor whose gradient is asked for."""
@@ -214,20 +226,29 @@ def _plan(
     tiles = triton.cdiv(m, choice.block_m) * triton.cdiv(row_blocks, choice.row_blocks)
     shared = (torch.float32, torch.int32) if choice.split > 1 else (None, None)
     numbers = (m, layout.n, layout.k, row_blocks, k_blocks)
+    dtypes = (dtype, weight.dtype, dtype, dtype_of(bias), dtype_of(residual), dtype, *shared)
     launcher = launcher_for(
         kernels.warp_k_kernel if choice.variant == "warp_k" else kernels.rows_kernel,
         matmul_constants(problem, choice, device.arch),
         launch_options(choice.num_warps, choice.num_stages),
         x.get_device(),
-        (dtype, weight.dtype, dtype, dtype_of(bias), dtype_of(residual), dtype, *shared),
+        dtypes,
         numbers,
     )
-    return MatmulPlan(choice, launcher, (tiles, choice.split, 1), numbers)
+    return MatmulPlan(choice, launcher, (tiles, choice.split, 1), dtypes, numbers)
 
 
 def dequantize(weight: Tensor, scale: Tensor, layout: WeightLayout, dtype: torch.dtype) -> Tensor:
     """The weight `[N, K]` in `dtype`, rounded once. Arguments have been validated."""
     out = scale.new_empty(layout.n, layout.k, dtype=dtype)
+    launcher, grid, _, numbers = _dequantize_plan(weight, scale, layout, dtype)
+    launcher(grid, (weight, scale, out), numbers)
+    return out
+
+
+def _dequantize_plan(
+    weight: Tensor, scale: Tensor, layout: WeightLayout, dtype: torch.dtype
+) -> tuple[Launcher, Grid, Dtypes, tuple[int, ...]]:
     index = weight.get_device()
     key = (layout, scale.dtype, dtype, index)
     plan = _dequantize_plans.get(key)
@@ -238,7 +259,5 @@ def dequantize(weight: Tensor, scale: Tensor, layout: WeightLayout, dtype: torch
         numbers = (layout.n, layout.k, row_blocks, k_blocks)
         dtypes = (weight.dtype, scale.dtype, dtype)
         launcher = launcher_for(kernels.dequantize_kernel, constants, DEQUANTIZE_OPTIONS, index, dtypes, numbers)
-        plan = _dequantize_plans.keep(key, (launcher, (tiles, 1, 1), numbers))
-    launcher, grid, numbers = plan
-    launcher(grid, (weight, scale, out), numbers)
-    return out
+        plan = _dequantize_plans.keep(key, (launcher, (tiles, 1, 1), dtypes, numbers))
+    return plan

@@ -23,6 +23,7 @@ from . import devices
 _POOL = 1 << 20  # counters for captured launches, 4 MB: a graph of a 32-layer model takes some 10,000
 _EAGER = 1 << 18  # counters for streams, 1 MB
 _SLICE = 4096  # counters of one stream, or what a launch needs if that is more
+_AT_ONCE = 32  # slices that are cut for captured launches
 _lock = threading.Lock()
 _by_stream: dict[tuple[int, int], tuple[Tensor, int]] = {}
 _reserves: dict[int, _Reserve] = {}
@@ -35,6 +36,8 @@ class _Reserve:
         self.captured = outside_pools(lambda: torch.zeros(_POOL, dtype=torch.int32, device=device), device)
         self.eager = outside_pools(lambda: torch.zeros(_EAGER, dtype=torch.int32, device=device), device)
         self.captured_taken = self.eager_taken = 0
+        # Slices for captured launches by their size, that nobody has yet.
+        self.stock: dict[int, list[Tensor]] = {}
 
 
 class _Outcome(NamedTuple):
@@ -73,6 +76,7 @@ def release_captured() -> None:
     with _lock:
         for reserved in _reserves.values():
             reserved.captured_taken = 0
+            reserved.stock.clear()
 
 
 def outside_pools(make: Callable[[], Tensor], device: torch.device) -> Tensor:
@@ -130,9 +134,16 @@ def _captured(count: int, device: torch.device) -> Tensor:
     size = -(-count // 4) * 4
     with _lock:
         reserved = _reserves.get(device.index)
-        first = 0 if reserved is None else reserved.captured_taken
-        if reserved is not None and first + size <= reserved.captured.numel():
-            reserved.captured_taken = first + size
-            return reserved.captured.narrow(0, first, size)
+        if reserved is not None:
+            stock = reserved.stock.get(size)
+            if not stock:
+                # Many at once: torch takes as long for one slice as for several.
+                first = reserved.captured_taken
+                number = min((reserved.captured.numel() - first) // size, _AT_ONCE)
+                reserved.captured_taken = first + number * size
+                block = reserved.captured.narrow(0, first, number * size)
+                stock = reserved.stock[size] = list(block.split(size)) if number else []
+            if stock:
+                return stock.pop()
     # No weight was packed before the capture, or more graphs than foreseen: the graph itself sets them to zero.
     return torch.zeros(count, dtype=torch.int32, device=device)

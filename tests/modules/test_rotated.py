@@ -117,3 +117,18 @@ def test_sizes_that_do_not_fit(rotated):
         RotatedLinear(rotated.linear, OnlineRotation(rotation_of(64)))
     with pytest.raises(InputError, match="rotation of 2 heads"):
         OnlineRotation(Rotation(torch.ones(2, 12), factor_hadamard(12)))
+
+
+def test_what_a_gpu_multiplies_by_is_made_when_the_rotation_comes_to_it(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "sliderquant.modules.rotated.prepare_hadamard", lambda transform, device, dtype: made.append(dtype)
+    )
+    rotation = OnlineRotation(Rotation(torch.ones(1, 64), factor_hadamard(64)))
+    assert made == []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    rotation.to(torch.bfloat16)
+    assert set(made) == {torch.float16, torch.bfloat16, torch.float32}
+    made.clear()
+    OnlineRotation(Rotation(torch.ones(1, 64), factor_hadamard(64)))
+    assert set(made) == {torch.float16, torch.bfloat16, torch.float32}

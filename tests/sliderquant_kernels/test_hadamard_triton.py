@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from sliderquant_kernels import HadamardTransform, factor_hadamard, reference
+from sliderquant_kernels import HadamardTransform, factor_hadamard, prepare_hadamard, reference
 from sliderquant_kernels import hadamard_launch as launch
 from sliderquant_kernels.activations import prepared
 from sliderquant_kernels.hadamard_tiles import HadamardChoice
@@ -299,3 +299,29 @@ def test_operands():
     assert not left[12:].any()
     assert not left[:, 12:].any()
     assert torch.equal(launch.operand((12,), (16,), True, torch.float16, torch.device("cpu")), left.t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("n", [64, 188, 1536, 28672])
+def test_prepared_rotations_make_no_matrices(n, dtype, make_x):
+    transform, kept = factor_hadamard(n), (launch.operand, launch.hadamard_cpu._factor)
+    launch._plans.clear()
+    for function in kept:
+        function.cache_clear()
+    launch.prepare(transform, torch.device("cpu"), dtype)
+    before = [function.cache_info().misses for function in kept]
+    assert sum(before) > 0
+    x, signs = make_x((2, n), dtype), torch.ones(n, dtype=dtype)
+    for inverse in (False, True):
+        for given in (None, signs):
+            launch.hadamard(x, given, transform, inverse)
+    launch.hadamard_quantize(x, signs, x, transform, 4, True)
+    assert [function.cache_info().misses for function in kept] == before
+
+
+def test_what_cannot_be_prepared():
+    with pytest.raises(TypeError, match="transform"):
+        prepare_hadamard(64, "cpu", torch.float16)
+    with pytest.raises(TypeError, match="dtype"):
+        prepare_hadamard(factor_hadamard(64), "cpu", torch.float64)
+    prepare_hadamard(factor_hadamard(64), "cpu", torch.float16)

@@ -25,6 +25,7 @@ from sliderquant_kernels import (
     matmul_triton,
     weight_only_triton,
 )
+from sliderquant_kernels.cpu_vnni import Rounding
 from sliderquant_kernels.tiles import Choice, Device
 
 
@@ -353,3 +354,36 @@ def test_a_plan_of_one_number_of_tokens_serves_no_other(monkeypatch, make_weight
     assert len(kernel.jitted) + len(kernel.launched) == 5
     grids = {args[8]: grid for grid, args in kernel.launched}
     assert grids.keys() == {3, 40}
+
+
+@pytest.mark.parametrize("variant", ["warp_k", "dense"])
+def test_a_prepared_product_is_launched_directly(monkeypatch, make_weight, make_x, variant):
+    kernel = _replace(monkeypatch, matmul_triton, "dequantize_kernel" if variant == "dense" else "warp_k_kernel")
+    monkeypatch.setattr(weight_only_triton, "choose", lambda *_: Choice(variant, 16, 2, 4, 3))
+    layout = WeightLayout("triton", 4, 64, 512, 128, True)
+    packed = layout.pack(*make_weight(4, 64, 512, 128, True, torch.float16)[:3])
+    direct = weight_only_triton.DirectLinear(packed.weight, packed.scale, None, layout)
+    assert direct.prepare(3)
+    assert (kernel.made, kernel.jitted, kernel.launched) == (1, [], [])
+    direct(make_x((3, 512), torch.float16))
+    assert (len(kernel.jitted), len(kernel.launched)) == (0, 1)
+
+
+@pytest.mark.parametrize("clip", [None, (0.5, 0.75)])
+@pytest.mark.parametrize("variant", ["rows", "tiles"])
+def test_a_prepared_low_bit_product_is_launched_directly(monkeypatch, make_weight, make_x, variant, clip):
+    name = "int8_tiles_kernel" if variant == "tiles" else "low_bit_rows_kernel"
+    launched = [
+        _replace(monkeypatch, low_bit_triton, name),
+        _replace(monkeypatch, activations_triton, "quantize_kernel"),
+    ]
+    if variant == "tiles":
+        launched.append(_replace(monkeypatch, low_bit_triton, "expand_kernel"))
+    monkeypatch.setattr(low_bit_launch, "choose_low_bit", lambda *_: Choice(variant, 16, 2, 4, 3))
+    layout = LowBitLayout("triton_int8", 4, 64, 256, None, False)
+    packed = layout.pack(*make_weight(4, 64, 256, None, False, torch.float16)[:3])
+    direct = low_bit_launch.DirectLowBitLinear(packed, layout, torch.float16, None, Rounding(4, False, clip))
+    assert direct.prepare(3)
+    assert all((kernel.made, kernel.jitted, kernel.launched) == (1, [], []) for kernel in launched)
+    direct(make_x((3, 256), torch.float16))
+    assert [(len(kernel.jitted), len(kernel.launched)) for kernel in launched] == [(0, 1)] * len(launched)

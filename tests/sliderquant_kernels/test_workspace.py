@@ -75,14 +75,17 @@ def test_captured_launches_share_none(cuda):
     device = _Device()
     eager = workspace.split_counters(100, device)
     cuda.capturing = True
-    taken = [workspace.split_counters(101, device) for _ in range(3)]
+    taken = [workspace.split_counters(count, device) for count in [101] * 40 + [5] * 40 + [101]]
     for i, counters in enumerate(taken):
-        assert counters.numel() >= 101
+        assert counters.numel() >= (5 if 40 <= i < 80 else 101)
         assert counters.data_ptr() % 16 == 0
         assert not _overlap(counters, eager)
         assert not any(_overlap(counters, other) for other in taken[:i])
     workspace.release_captured()
-    assert _overlap(workspace.split_counters(100, device), taken[0])
+    again = [workspace.split_counters(101, device) for _ in range(40)]
+    assert any(_overlap(again[0], counters) for counters in taken)
+    for i, counters in enumerate(again):
+        assert not any(_overlap(counters, other) for other in again[:i])
 
 
 def test_an_exhausted_or_missing_pool_is_no_error(cuda):
