@@ -15,6 +15,7 @@ COMMANDS = {
     "load": ("benchmarks.load", "seconds per GB of loading a checkpoint, against plain reading"),
     "step": ("benchmarks.step", "a training step with quantizers against one without"),
     "host": ("benchmarks.host", "microseconds that calls cost on the host"),
+    "decode-step": ("benchmarks.decode_step", "what a token of generate takes on a GPU, and its graph alone"),
     "report": ("benchmarks.report", "tables and roofline plots from the files of `kernels`"),
 }
 

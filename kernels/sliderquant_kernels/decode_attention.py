@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ def decode_attention(
     return _kernels().decode_attention(q, keys, values, index, mask, scale)
 
 
+@lru_cache(maxsize=1)
 def _kernels() -> Any:
     try:
         from . import decode_attention_triton

@@ -48,23 +48,28 @@ except AttributeError:  # a torch that names them otherwise: always ask the disp
 _dispatch_modes, _function_modes, _transforms, _tracing_state, _profiling = _tracers
 
 
-def nothing_watches() -> bool:
-    """Whether nobody would see an op: no compiler, mode, transform or tracer, and no profiler that shows its name."""
+def nothing_traces() -> bool:
+    """Whether no compiler, mode, transform or tracer would see an op."""
     # The compiler first: it must not trace the other questions.
     return not (
-        torch.compiler.is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or _transforms()
-        or _tracing_state()
-        or _profiling()
+        torch.compiler.is_compiling() or _dispatch_modes() or _function_modes() or _transforms() or _tracing_state()
     )
+
+
+def nothing_watches() -> bool:
+    """Whether nobody would see an op: nothing that traces, and no profiler that shows its name."""
+    return nothing_traces() and not _profiling()
 
 
 def may_skip_dispatcher(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
     """Whether an op on these tensors comes down to its CUDA implementation: plain CUDA tensors, and nothing that the
     dispatcher would tell, such as a gradient that is asked for."""
-    if not nothing_watches() or type(x) not in _PLAIN or not on_gpu(x):
+    return nothing_watches() and are_plain(x, others)
+
+
+def are_plain(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are plain CUDA tensors whose gradients are not asked for."""
+    if type(x) not in _PLAIN or not on_gpu(x):
         return False
     for tensor in others:
         if tensor is not None and type(tensor) not in _PLAIN:

@@ -8,10 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_plan import launch
+from .launch_plan import PlanCache, dtype_of, launch, launcher_for
 
 # Without fused multiply-adds: each step is rounded as torch rounds it.
 UNFUSED = {"enable_fp_fusion": False}
+# Numbers beyond take another kernel.
+_INT32 = 1 << 31
 # Values that a program takes of a row of `silu_mul`.
 COLUMNS = 1024
 
@@ -91,6 +93,7 @@ def rotary_kernel(q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, tokens, 
 
 # Whether TRITON_INTERPRET was set when the kernels were defined.
 INTERPRETED = not isinstance(rms_norm_kernel, triton.JITFunction)
+_norms, _products = PlanCache(), PlanCache()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -104,12 +107,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if strides is None:
         x, strides = x.contiguous(), (0, k, rows)
     outer, inner, heads = strides
-    block = triton.next_power_of_2(k)
-    constants = {"BLOCK": block, "CUT": INTERPRETED}
-    launch(
-        rms_norm_kernel, (rows, 1, 1), (x, weight, y), (k, outer, inner, heads, float(eps)), constants,
-        {"num_warps": min(max(block // 512, 1), 16), **UNFUSED},
-    )  # fmt: skip
+    tensors, numbers = (x, weight, y), (k, outer, inner, heads, eps)
+    key = (k, x.dtype, x.get_device(), outer < _INT32)
+    launcher = _norms.get(key)
+    if launcher is None:
+        block = triton.next_power_of_2(k)
+        options = {"num_warps": min(max(block // 512, 1), 16), **UNFUSED}
+        constants = {"BLOCK": block, "CUT": INTERPRETED}
+        dtypes = tuple(map(dtype_of, tensors))
+        launcher = _norms.keep(key, launcher_for(rms_norm_kernel, constants, options, key[2], dtypes, numbers))
+    launcher((rows, 1, 1), tensors, numbers)
     return y
 
 
@@ -121,10 +128,14 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     k = gate.shape[-1]
     gate, up = (x.reshape(-1, k) for x in (gate, up))
     gate, up = (x if x.stride(1) == 1 else x.contiguous() for x in (gate, up))
-    grid = (gate.shape[0], triton.cdiv(k, COLUMNS), 1)
-    constants = {"BLOCK": COLUMNS, "CUT": INTERPRETED}
-    options = {"num_warps": 4, **UNFUSED}
-    launch(silu_mul_kernel, grid, (gate, up, y), (k, gate.stride(0), up.stride(0)), constants, options)
+    tensors, numbers = (gate, up, y), (k, gate.stride(0), up.stride(0))
+    key = (k, gate.dtype, gate.get_device(), max(numbers) < _INT32)
+    launcher = _products.get(key)
+    if launcher is None:
+        constants, options = {"BLOCK": COLUMNS, "CUT": INTERPRETED}, {"num_warps": 4, **UNFUSED}
+        dtypes = tuple(map(dtype_of, tensors))
+        launcher = _products.keep(key, launcher_for(silu_mul_kernel, constants, options, key[2], dtypes, numbers))
+    launcher((gate.shape[0], triton.cdiv(k, COLUMNS), 1), tensors, numbers)
     return y
 
 

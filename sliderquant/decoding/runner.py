@@ -67,7 +67,12 @@ class DecodeRunner:
     It takes greedy decoding and sampling on one CUDA device with the default cache and `sdpa` attention. It leaves
     beams, assisted decoding, outputs of attentions or hidden states, `disable_compile=True`, other caches, and models
     with hooks that were added after it.
+
+    Attributes:
+        slots: the buffers of generations, those that run and those that are kept for the next one.
     """
+
+    slots: list[Slot]
 
     def __init__(
         self,
@@ -84,7 +89,7 @@ class DecodeRunner:
         self._keyword = cache_keyword(type(model).forward)
         self._family = family_of(type(model).__name__, None, [type(model).__name__])
         self._lock = threading.RLock()
-        self._slots: list[Slot] = []
+        self.slots = []
         self._fingerprint: tuple[int, ...] = ()
         self._refused = False
         self._generation = threading.local()
@@ -100,7 +105,7 @@ class DecodeRunner:
         fingerprint = _fingerprint(self.model)
         with self._lock:
             if fingerprint != self._fingerprint:
-                self._slots, self._fingerprint = [], fingerprint
+                self.slots, self._fingerprint = [], fingerprint
         return True
 
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
@@ -158,7 +163,7 @@ class DecodeRunner:
         slot = layer.slot if type(layer) is BoundLayer else None
         seen = inputs.get("attention_mask")
         gap = slot is not None and seen is not None and seen.shape[1] != slot.length + 1
-        if slot is None or gap or not slot.intact or slot not in self._slots:
+        if slot is None or gap or not slot.intact or slot not in self.slots:
             slot = self._bind(cache, seen)
         while slot is not None and slot.length + 1 > slot.capacity:
             slot.grow()
@@ -173,10 +178,10 @@ class DecodeRunner:
         if seen is not None and seen.shape != (layers[0].keys.shape[0], tokens + 1):
             return None
         with self._lock:
-            slot = next((slot for slot in self._slots if slot.free and slot.fits(layers)), None)
+            slot = next((slot for slot in self.slots if slot.free and slot.fits(layers)), None)
             if slot is None:
                 slot = Slot(layers, length_for(tokens + 1))
-                self._slots.append(slot)
+                self.slots.append(slot)
             while slot.capacity < tokens + 1:
                 slot.grow()
             slot.bind(cache, seen)
@@ -281,7 +286,7 @@ def _drop_large(runner: weakref.ref[DecodeRunner], slot: Slot) -> None:
     if owner is None or device.type != "cuda":
         return
     if slot.bytes > KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory:
-        owner._slots = [kept for kept in owner._slots if kept is not slot]
+        owner.slots = [kept for kept in owner.slots if kept is not slot]
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def test_every_family(model_type: str, make_model: Callable[..., PreTrainedModel
     expected = written(model, inputs, disable_compile=True)
     for _ in range(2):
         assert_same_until_a_tie(written(model, inputs), expected)
-    (slot,) = runner_of(model)._slots
+    (slot,) = runner_of(model).slots
     assert set(slot.graphs) == {256}
     assert not runner_of(model)._refused
 
@@ -84,7 +84,7 @@ def test_every_kind_of_scheme(scheme: str, keywords: Any, make_model: Callable[.
     expected = written(model, prompt(), disable_compile=True)
     assert_same_until_a_tie(written(model, prompt()), expected)
     assert not runner_of(model)._refused
-    assert runner_of(model)._slots[0].graphs
+    assert runner_of(model).slots[0].graphs
 
 
 def test_a_replay_is_the_step_that_was_captured(make_model: Callable[..., PreTrainedModel]) -> None:
@@ -93,14 +93,14 @@ def test_a_replay_is_the_step_that_was_captured(make_model: Callable[..., PreTra
     assert torch.equal(once.sequences, again.sequences)
     # The first decoded token was computed by the step itself in the one, by a replay in the other.
     assert all(map(torch.equal, once.logits[:2], again.logits[:2]))
-    assert len(runner_of(model)._slots) == 1
+    assert len(runner_of(model).slots) == 1
 
 
 def test_longer_generations_double_the_positions(make_model: Callable[..., PreTrainedModel]) -> None:
     model = make_model()
     expected = written(model, prompt(1), 560, disable_compile=True)
     found = written(model, prompt(1), 560)
-    assert set(runner_of(model)._slots[0].graphs) == {1024}
+    assert set(runner_of(model).slots[0].graphs) == {1024}
     assert_same_until_a_tie(found, expected)
 
 
@@ -128,7 +128,7 @@ def test_inference_mode_and_back(make_model: Callable[..., PreTrainedModel]) -> 
     with torch.inference_mode():
         first = written(model, prompt()).sequences
     assert torch.equal(written(model, prompt()).sequences, first)
-    assert len(runner_of(model)._slots) == 1
+    assert len(runner_of(model).slots) == 1
 
 
 @pytest.mark.parametrize("scheme", ["W4A16-g64", "W4A4"])

@@ -146,9 +146,9 @@ def test_buffers_and_graphs_serve_the_next_generation(llama: PreTrainedModel, sh
     expected = [written(llama, prompt(seed=seed), 8) for seed in range(3)]
     runner, recorder = attached(llama)
     assert [torch.equal(written(llama, prompt(seed=s), 8), expected[s]) for s in range(3)] == [True] * 3
-    assert (recorder.captures, len(runner._slots)) == (1, 1)
+    assert (recorder.captures, len(runner.slots)) == (1, 1)
     written(llama, prompt(batch=3), 8)
-    assert (recorder.captures, len(runner._slots)) == (2, 2)
+    assert (recorder.captures, len(runner.slots)) == (2, 2)
 
 
 def test_a_cache_that_is_kept_keeps_its_buffers(llama: PreTrainedModel) -> None:
@@ -178,7 +178,7 @@ def test_a_conversation_goes_on_with_its_cache(llama: PreTrainedModel, short_gra
     runner, recorder = attached(llama)
     assert all(map(torch.equal, turns(), expected))
     assert recorder.replays > 10
-    assert len(runner._slots) == 1, "each turn took buffers of its own"
+    assert len(runner.slots) == 1, "each turn took buffers of its own"
 
 
 def test_a_cache_is_cropped_copied_and_pickled(llama: PreTrainedModel) -> None:
@@ -302,7 +302,7 @@ def test_a_copied_and_a_pickled_model_have_runners_of_their_own(llama: PreTraine
         assert theirs is not runner
         assert theirs.model is other
         assert torch.equal(written(other, prompt(), 8), expected)
-        assert len(theirs._slots) == 1
+        assert len(theirs.slots) == 1
 
 
 def test_threads_have_buffers_of_their_own(llama: PreTrainedModel) -> None:
