@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .launch_plan import launch
 
-# Positions of a program, and of a step of its loop.
-SHARE, BLOCK = 128, 64
+# Positions of a program, and of a step of its loop: few, because a short generation waits for one program.
+SHARE, BLOCK = 64, 64
+# Shares that are joined in one step.
+JOINED = 16
 # The fewest rows of a matrix product.
 _ROWS = 16
 _TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -73,30 +75,55 @@ def share_kernel(q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sum_ptr, most_ptr, to
 
 @triton.jit(do_not_specialize=["groups", "shares"])
 def join_kernel(sum_ptr, most_ptr, total_ptr, index_ptr, y_ptr, groups, shares, DV: tl.constexpr,
-                PADDED_DV: tl.constexpr, SHARE: tl.constexpr):  # fmt: skip
+                PADDED_DV: tl.constexpr, SHARE: tl.constexpr, JOINED: tl.constexpr):  # fmt: skip
     """The shares' sums -> y `[batch, heads * groups, DV]`. Grid: rows of y."""
     row = tl.program_id(0).to(tl.int64)
-    length = tl.load(index_ptr).to(tl.int32) + 1
+    filled = tl.cdiv(tl.load(index_ptr).to(tl.int32) + 1, SHARE)
     dv = tl.arange(0, PADDED_DV)
-    item = row // groups
+    start = row // groups * shares * groups + row % groups
     most = float("-inf")
     total = 0.0
     acc = tl.zeros((PADDED_DV,), tl.float32)
-    for share in range(0, tl.cdiv(length, SHARE)):
-        at = (item * shares + share) * groups + row % groups
-        theirs = tl.load(most_ptr + at)
-        larger = tl.maximum(most, theirs)
+    for first in range(0, filled, JOINED):
+        share = first + tl.arange(0, JOINED)
+        at = start + share * groups
+        theirs = tl.load(most_ptr + at, share < filled, float("-inf"))
+        larger = tl.maximum(most, tl.max(theirs, 0))
         base = tl.where(larger == float("-inf"), 0.0, larger)
         ours = tl.exp(most - base)
-        other = tl.exp(theirs - base)
-        total = total * ours + tl.load(total_ptr + at) * other
-        acc = acc * ours + tl.load(sum_ptr + at * DV + dv, dv < DV, 0.0) * other
+        weights = tl.exp(theirs - base)
+        total = total * ours + tl.sum(tl.load(total_ptr + at, share < filled, 0.0) * weights, 0)
+        sums = tl.load(sum_ptr + at[:, None] * DV + dv[None, :], (share < filled)[:, None] & (dv[None, :] < DV), 0.0)
+        acc = acc * ours + tl.sum(sums * weights[:, None], 0)
         most = larger
     tl.store(y_ptr + row * DV + dv, acc / total, dv < DV)
 
 
 # Whether TRITON_INTERPRET was set when the kernels were defined.
 INTERPRETED = not isinstance(share_kernel, triton.JITFunction)
+
+
+def share_options(size: int, out_size: int, groups: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The compile-time arguments of `share_kernel` and Triton's options; shared by the launch and by `inspect`."""
+    padded = [max(triton.next_power_of_2(n), 16) for n in (size, out_size)]
+    constants = {
+        "D": size,
+        "DV": out_size,
+        "PADDED_D": padded[0],
+        "PADDED_DV": padded[1],
+        "ROWS": max(triton.next_power_of_2(groups), _ROWS),
+        "SHARE": SHARE,
+        "BLOCK": BLOCK,
+        # The interpreter cannot multiply bf16.
+        "OPERAND": tl.float32 if INTERPRETED else _TRITON_DTYPES[dtype],
+    }
+    return constants, {"num_warps": 8 if max(padded) > 128 else 4, "num_stages": 2}
+
+
+def join_options(out_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of `join_kernel`."""
+    padded = max(triton.next_power_of_2(out_size), 16)
+    return {"DV": out_size, "PADDED_DV": padded, "SHARE": SHARE, "JOINED": JOINED}, {"num_warps": 1}
 
 
 def decode_attention(
@@ -110,19 +137,12 @@ def decode_attention(
     sums = torch.empty(batch, heads, shares, groups, out_size, dtype=torch.float32, device=q.device)
     most = torch.empty(batch, heads, shares, groups, dtype=torch.float32, device=q.device)
     total = torch.empty_like(most)
-    # The interpreter cannot multiply bf16.
-    operand = tl.float32 if INTERPRETED else _TRITON_DTYPES[q.dtype]
-    padded = [max(triton.next_power_of_2(n), 16) for n in (size, out_size)]
     numbers = (scale, heads, groups, shares, q.stride(0), q.stride(1), *keys.stride()[:3], *values.stride()[:3],
                0 if mask is None else mask.stride(0))  # fmt: skip
-    constants: dict[str, Any] = {
-        "D": size, "DV": out_size, "PADDED_D": padded[0], "PADDED_DV": padded[1],
-        "ROWS": max(triton.next_power_of_2(groups), _ROWS), "SHARE": SHARE, "BLOCK": BLOCK, "OPERAND": operand,
-    }  # fmt: skip
-    grid = (batch * heads, shares, 1)
-    launch(share_kernel, grid, (q, keys, values, mask, index, sums, most, total), numbers, constants,
-            {"num_warps": 4, "num_stages": 2})  # fmt: skip
-    constants = {"DV": out_size, "PADDED_DV": padded[1], "SHARE": SHARE}
+    launch(
+        share_kernel, (batch * heads, shares, 1), (q, keys, values, mask, index, sums, most, total), numbers,
+        *share_options(size, out_size, groups, q.dtype),
+    )  # fmt: skip
     grid = (batch * query_heads, 1, 1)
-    launch(join_kernel, grid, (sums, most, total, index, y), (groups, shares), constants, {"num_warps": 1})
+    launch(join_kernel, grid, (sums, most, total, index, y), (groups, shares), *join_options(out_size))
     return y

@@ -3,6 +3,8 @@
 # mypy: allow-incomplete-defs
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -96,6 +98,23 @@ INTERPRETED = not isinstance(rms_norm_kernel, triton.JITFunction)
 _norms, _products = PlanCache(), PlanCache()
 
 
+def rms_norm_options(k: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The compile-time arguments of `rms_norm_kernel` and Triton's options; shared by the launch and by `inspect`."""
+    block = triton.next_power_of_2(k)
+    return {"BLOCK": block, "CUT": INTERPRETED}, {"num_warps": min(max(block // 512, 1), 16), **UNFUSED}
+
+
+def silu_mul_options() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of `silu_mul_kernel`."""
+    return {"BLOCK": COLUMNS, "CUT": INTERPRETED}, {"num_warps": 4, **UNFUSED}
+
+
+def rotary_options(size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same of `rotary_kernel`, for heads of a size."""
+    constants = {"D": size, "HALF": triton.next_power_of_2(size // 2), "CUT": INTERPRETED}
+    return constants, {"num_warps": 1, **UNFUSED}
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x `[..., K]` -> the same shape, contiguous. Arguments have been validated."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -111,11 +130,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     key = (k, x.dtype, x.get_device(), outer < _INT32)
     launcher = _norms.get(key)
     if launcher is None:
-        block = triton.next_power_of_2(k)
-        options = {"num_warps": min(max(block // 512, 1), 16), **UNFUSED}
-        constants = {"BLOCK": block, "CUT": INTERPRETED}
         dtypes = tuple(map(dtype_of, tensors))
-        launcher = _norms.keep(key, launcher_for(rms_norm_kernel, constants, options, key[2], dtypes, numbers))
+        launcher = launcher_for(rms_norm_kernel, *rms_norm_options(k), key[2], dtypes, numbers)
+        _norms[key] = launcher
     launcher((rows, 1, 1), tensors, numbers)
     return y
 
@@ -132,9 +149,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     key = (k, gate.dtype, gate.get_device(), max(numbers) < _INT32)
     launcher = _products.get(key)
     if launcher is None:
-        constants, options = {"BLOCK": COLUMNS, "CUT": INTERPRETED}, {"num_warps": 4, **UNFUSED}
         dtypes = tuple(map(dtype_of, tensors))
-        launcher = _products.keep(key, launcher_for(silu_mul_kernel, constants, options, key[2], dtypes, numbers))
+        launcher = launcher_for(silu_mul_kernel, *silu_mul_options(), key[2], dtypes, numbers)
+        _products[key] = launcher
     launcher((gate.shape[0], triton.cdiv(k, COLUMNS), 1), tensors, numbers)
     return y
 
@@ -152,9 +169,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     if batch * tokens:
         grid = (batch * tokens, q_heads + k_heads, 1)
         strides = (*q.stride()[:3], *k.stride()[:3], *cos.stride()[:2])
-        constants = {"D": size, "HALF": triton.next_power_of_2(size // 2), "CUT": INTERPRETED}
-        launch(rotary_kernel, grid, (q, k, cos, sin, *outputs), (tokens, q_heads, k_heads, *strides), constants,
-               {"num_warps": 1, **UNFUSED})  # fmt: skip
+        numbers = (tokens, q_heads, k_heads, *strides)
+        launch(rotary_kernel, grid, (q, k, cos, sin, *outputs), numbers, *rotary_options(size))
     return outputs[0].transpose(1, 2), outputs[1].transpose(1, 2)
 
 

@@ -238,6 +238,41 @@ def _hadamard(case: Case, device: Device) -> Launch:
     )  # fmt: skip
 
 
+def _elementwise(case: Case, device: Device) -> Launch:
+    from . import elementwise_triton as host
+
+    k, values = case.problem.k, _POINTER[case.problem.dtype]
+    if case.op == "rms_norm":
+        launch = Launch(Choice(case.op), host.rms_norm_kernel, {"eps": "fp32"}, {"K": k}, *host.rms_norm_options(k))
+    elif case.op == "silu_mul":
+        launch = Launch(Choice(case.op), host.silu_mul_kernel, {}, {"K": k}, *host.silu_mul_options())
+    else:
+        launch = Launch(Choice(case.op), host.rotary_kernel, {}, {}, *host.rotary_options(k))
+    launch.types |= {name: values for name in launch.function.arg_names if name.endswith("_ptr")}
+    # Strides and numbers of heads, which nothing is specialized for.
+    plain = {parameter.name for parameter in launch.function.params if parameter.do_not_specialize}
+    launch.sizes |= dict.fromkeys(plain, 1)
+    return launch
+
+
+def _decode_attention(case: Case, device: Device) -> Launch:
+    from . import decode_attention_triton as host
+
+    problem, values = case.problem, _POINTER[case.problem.dtype]
+    types = {"sum_ptr": "*fp32", "most_ptr": "*fp32", "total_ptr": "*fp32", "index_ptr": "*i64"}
+    if case.variant == "join":
+        types |= {"y_ptr": values}
+        launch = Launch(Choice("join"), host.join_kernel, types, {}, *host.join_options(problem.k))
+    else:
+        types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "mask_ptr"), values) | {"scale": "fp32"}
+        sizes = {"k_token": problem.k, "v_token": problem.k}
+        options = host.share_options(problem.k, problem.k, problem.n, problem.dtype)
+        launch = Launch(Choice("share"), host.share_kernel, types, sizes, *options)
+    plain = {parameter.name for parameter in launch.function.params if parameter.do_not_specialize}
+    launch.sizes |= dict.fromkeys(plain, 1)
+    return launch
+
+
 _BUILDERS: dict[str, Callable[[Case, Device], Launch]] = {
     "weight_only_linear": _weight_only,
     "dequantize": _dequantize,
@@ -245,4 +280,8 @@ _BUILDERS: dict[str, Callable[[Case, Device], Launch]] = {
     "quantize_activations": _quantize,
     "hadamard": _hadamard,
     "hadamard_quantize": _hadamard,
+    "rms_norm": _elementwise,
+    "silu_mul": _elementwise,
+    "rotary": _elementwise,
+    "decode_attention": _decode_attention,
 }

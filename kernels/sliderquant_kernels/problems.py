@@ -24,7 +24,8 @@ class Case:
 
     `variant` None: what the rules choose. For activations it is what is fused, `rms_norm`, `silu_mul` or `signs`,
     `clipped`, with factors on the ends of the range, or the `second` launch of a long rotation; `k` is their size,
-    `bits` and `symmetric` are theirs. `epilogue`: with bias and residual.
+    `bits` and `symmetric` are theirs. Of `decode_attention` `k` is the head's size and `n` the query heads for one of
+    keys; `join` is its second kernel. `epilogue`: with bias and residual.
     """
 
     op: str
@@ -37,6 +38,14 @@ class Case:
         p = self.problem
         grouping = f"g{p.group_size}" if p.group_size else "channel"
         words = [f"W{p.bits}-{grouping}-{'sym' if p.symmetric else 'asym'}", str(p.dtype).removeprefix("torch.")]
+        if self.op in ("rms_norm", "silu_mul", "rotary", "decode_attention"):
+            words = [
+                words[1],
+                f"K={p.k}",
+                *([f"groups={p.n}"] if p.n else []),
+                *([self.variant] if self.variant else []),
+            ]
+            return " ".join(words)
         if self.op in ("quantize_activations", "hadamard", "hadamard_quantize"):
             scheme = [] if self.op == "hadamard" else [f"A{p.bits}-{'sym' if p.symmetric else 'asym'}"]
             words = [*scheme, words[1], f"K={p.k}"]
@@ -148,6 +157,26 @@ def hadamard_quantize_cases(full: bool) -> Iterator[Case]:
     yield Case("hadamard_quantize", Problem(1, 0, 28672, 8, None, False, _BF16), "second")
 
 
+def between_cases(full: bool) -> Iterator[Case]:
+    """Cases of what lies between the linears of a layer: norms of rows and of heads, products, rotations of heads."""
+    dtypes = (_BF16, _FP16, _FP32) if full else (_BF16,)
+    for dtype in dtypes:
+        for k in (64, 128, 576, 896, 2048, 4096, 8192, 16384) if full else (128, 4096):
+            yield Case("rms_norm", Problem(1, 0, k, 16, None, True, dtype))
+        yield Case("silu_mul", Problem(1, 0, 14336, 16, None, True, dtype))
+        for k in (64, 80, 96, 128, 256) if full else (128,):
+            yield Case("rotary", Problem(1, 0, k, 16, None, True, dtype))
+
+
+def decode_attention_cases(full: bool) -> Iterator[Case]:
+    """Cases of attending with one token."""
+    for dtype in (_BF16, _FP16) if full else (_BF16,):
+        for k, groups in itertools.product((64, 80, 128, 256), (1, 8, 32)) if full else ((64, 3), (128, 4), (256, 8)):
+            yield Case("decode_attention", Problem(1, groups, k, 16, None, True, dtype))
+        for k in (64, 128, 256):
+            yield Case("decode_attention", Problem(1, 0, k, 16, None, True, dtype), "join")
+
+
 _ROTATED = (64, 128, 768, 1536, 4096, 5120, 8192, 11008, 12288, 13824, 14336, 16384, 18944, 28672, 29568)
 
 GRIDS: dict[str, Callable[[bool], Iterator[Case]]] = {
@@ -157,4 +186,8 @@ GRIDS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "quantize_activations": quantize_cases,
     "hadamard": hadamard_cases,
     "hadamard_quantize": hadamard_quantize_cases,
+    "rms_norm": lambda full: (case for case in between_cases(full) if case.op == "rms_norm"),
+    "silu_mul": lambda full: (case for case in between_cases(full) if case.op == "silu_mul"),
+    "rotary": lambda full: (case for case in between_cases(full) if case.op == "rotary"),
+    "decode_attention": decode_attention_cases,
 }

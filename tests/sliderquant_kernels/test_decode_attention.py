@@ -35,6 +35,7 @@ def oracle(q: Tensor, keys: Tensor, values: Tensor, length: int, mask: Tensor | 
         (1, 3, 17, 24, 256, 129),
         (3, 1, 8, 128, 512, 511),
         (1, 2, 4, 40, 300, 300),
+        (1, 1, 2, 16, 1300, 1299),
     ],
 )
 def test_against_softmax(
