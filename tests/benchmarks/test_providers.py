@@ -244,8 +244,8 @@ def test_ours_packs_once_for_all_variants():
 
 
 def test_ours_lets_go_of_the_counters_of_captured_launches(monkeypatch):
-    taken = {torch.device("cuda", 0): 100}
-    monkeypatch.setattr(workspace, "_taken", taken)
+    reserved = types.SimpleNamespace(captured_taken=100, stock={4: []})
+    monkeypatch.setattr(workspace, "_reserves", {0: reserved})
     for provider in PROVIDERS.values():
         provider.release()
-    assert taken == {}
+    assert reserved == types.SimpleNamespace(captured_taken=0, stock={})

@@ -175,9 +175,10 @@ def test_on_the_triton_kernels(quantize, monkeypatch, scheme, rotate):
         )
         return QuantizedActivations(codes, scale, None if symmetric else zero, total)
 
-    def rotate_and_quantize(x, transform, bits, symmetric, signs, clip):
+    def rotate_and_quantize(x, transform, bits, symmetric, signs, gate, clip):
         calls.append("rotate and quantize")
         assert clip is not None
+        assert gate is None
         codes, scale, zero, total = hadamard_launch.hadamard_quantize(x, signs, None, transform, bits, symmetric, clip)
         return QuantizedActivations(codes, scale, None if symmetric else zero, total)
 
