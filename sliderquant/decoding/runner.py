@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ _ATTENTION = "sliderquant_decode"
 MAX_BATCH = 64
 # A graph takes as long to capture as about one step takes without; for fewer steps there is nothing to be had.
 FEWEST_STEPS = 3
-# Buffers that are kept between generations, as a part of the GPU's memory; larger ones go with their generation.
+# Buffers that are kept between generations, all together, as a part of the GPU's memory.
 KEPT_SHARE = 0.03
 
 
@@ -185,7 +186,9 @@ class DecodeRunner:
             while slot.capacity < tokens + 1:
                 slot.grow()
             slot.bind(cache, seen)
-        weakref.finalize(cache, _drop_large, weakref.ref(self), slot)
+            # The last one is kept longest.
+            self.slots = [*(other for other in self.slots if other is not slot), slot]
+        weakref.finalize(cache, _trim, weakref.ref(self), slot)
         return slot
 
     def _run(self, slot: Slot) -> Tensor:
@@ -280,13 +283,27 @@ def _fingerprint(model: nn.Module) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _drop_large(runner: weakref.ref[DecodeRunner], slot: Slot) -> None:
-    """After its generation, give the memory of a slot back unless it is small."""
-    owner, device = runner(), slot.index.device
-    if owner is None or device.type != "cuda":
+def _trim(runner: weakref.ref[DecodeRunner], ended: Slot) -> None:
+    """After a generation, give memory back: buffers that no generation uses, but for the last few.
+
+    Args:
+        ended: the slot of the generation.
+    """
+    owner = runner()
+    if owner is None:
         return
-    if slot.bytes > KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory:
-        owner.slots = [kept for kept in owner.slots if kept is not slot]
+    with owner._lock:
+        idle = [slot for slot in owner.slots if slot is ended or slot.free]
+        left = kept_bytes(ended.index.device)
+        for slot in reversed(idle):
+            left -= slot.bytes
+            if left < 0:
+                owner.slots = [kept for kept in owner.slots if kept is not slot]
+
+
+def kept_bytes(device: torch.device) -> float:
+    """Of buffers that wait for the next generation."""
+    return KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 @contextmanager

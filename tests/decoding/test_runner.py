@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from sliderquant.decoding import cache as buffers
+from sliderquant.decoding import runner as decoding
 from sliderquant.decoding.runner import DecodeRunner, _Graph, attach_decode_runner
 from sliderquant.loading import load
 from sliderquant.models import FAMILIES
@@ -149,6 +150,23 @@ def test_buffers_and_graphs_serve_the_next_generation(llama: PreTrainedModel, sh
     assert (recorder.captures, len(runner.slots)) == (1, 1)
     written(llama, prompt(batch=3), 8)
     assert (recorder.captures, len(runner.slots)) == (2, 2)
+
+
+def test_buffers_that_wait_are_few(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, recorder = attached(llama)
+    written(llama, prompt(1), 8)
+    # Keys and values of 2 layers, 2 heads and 16 numbers of fp32 at 256 positions.
+    size = runner.slots[0].bytes
+    assert size == 2 * 2 * 2 * 16 * 4 * 256
+    monkeypatch.setattr(decoding, "kept_bytes", lambda device: 3.5 * size)
+    for batch in (2, 1, 3):
+        written(llama, prompt(batch), 8)
+    # The last one takes 3 of 3.5 sizes.
+    assert [slot.batch for slot in runner.slots] == [3]
+    monkeypatch.setattr(decoding, "kept_bytes", lambda device: 0)
+    written(llama, prompt(3), 8)
+    assert runner.slots == []
+    assert recorder.captures == 3
 
 
 def test_a_cache_that_is_kept_keeps_its_buffers(llama: PreTrainedModel) -> None:
