@@ -1,11 +1,12 @@
 """Compile and load what a model launches before anyone waits for it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from sliderquant.errors import InputError
 from sliderquant.progress import Progress
@@ -42,6 +43,8 @@ def warm_up(
 ) -> WarmUp:
     """Compile every kernel that a model on CUDA launches, load it, and capture the graphs of decoding.
 
+    While it records what is to be compiled, forwards of this thread compute nothing.
+
     Kernels are compiled in other processes, one for a few of them, into Triton's cache on disk, and only those that it
     has not. On a CPU nothing is to be done.
 
@@ -51,14 +54,18 @@ def warm_up(
         processes: at most; None: one for every core.
 
     Raises:
-        InputError: a number is not positive.
+        InputError: an argument is not a positive number, or not a list of them.
     """
     # Not at the top: they import Triton, which a CPU does without.
     from sliderquant_kernels.warming import compile_jobs, recorded_jobs
 
-    for name, numbers in (("tokens", tokens), ("batches", batches)):
-        if any(number < 1 for number in numbers):
-            raise InputError(f"{name} {list(numbers)}: expected numbers of 1 or more")
+    for name, numbers in (
+        ("tokens", tokens),
+        ("batches", batches),
+        ("processes", [1 if processes is None else processes]),
+    ):
+        if not isinstance(numbers, Sequence) or not all(type(number) is int and number > 0 for number in numbers):
+            raise InputError(f"{name} {numbers!r}: expected whole numbers of 1 or more")
     device, start = model.device, time.perf_counter()
     if device.type != "cuda":
         return WarmUp()
@@ -72,14 +79,26 @@ def warm_up(
     errors = compile_jobs(jobs, 10 * major + minor, processes, progress.kernels_compiled)
     for length in lengths:
         _forward(model, length)
-    for batch in batches:
-        ids = torch.zeros(batch, 2, dtype=torch.int64, device=device)
-        model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=_DECODED, min_new_tokens=_DECODED,
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+    with _plain_generation(model):
+        for batch in batches:
+            ids = torch.zeros(batch, 2, dtype=torch.int64, device=device)
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=_DECODED, min_new_tokens=_DECODED,
+                do_sample=False, pad_token_id=0,
+            )  # fmt: skip
     torch.cuda.synchronize(device)
     return WarmUp(len(jobs), time.perf_counter() - start, errors)
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Without what a model's own generation config asks for, such as beams or strings that stop it."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _forward(model: PreTrainedModel, length: int) -> None:

@@ -10,6 +10,7 @@ where there is none), the integers that the kernel is specialized for, and a dev
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -113,8 +114,9 @@ class Launcher:
             *addresses, *numbers, *self._constants)  # fmt: skip
 
     def _launch_by_jit(self, grid: Grid, tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> None:
-        if _recording:
-            _recording[-1](self, tuple(map(dtype_of, tensors)), numbers)
+        recorder = getattr(_recording, "recorder", None)
+        if recorder is not None:
+            recorder(self, tuple(map(dtype_of, tensors)), numbers)
             return
         # Triton launches on the current device, which need not be the tensors'.
         with devices.on_device(self._index):
@@ -146,17 +148,18 @@ class Launcher:
 
 
 _launchers = PlanCache()
-_recording: list[Recorder] = []
+# Of the thread that records: the launches of others are none of its business.
+_recording = threading.local()
 
 
 @contextmanager
 def recorded(recorder: Recorder) -> Iterator[None]:
-    """Call `recorder` in place of every launch of a kernel that is not compiled yet. Results are not computed then."""
-    _recording.append(recorder)
+    """Call `recorder` in place of every launch of this thread whose kernel is not compiled yet: without a result."""
+    _recording.recorder = recorder
     try:
         yield
     finally:
-        _recording.remove(recorder)
+        _recording.recorder = None
 
 
 def launch(

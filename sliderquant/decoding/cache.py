@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-__all__ = ["BoundLayer", "GraphLayer", "Slot", "length_for"]
+__all__ = ["BoundLayer", "GraphLayer", "Slot", "length_for", "release"]
 
 # The graph of a step attends over a number of positions that doubles: few graphs, and at most twice the work.
 SHORTEST = 256
@@ -40,6 +42,7 @@ class Slot:
         index: int64 `[1]`, where a step writes.
         graphs: by the positions that they attend over.
         intact: False once a layer of the cache was replaced.
+        lent: whether somebody was given the keys or values themselves; no other generation may write there then.
     """
 
     def __init__(self, layers: list[Any], capacity: int) -> None:
@@ -48,7 +51,7 @@ class Slot:
             layers: of a `DynamicCache`, filled.
             capacity: positions.
         """
-        self.capacity, self.length, self.intact = capacity, 0, False
+        self.capacity, self.length, self.intact, self.lent = capacity, 0, False, False
         self.graphs: dict[int, Any] = {}
         self._bound: weakref.WeakSet[BoundLayer] = weakref.WeakSet()
         first = layers[0].keys
@@ -69,8 +72,8 @@ class Slot:
 
     @property
     def free(self) -> bool:
-        """Whether no layer of a cache is left that shows these buffers."""
-        return not self._bound
+        """Whether no layer of a cache is left that shows these buffers, and nobody else has them."""
+        return not self._bound and not self.lent
 
     def fits(self, layers: list[Any]) -> bool:
         """Whether the buffers are those of this batch and these layers."""
@@ -87,6 +90,7 @@ class Slot:
             seen: `[batch, tokens]`, nonzero where a token of the cache may be seen; None: everywhere.
         """
         tokens, first = cache.layers[0].get_seq_length(), self.keys[0]
+        self.lent = False
         for index, layer in enumerate(cache.layers):
             self.keys[index][:, :, :tokens].copy_(layer.keys)
             self.values[index][:, :, :tokens].copy_(layer.values)
@@ -95,8 +99,8 @@ class Slot:
         self.mask[..., :tokens].masked_fill_(seen[:, None, None].bool(), 0)
         self.index.fill_(tokens)
         self.length, self.intact = tokens, True
-        for index in range(len(cache.layers)):
-            cache.layers[index] = BoundLayer(self, index)
+        for index, layer in enumerate(cache.layers):
+            cache.layers[index] = BoundLayer(self, index, layer)
             self._bound.add(cache.layers[index])
 
     def leave(self, layer: BoundLayer) -> None:
@@ -105,16 +109,16 @@ class Slot:
         self._bound.discard(layer)
 
     def grow(self) -> None:
-        """Double the capacity. Graphs of the buffers before are dropped."""
-        self.graphs.clear()
+        """Double the capacity, and drop the graphs of the buffers before. Without memory nothing has changed."""
+        before, capacity = self.capacity, 2 * self.capacity
         with torch.inference_mode(False):
-            for buffers in (self.keys, self.values):
-                for index, old in enumerate(buffers):
-                    buffers[index] = _buffer(old, 2 * self.capacity)
-                    buffers[index][:, :, : self.capacity].copy_(old)
-            mask = self.mask.new_full((*self.mask.shape[:-1], 2 * self.capacity), -math.inf)
-            mask[..., : self.capacity].copy_(self.mask)
-        self.mask, self.capacity = mask, 2 * self.capacity
+            grown = [_buffer(old, capacity) for old in (*self.keys, *self.values)]
+            mask = self.mask.new_full((*self.mask.shape[:-1], capacity), -math.inf)
+        for new, old in zip([*grown, mask.mT], [*self.keys, *self.values, self.mask.mT], strict=True):
+            new[:, :, :before].copy_(old)
+        layers = len(self.keys)
+        self.keys, self.values, self.mask, self.capacity = grown[:layers], grown[layers:], mask, capacity
+        self.graphs.clear()
 
     def graph_cache(self, length: int) -> Cache:
         """The cache that the model's step is called with: it writes at `index` and shows `length` positions."""
@@ -135,19 +139,31 @@ def _is_like(buffer: Tensor, tensor: Tensor) -> bool:
     )
 
 
+def release(cache: Cache) -> None:
+    """Give the layers of a cache back what they were before they were bound, filled with all tokens."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is BoundLayer:
+            cache.layers[index] = layer.unbound()
+
+
 class BoundLayer(DynamicLayer):
     """A layer of a `DynamicCache` whose keys and values lie in a slot, until something replaces them.
 
-    Whoever reads `keys` or `values` gets a copy: the buffers serve another generation once the cache is gone. Whoever
-    sets them, as cropping, reordering and steps without a graph do, makes the layer an ordinary one.
+    Whoever reads `keys` or `values` gets the buffers' filled part, which then serve no other generation. Whoever sets
+    them, as cropping, reordering and steps without a graph do, makes the layer an ordinary one.
     """
 
-    def __init__(self, slot: Slot, index: int) -> None:
+    def __init__(self, slot: Slot, index: int, before: Any) -> None:
+        """
+        Args:
+            before: the layer whose keys and values the slot has taken over.
+        """
         self._slot: Slot | None = None
         super().__init__()
         self._slot, self._index = slot, index
         self.device, self.dtype = slot.keys[index].device, slot.keys[index].dtype
         self.is_initialized = True
+        self._make: Callable[[], DynamicLayer] = _maker(before)
 
     @property
     def slot(self) -> Slot | None:
@@ -156,7 +172,7 @@ class BoundLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor | None:
-        return self._keys if self._slot is None else self._slot.keys[self._index][:, :, : self._slot.length].clone()
+        return self._keys if self._slot is None else self._filled(self._slot.keys)
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -165,12 +181,29 @@ class BoundLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return self._values if self._slot is None else self._slot.values[self._index][:, :, : self._slot.length].clone()
+        return self._values if self._slot is None else self._filled(self._slot.values)
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
         self._leave()
         self._values = value
+
+    def _filled(self, buffers: list[Tensor]) -> Tensor:
+        assert self._slot is not None
+        self._slot.lent = True
+        return buffers[self._index][:, :, : self._slot.length]
+
+    def update(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+        self._leave()
+        return super().update(*arguments, **keywords)
+
+    def unbound(self) -> DynamicLayer:
+        """A layer of the kind that was bound, with all tokens."""
+        layer = self._make()
+        self._leave()
+        if self._keys is not None:
+            layer.update(self._keys, self._values)
+        return layer
 
     def get_seq_length(self, *arguments: Any) -> int:
         return super().get_seq_length(*arguments) if self._slot is None else self._slot.length
@@ -182,24 +215,37 @@ class BoundLayer(DynamicLayer):
 
     def _leave(self) -> None:
         if self._slot is not None:
-            keys, values = self.keys, self.values
-            self._slot.leave(self)
-            self._slot, self._keys, self._values = None, keys, values
+            slot, self._slot = self._slot, None
+            slot.leave(self)
+            # Copies: the next generation takes the buffers.
+            self._keys, self._values = (
+                buffers[self._index][:, :, : slot.length].clone() for buffers in (slot.keys, slot.values)
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DynamicLayer:
-        copied = DynamicLayer()
-        if self.is_initialized and self.keys is not None:
-            copied.update(self.keys, self.values)
-        return copied
+        slot, layer = self._slot, self._make()
+        keys, values = self._keys, self._values
+        if slot is not None:
+            keys, values = (held[self._index][:, :, : slot.length] for held in (slot.keys, slot.values))
+        if keys is not None and values is not None:
+            layer.update(keys.clone(), values.clone())
+        return layer
 
     def __reduce__(self) -> Any:
-        return _unpickle, (self.keys, self.values)
+        copied = self.__deepcopy__({})
+        return _itself, (copied,)
 
 
-def _unpickle(keys: Tensor | None, values: Tensor | None) -> DynamicLayer:
-    layer = DynamicLayer()
-    if keys is not None and values is not None:
-        layer.update(keys, values)
+def _maker(layer: Any) -> Callable[[], DynamicLayer]:
+    """Makes an empty layer of the kind of a layer."""
+    if isinstance(layer, BoundLayer):
+        return layer._make
+    kind: Callable[..., DynamicLayer] = type(layer)
+    window = getattr(layer, "sliding_window", None)
+    return kind if window is None else partial(kind, window)
+
+
+def _itself(layer: DynamicLayer) -> DynamicLayer:
     return layer
 
 

@@ -14,19 +14,20 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from sliderquant.decoding.cache import BoundLayer, Slot, length_for
+from sliderquant.decoding.cache import BoundLayer, Slot, length_for, release
 from sliderquant.models import FAMILIES, family_of
 from sliderquant.modules.attention import cache_keyword
 from sliderquant.modules.fused import fused_rotary
@@ -53,11 +54,30 @@ class _Graph:
     logits: Tensor
 
 
+@dataclass
+class _Generation:
+    """One call of `generate`.
+
+    Attributes:
+        max_length, max_new_tokens: of its generation config; with embeddings for a prompt the first leaves that out.
+        taken: False: its remaining steps run without graphs.
+    """
+
+    max_length: int
+    max_new_tokens: int
+    taken: bool = True
+
+    def steps_after(self, tokens: int) -> int:
+        """The steps that are left at most, with so many tokens in the cache."""
+        return max(self.max_length - tokens, self.max_new_tokens) - 1
+
+
 def capture_on_cuda(step: Callable[[], Tensor]) -> _Graph:
-    """Capture a step that has run before. Raises what the capture raises."""
+    """Capture a step that has run before, on the current device. Raises what the capture raises."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads of the process may go on using the GPU.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # A stream of this device: the one that torch keeps for captures belongs to the device of the first. Other threads
+    # of the process may go on using the GPU.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         logits = step()
     return _Graph(graph.replay, logits)
 
@@ -66,8 +86,9 @@ class DecodeRunner:
     """Takes over the steps of a model's `generate`; whatever it does not take, transformers runs as always.
 
     It takes greedy decoding and sampling on one CUDA device with the default cache and `sdpa` attention. It leaves
-    beams, assisted decoding, outputs of attentions or hidden states, `disable_compile=True`, other caches, and models
-    with hooks that were added after it.
+    beams, assisted decoding, outputs of attentions or hidden states, `disable_compile=True`, other caches, tokens
+    beyond a sliding window, and models with hooks that were added after it. A graph reads the model's tensors where
+    they are; what else changes on a module after a graph was captured, it does not see.
 
     Attributes:
         slots: the buffers of generations, those that run and those that are kept for the next one.
@@ -83,45 +104,61 @@ class DecodeRunner:
     ) -> None:
         """
         Args:
+            model: of one of our families; held weakly.
             hooks: what `count_hooks` finds on the model; with more of them, transformers runs as always.
             capture: makes a graph of a step that has run.
         """
-        self.model, self._hooks, self._capture = model, hooks, capture
+        # The model holds its runner: memory of a model that is deleted would wait for the garbage collector.
+        self._model, self._hooks, self._capture = weakref.ref(model), hooks, capture
         self._keyword = cache_keyword(type(model).forward)
         self._family = family_of(type(model).__name__, None, [type(model).__name__])
         self._lock = threading.RLock()
         self.slots = []
         self._fingerprint: tuple[int, ...] = ()
         self._refused = False
-        self._generation = threading.local()
+        self._next = threading.local()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that it runs."""
+        model = self._model()
+        assert model is not None
+        return model
 
     # What transformers asks before a generation, and calls in its loop.
 
     def valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         """In place of the method of `GenerationMixin`: whether `get_compiled_call` is to be used."""
-        self._generation.taken = self._takes(model_kwargs, generation_config)
-        if not self._generation.taken:
-            return type(self.model)._valid_auto_compile_criteria(self.model, model_kwargs, generation_config)
-        self._generation.max_length = generation_config.max_length
-        fingerprint = _fingerprint(self.model)
+        model = self.model
+        self._next.generation = None
+        if not self._takes(model_kwargs, generation_config):
+            return type(model)._valid_auto_compile_criteria(model, model_kwargs, generation_config)
+        config = generation_config
+        self._next.generation = _Generation(config.max_length or 0, config.max_new_tokens or 0)
+        fingerprint = _fingerprint(model)
         with self._lock:
             if fingerprint != self._fingerprint:
                 self.slots, self._fingerprint = [], fingerprint
         return True
 
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
-        """In place of the method of `PreTrainedModel`."""
-        if getattr(self._generation, "taken", False):
-            return self.step
+        """In place of the method of `PreTrainedModel`: right after it was asked whether that is to be used."""
+        generation = getattr(self._next, "generation", None)
+        self._next.generation = None
+        if generation is not None:
+            return partial(self._step, generation)
         return type(self.model).get_compiled_call(self.model, compile_config)
 
-    def step(self, **inputs: Any) -> Any:
+    def _step(self, generation: _Generation, **inputs: Any) -> Any:
         """The model's forward for the next token, by a graph where that is possible."""
         cache = inputs.get(self._keyword)
-        if not _is_plain_step(inputs, self._keyword) or not isinstance(cache, DynamicCache):
+        if not _is_plain_step(inputs, self._keyword) or type(cache) is not DynamicCache:
             # Several tokens at once, as assisted decoding has them: it takes some of them back, step after step.
-            self._generation.taken = False
-        slot = self._slot_of(cache, inputs) if self._generation.taken and not self._refused else None
+            generation.taken = False
+        slot = None
+        if generation.taken and not self._refused:
+            assert isinstance(cache, DynamicCache)
+            slot = self._slot_of(cache, generation, inputs.get("attention_mask"))
         if slot is None:
             return self.model(**inputs)
         slot.ids.copy_(inputs["input_ids"])
@@ -130,11 +167,12 @@ class DecodeRunner:
             slot.positions.fill_(slot.length)
         else:
             slot.positions.copy_(positions)
-        logits = self._run(slot)
+        logits = self._run(slot, generation)
         return self._output(logits=logits, **{self._keyword: cache})
 
     def _takes(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        model, cache = self.model, model_kwargs.get(self._keyword)
+        model: PreTrainedModel = self.model
+        cache: Any = model_kwargs.get(self._keyword)
         return not (
             self._refused
             or generation_config.disable_compile
@@ -145,7 +183,8 @@ class DecodeRunner:
             or generation_config.output_attentions
             or generation_config.output_hidden_states
             or generation_config.prefill_chunk_size is not None
-            or not isinstance(cache, DynamicCache)
+            or type(cache) is not DynamicCache
+            or cache.offloading
             or not model_kwargs.get("use_cache", True)
             or model.training
             or model.config._attn_implementation != "sdpa"
@@ -158,40 +197,52 @@ class DecodeRunner:
         devices = {tensor.device for tensor in (*self.model.parameters(), *self.model.buffers())}
         return len(devices) == 1 and (devices.pop().type == "cuda" or self._capture is not capture_on_cuda)
 
-    def _slot_of(self, cache: Cache, inputs: dict[str, Any]) -> Slot | None:
+    def _slot_of(self, cache: DynamicCache, generation: _Generation, seen: Tensor | None) -> Slot | None:
         """The slot that shows this cache, with room for the next token; None: run without a graph."""
         layer = cache.layers[0]
         slot = layer.slot if type(layer) is BoundLayer else None
-        seen = inputs.get("attention_mask")
-        gap = slot is not None and seen is not None and seen.shape[1] != slot.length + 1
-        if slot is None or gap or not slot.intact or slot not in self.slots:
-            slot = self._bind(cache, seen)
-        while slot is not None and slot.length + 1 > slot.capacity:
-            slot.grow()
+        length = cache.get_seq_length() if slot is None else slot.length
+        window = _window(self.model.config)
+        if window is not None and length + 1 > window:
+            # Its layers keep what the window shows, and their masks know what that is.
+            generation.taken = False
+            release(cache)
+            return None
+        gap = slot is not None and seen is not None and seen.shape[1] != length + 1
+        try:
+            if slot is None or gap or not slot.intact or slot not in self.slots:
+                slot = self._bind(cache, generation, seen)
+            while slot is not None and slot.length + 1 > slot.capacity:
+                slot.grow()
+        except torch.OutOfMemoryError:
+            # Both the cache and its buffers have to fit for a moment.
+            generation.taken = False
+            release(cache)
+            return None
         return slot
 
-    def _bind(self, cache: Cache, seen: Tensor | None) -> Slot | None:
+    def _bind(self, cache: DynamicCache, generation: _Generation, seen: Tensor | None) -> Slot | None:
         layers, tokens = cache.layers, cache.get_seq_length()
-        if not all(_is_bindable(layer, tokens, self._generation.max_length) for layer in layers):
+        if not all(_is_bindable(layer, tokens) for layer in layers):
             return None
-        if self._generation.max_length - tokens - 1 < FEWEST_STEPS or layers[0].keys.shape[0] > MAX_BATCH:
+        batch = layers[0].keys.shape[0]
+        if generation.steps_after(tokens) < FEWEST_STEPS or batch > MAX_BATCH:
             return None
-        if seen is not None and seen.shape != (layers[0].keys.shape[0], tokens + 1):
+        if seen is not None and seen.shape != (batch, tokens + 1):
             return None
         with self._lock:
             slot = next((slot for slot in self.slots if slot.free and slot.fits(layers)), None)
             if slot is None:
                 slot = Slot(layers, length_for(tokens + 1))
-                self.slots.append(slot)
             while slot.capacity < tokens + 1:
                 slot.grow()
             slot.bind(cache, seen)
             # The last one is kept longest.
             self.slots = [*(other for other in self.slots if other is not slot), slot]
-        weakref.finalize(cache, _trim, weakref.ref(self), slot)
+        weakref.finalize(cache, _trim, weakref.ref(self), weakref.ref(slot))
         return slot
 
-    def _run(self, slot: Slot) -> Tensor:
+    def _run(self, slot: Slot, generation: _Generation) -> Tensor:
         """Compute the token in `slot.ids`, and leave its keys and values in the slot."""
         length = length_for(slot.length + 1)
         graph = slot.graphs.get(length)
@@ -199,28 +250,31 @@ class DecodeRunner:
             graph.replay()
             slot.length += 1
             return graph.logits
-        cache = slot.graph_cache(length)
+        cache, model = slot.graph_cache(length), self.model
 
         def step() -> Tensor:
             slot.mask.index_fill_(3, slot.index, 0)
             keywords = {self._keyword: cache, "use_cache": True, "return_dict": True}
             mask = slot.mask[..., :length]
-            output = self.model(input_ids=slot.ids, position_ids=slot.positions, attention_mask=mask, **keywords)
+            output = model(input_ids=slot.ids, position_ids=slot.positions, attention_mask=mask, **keywords)
             slot.index.add_(1)
             self._output = type(output)
             return output.logits
 
-        with self._lock, _attention(self.model, slot), fused_rotary(self.model, self._family):
+        device = torch.cuda.device(slot.index.device) if slot.index.is_cuda else nullcontext()
+        with _CAPTURE, device, _attention(model, slot), fused_rotary(model, self._family):
             logits = step()
             slot.length += 1
             try:
                 slot.graphs[length] = self._capture(step)
+            except torch.OutOfMemoryError:
+                generation.taken = False  # the next one may find memory
             except Exception as error:  # whatever a model does that no graph can hold
                 self._refuse(error)
         return logits
 
     def _refuse(self, error: Exception) -> None:
-        self._refused = True
+        self._refused, self.slots = True, []
         reason = " ".join(str(error).split())[:200]
         logger.warning("generate runs without CUDA graphs: %s: %s", type(error).__name__, reason)
 
@@ -231,6 +285,10 @@ class DecodeRunner:
 
     def __reduce__(self) -> Any:
         return type(self), (self.model, self._hooks, self._capture)
+
+
+# What a capture changes for a moment, the attention of a model and a function of its file, is there once.
+_CAPTURE = threading.RLock()
 
 
 def attach_decode_runner(model: PreTrainedModel, **keywords: Any) -> DecodeRunner | None:
@@ -264,18 +322,33 @@ def _is_plain_step(inputs: dict[str, Any], cache_name: str) -> bool:
     )
 
 
-def _is_bindable(layer: Any, tokens: int, max_length: int) -> bool:
-    """Whether a layer of a cache is filled with all tokens, and will show all of them to the last."""
-    if layer.get_seq_length() != tokens or tokens == 0 or layer.keys is None or layer.keys.ndim != 4:
+def _is_bindable(layer: Any, tokens: int) -> bool:
+    """Whether a layer of a cache is filled with all tokens."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, BoundLayer) or tokens == 0:
         return False
-    if type(layer) is DynamicSlidingWindowLayer:
-        return max_length < layer.sliding_window
-    return type(layer) in (DynamicLayer, BoundLayer)
+    keys = layer.keys
+    return keys is not None and keys.ndim == 4 and keys.shape[2] == tokens
+
+
+def _window(config: Any) -> int | None:
+    """The positions that every layer of a model sees; None: all of them."""
+    kinds = getattr(config, "layer_types", None)
+    windowed = kinds is None or "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) if windowed else None
 
 
 def count_hooks(model: nn.Module) -> int:
-    """Hooks on a model's modules: a replayed graph does not call them."""
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    """Hooks on a model's modules: a replayed graph does not call them.
+
+    Those of transformers do nothing but for outputs that are left to it, and stay once they have been asked for.
+    """
+    hooks = [
+        hook
+        for module in model.modules()
+        if module._forward_hooks or module._forward_pre_hooks
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return sum(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def _fingerprint(model: nn.Module) -> tuple[int, ...]:
@@ -283,21 +356,21 @@ def _fingerprint(model: nn.Module) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _trim(runner: weakref.ref[DecodeRunner], ended: Slot) -> None:
+def _trim(runner: weakref.ref[DecodeRunner], ended: weakref.ref[Slot]) -> None:
     """After a generation, give memory back: buffers that no generation uses, but for the last few.
 
     Args:
         ended: the slot of the generation.
     """
-    owner = runner()
-    if owner is None:
+    owner, last = runner(), ended()
+    if owner is None or last is None:
         return
     with owner._lock:
-        idle = [slot for slot in owner.slots if slot is ended or slot.free]
-        left = kept_bytes(ended.index.device)
+        idle = [slot for slot in owner.slots if slot is last or slot.free or slot.lent]
+        left = kept_bytes(last.index.device)
         for slot in reversed(idle):
             left -= slot.bytes
-            if left < 0:
+            if left < 0 or slot.lent:
                 owner.slots = [kept for kept in owner.slots if kept is not slot]
 
 

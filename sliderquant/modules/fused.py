@@ -3,7 +3,9 @@
 The modules keep their places, classes and tensors; their `forward` is replaced, on the instance.
 """
 
+import copy
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -57,26 +59,40 @@ def fused_rotary(model: nn.Module, family: Family) -> Iterator[None]:
         yield
 
 
-class _Norm:
-    """The forward of an RMSNorm."""
+class _Forward:
+    """The forward of a module, which it does not keep alive: the module holds it."""
 
-    def __init__(self, norm: Any) -> None:
-        self.norm = norm
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    @property
+    def module(self) -> Any:
+        """Whose forward it is."""
+        return self._module()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Forward":
+        return type(self)(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.module,)
+
+
+class _Norm(_Forward):
+    """That of an RMSNorm."""
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.norm.weight, self.norm.variance_epsilon)
+        norm = self._module()
+        return rms_norm(hidden_states, norm.weight, norm.variance_epsilon)  # type: ignore[union-attr, arg-type]
 
 
-class _GatedMlp:
-    """The forward of an MLP: down_proj(silu(gate_proj(x)) * up_proj(x))."""
-
-    def __init__(self, mlp: Any) -> None:
-        self.mlp = mlp
+class _GatedMlp(_Forward):
+    """That of an MLP: down_proj(silu(gate_proj(x)) * up_proj(x))."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up, down = self.mlp.gate_proj(x), self.mlp.up_proj(x), self.mlp.down_proj
+        mlp: Any = self._module()
+        gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
         linear: Any = down.linear if isinstance(down, RotatedLinear) else down
-        if not _takes_gate(linear, up):
+        if not _takes_gate(linear, up) or down._forward_hooks or down._forward_pre_hooks:
             return down(silu_mul(gate, up))
         # SiLU, the product, the rotation and the rounding in one kernel.
         bits, symmetric, clip = linear.scheme.activation_bits, linear.scheme.activation_symmetric, linear.input_clip

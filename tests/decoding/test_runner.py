@@ -1,9 +1,11 @@
 """Steps by a graph, against the same generation without. On a CPU a replay is a call of what was captured."""
 
 import copy
+import gc
 import io
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from sliderquant.decoding import cache as buffers
 from sliderquant.decoding import runner as decoding
 from sliderquant.decoding.runner import DecodeRunner, _Graph, attach_decode_runner
 from sliderquant.loading import load
-from sliderquant.models import FAMILIES
-from sliderquant.modules import cache_keyword
+from sliderquant.models import FAMILIES, family_of
+from sliderquant.modules import cache_keyword, fuse_layers
 from sliderquant.pipeline import quantize
 
 FAMILY_TYPES = [model_type for family in FAMILIES for model_type in family.model_types]
@@ -276,14 +278,133 @@ def test_attention_without_masks_of_numbers_is_left_alone(folders: Callable[...,
     assert model.config._attn_implementation == "eager"
 
 
-def test_a_window_that_the_generation_leaves(folders: Callable[..., Path], short_graphs: None) -> None:
+@pytest.mark.parametrize("given", ["nothing", "a cache without windows", "embeddings", "a cache of a turn before"])
+def test_a_window_that_the_generation_leaves(given: str, folders: Callable[..., Path], short_graphs: None) -> None:
     model = load(folders("mistral", sliding_window=24), device="cpu")
-    expected = [written(model, prompt(), new) for new in (10, 30)]
+    name = cache_keyword(model.forward)
+
+    def run() -> list[int]:
+        inputs: dict[str, Any] = prompt(1)
+        if given == "embeddings":
+            inputs = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+        if given == "a cache without windows":
+            inputs[name] = DynamicCache()
+        if given == "a cache of a turn before":
+            turn = written(model, inputs, 10, return_dict_in_generate=True)
+            ids = torch.cat([turn.sequences, prompt(1, 3, 9)["input_ids"]], 1)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), name: turn[name]}
+        return written(model, inputs, 30)[0].tolist()
+
+    expected = run()
     _, recorder = attached(model)
-    assert torch.equal(written(model, prompt(), 10), expected[0])
-    assert recorder.replays == 8
-    assert torch.equal(written(model, prompt(), 30), expected[1])
-    assert recorder.replays == 8, "a window of 24 does not show 35 tokens"
+    assert run() == expected
+    assert recorder.replays >= 6
+
+
+def test_the_layers_of_a_window_come_back(folders: Callable[..., Path]) -> None:
+    model = load(folders("mistral", sliding_window=24), device="cpu")
+    name = cache_keyword(model.forward)
+    expected = written(model, prompt(), 30, return_dict_in_generate=True)[name]
+    attached(model)
+    found = written(model, prompt(), 30, return_dict_in_generate=True)[name]
+    for ours, theirs in zip(found.layers, expected.layers, strict=True):
+        assert type(ours) is type(theirs)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        torch.testing.assert_close(ours.keys, theirs.keys)
+
+
+def test_a_generation_inside_of_another(folders: Callable[..., Path]) -> None:
+    model = load(folders("mistral", sliding_window=24), device="cpu")
+
+    class Nested:
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            if ids.shape[1] == 5:
+                written(model, prompt(1, 4, 3), 6)
+            return scores
+
+    expected = written(model, prompt(), 30, logits_processor=[Nested()])
+    attached(model)
+    assert torch.equal(written(model, prompt(), 30, logits_processor=[Nested()]), expected)
+
+
+def test_a_cache_of_another_class_is_left_alone(llama: PreTrainedModel) -> None:
+    class Counting(DynamicCache):
+        updates = 0
+
+        def update(self, *arguments: Any, **keywords: Any) -> Any:
+            type(self).updates += 1
+            return super().update(*arguments, **keywords)
+
+    attached(llama)
+    written(llama, prompt(), 8, **{cache_keyword(llama.forward): Counting(config=llama.config)})
+    assert Counting.updates == 2 * 8
+
+
+def test_outputs_that_were_asked_for_once(llama: PreTrainedModel) -> None:
+    _, recorder = attached(llama)
+    llama(prompt()["input_ids"], output_hidden_states=True)
+    written(llama, prompt(), 8, output_hidden_states=True, return_dict_in_generate=True)
+    assert recorder.captures == 0
+    written(llama, prompt(), 8)
+    assert recorder.captures == 1
+
+
+def test_what_is_called_by_hand_is_not_a_step(llama: PreTrainedModel) -> None:
+    attached(llama)
+    written(llama, prompt(), 8)
+    by_hand = llama.get_compiled_call(None)
+    assert type(by_hand).__name__ != "partial"
+
+
+def test_keys_that_were_read_are_those_of_the_cache(llama: PreTrainedModel) -> None:
+    name = cache_keyword(llama.forward)
+    runner, _ = attached(llama)
+    past = written(llama, prompt(), 8, return_dict_in_generate=True)[name]
+    keys = past.layers[0].keys
+    keys[:, :, 3] = 0
+    assert past.layers[0].keys[:, :, 3].abs().sum() == 0
+    del past
+    assert runner.slots == [], "another generation would write into what was handed out"
+    before = keys.clone()
+    written(llama, prompt(seed=5), 8)
+    assert torch.equal(keys, before)
+
+
+@pytest.mark.parametrize("where", ["Slot.__init__", "Slot.grow", "capture"])
+def test_memory_that_is_not_there(
+    where: str, llama: PreTrainedModel, short_graphs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = written(llama, prompt(), 40)
+
+    def refuse(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    runner, recorder = attached(llama)
+    with monkeypatch.context() as patch:
+        if where == "capture":
+            patch.setattr(runner, "_capture", refuse)
+        else:
+            patch.setattr(buffers.Slot, where.removeprefix("Slot."), refuse)
+        assert torch.equal(written(llama, prompt(), 40), expected)
+    assert recorder.captures == (1 if where == "Slot.grow" else 0)
+    assert torch.equal(written(llama, prompt(), 40), expected)
+    assert recorder.captures == 3
+
+
+def test_a_model_that_is_deleted_is_gone(folders: Callable[..., Path]) -> None:
+    model = load(folders("llama"), device="cpu")
+    # A CUDA graph does not hold what was captured.
+    runner = attach_decode_runner(model, capture=lambda step: _Graph(lambda: None, torch.zeros(2, 1, 2048)))
+    assert runner is not None
+    fuse_layers(model, family_of("", None, [type(model).__name__]))
+    written(model, prompt(), 8)
+    found = [weakref.ref(model), weakref.ref(model.model.layers[0].mlp.down_proj), weakref.ref(runner.slots[0])]
+    gc.disable()
+    try:
+        del model, runner
+        assert [reference() for reference in found] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_a_few_tokens_are_not_worth_a_graph(llama: PreTrainedModel) -> None:
