@@ -242,7 +242,7 @@ def _maker(layer: Any) -> Callable[[], DynamicLayer]:
         return layer._make
     kind: Callable[..., DynamicLayer] = type(layer)
     window = getattr(layer, "sliding_window", None)
-    return kind if window is None else partial(kind, window)
+    return kind if window is None else partial(kind, sliding_window=window)
 
 
 def _itself(layer: DynamicLayer) -> DynamicLayer:
