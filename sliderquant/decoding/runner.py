@@ -13,31 +13,27 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from sliderquant.decoding.attention import attend_over
 from sliderquant.decoding.cache import BoundLayer, Slot, length_for, release
 from sliderquant.models import FAMILIES, family_of
 from sliderquant.modules.attention import cache_keyword
 from sliderquant.modules.fused import fused_rotary
-from sliderquant_kernels import decode_attention
 
 __all__ = ["DecodeRunner", "attach_decode_runner", "count_hooks"]
 
 logger = logging.getLogger(__name__)
 
-_ATTENTION = "sliderquant_decode"
 # Sequences: beyond these a step is no longer bound by the host.
 MAX_BATCH = 64
 # A graph takes as long to capture as about one step takes without; for fewer steps there is nothing to be had.
@@ -262,7 +258,7 @@ class DecodeRunner:
             return output.logits
 
         device = torch.cuda.device(slot.index.device) if slot.index.is_cuda else nullcontext()
-        with _CAPTURE, device, _attention(model, slot), fused_rotary(model, self._family):
+        with _CAPTURE, device, attend_over(slot, model), fused_rotary(model, self._family):
             logits = step()
             slot.length += 1
             try:
@@ -292,8 +288,7 @@ _CAPTURE = threading.RLock()
 
 
 def attach_decode_runner(model: PreTrainedModel, **keywords: Any) -> DecodeRunner | None:
-    """Let `model.generate` replay CUDA graphs; None: not with a model of this family, or with
-    this transformers.
+    """Let `model.generate` replay CUDA graphs; None: the model is of no family of ours, or transformers lacks a method.
 
     Args:
         keywords: of `DecodeRunner`.
@@ -377,42 +372,3 @@ def _trim(runner: weakref.ref[DecodeRunner], ended: weakref.ref[Slot]) -> None:
 def kept_bytes(device: torch.device) -> float:
     """Of buffers that wait for the next generation."""
     return KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, slot: Slot) -> Iterator[None]:
-    """Let a model attend over a slot while its step is run and captured."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = _ATTENTION
-    _current.index = slot.index
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
-        _current.index = None
-
-
-# Where the step of this thread writes, for `_one_query`, which transformers calls.
-_current = threading.local()
-
-
-def _one_query(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
-) -> tuple[Tensor, None]:
-    """`sdpa` of one token over a slot, whose length the device knows."""
-    index = getattr(_current, "index", None)
-    special = keywords.get("softcap") or keywords.get("position_bias") is not None
-    if index is None or query.shape[2] != 1 or special:
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **keywords)
-    scale = query.shape[3] ** -0.5 if keywords.get("scaling") is None else keywords["scaling"]
-    if decode_attention.fits(query, key, value, attention_mask):
-        return decode_attention.decode_attention(query, key, value, index, attention_mask, scale), None
-    # The query heads that share keys are the rows of one product: no key is copied.
-    batch, heads, _, size = query.shape
-    rows = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
-    out = scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scale)
-    return out.reshape(batch, 1, heads, value.shape[3]), None
-
-
-AttentionInterface.register(_ATTENTION, _one_query)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
