@@ -193,6 +193,22 @@ def test_keys_that_were_read_are_those_of_the_cache(
     assert torch.equal(keys, before)
 
 
+def test_what_was_cropped_is_not_written_over(
+    llama: PreTrainedModel,
+    attached: Callable[..., Any],
+    prompt: Callable[..., Any],
+    written: Callable[..., Any],
+) -> None:
+    attached(llama)
+    past = written(llama, prompt(), 8, return_dict_in_generate=True)[cache_keyword(llama.forward)]
+    # As `crop` does it: the layers hold parts of the buffers from here on.
+    for layer in past.layers:
+        layer.keys, layer.values = layer.keys[:, :, :9], layer.values[:, :, :9]
+    before = [layer.keys.clone() for layer in past.layers]
+    written(llama, prompt(seed=5), 8)
+    assert all(map(torch.equal, [layer.keys for layer in past.layers], before))
+
+
 @pytest.mark.parametrize("where", ["Slot.__init__", "Slot.grow", "capture"])
 def test_memory_that_is_not_there(
     where: str,

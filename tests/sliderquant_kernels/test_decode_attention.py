@@ -56,6 +56,19 @@ def test_against_softmax(
         assert (found.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
+@pytest.mark.parametrize("largest", [0, -1])
+def test_the_largest_logit_comes_first_or_last(largest: int) -> None:
+    """Sums of shares that were joined before are scaled when a larger logit turns up."""
+    length = (kernels.JOINED + 3) * kernels.SHARE
+    q, keys, others = (values(1, 1, n, 16, dtype=torch.float16, seed=n) for n in (1, length, length + 1))
+    others = others[:, :, :length]
+    keys[0, 0, largest] = q[0, 0, 0] * 2
+    index = torch.tensor([length - 1], device=DEVICE)
+    found = kernels.decode_attention(q, keys, others, index, None, 0.25)
+    expected = oracle(q, keys, others, length, None, 0.25)
+    assert (found.double() - expected).norm() <= 2e-3 * expected.norm()
+
+
 def test_padding_over_whole_shares() -> None:
     q, length = values(1, 2, 1, 32, dtype=torch.float16, seed=1), 3 * kernels.SHARE
     keys, others = (values(1, 1, length, 32, dtype=torch.float16, seed=seed) for seed in (2, 3))
