@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
+from sliderquant_kernels.timing import Settings
 
 from . import figures, machine
 from .case import Goal, Op, Plan, Provider, Task
@@ -25,7 +26,6 @@ from .floors import Floors
 from .measure import setup
 from .ops import OPS
 from .store import Store
-from .timing import Settings
 from .workers import Failure, Workers
 
 # How much of a budget may go by before timing begins: checks, and compiling what will be timed.

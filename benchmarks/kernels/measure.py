@@ -12,12 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import floors, machine, timing
+from sliderquant_kernels.timing import (
+    Call,
+    Cuda,
+    Settings,
+    Timing,
+    copies_needed,
+    copy_tensors,
+    in_graphs,
+    in_turns,
+    quantiles,
+)
+
+from . import floors, machine
 from .case import Case, Op, Prepared, Task, Unsupported
 from .checking import Expected, Verdict, compare
 from .floors import Floors
 from .ops import OPS
-from .timing import Call, Settings, Timing, copies_needed, copy_tensors, in_graphs, in_turns, quantiles
 from .workers import Fatal
 
 __all__ = ["Measurer", "setup"]
@@ -149,7 +160,7 @@ class Measurer:
         if self.device.type == "cuda":
             for call in calls[:2]:
                 call()
-            timed = in_graphs(calls, self.roof.floor_us(*work), timing.Cuda(), self.settings)
+            timed = in_graphs(calls, self.roof.floor_us(*work), Cuda(), self.settings)
             op.PROVIDERS[provider].release()
         else:
             timed = self._against_baseline(op, provider, calls, x)

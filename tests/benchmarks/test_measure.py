@@ -10,8 +10,8 @@ from benchmarks.kernels.case import Case, Plan, Prepared, Provider, Task, Unsupp
 from benchmarks.kernels.checking import Expected
 from benchmarks.kernels.floors import Floors
 from benchmarks.kernels.measure import Measurer
-from benchmarks.kernels.timing import Settings
 from benchmarks.kernels.workers import Fatal
+from sliderquant_kernels.timing import Settings
 
 QUICK = Settings(budget_us=1000, fewest_samples=3, most_samples=3)
 

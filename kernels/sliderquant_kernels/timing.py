@@ -2,11 +2,12 @@
 
 Calls rotate over copies of their tensors: before one is used again, twice the cache's size of other tensors has been
 read. Nothing else runs between two calls, so that their time is the kernels' alone, with the gap that a GPU needs from
-one kernel to the next; that gap is measured apart (`floors`). Activations stay in the cache, where the kernel before
+one kernel to the next; benchmarks measure that gap apart. Activations stay in the cache, where the kernel before
 would have left them.
 
-On CUDA the calls are captured in a graph whose replays are timed with events: no launch from Python is in the time. On
-a CPU, which other programs share, a call and its baseline take turns, so that the machine's changes hit both.
+On CUDA the calls are captured in a graph whose replays are timed with events: no launch from Python is in the time.
+Candidates for one job have a graph each, and their replays take turns, so that a drift of the clocks hits all of them.
+On a CPU, which other programs share, a call and its baseline take turns, so that the machine's changes hit both.
 """
 
 from __future__ import annotations
@@ -20,7 +21,21 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Cuda", "Settings", "Timing", "copies_needed", "copy_tensors", "in_graphs", "in_turns", "quantiles"]
+__all__ = [
+    "Call",
+    "Cuda",
+    "Device",
+    "Graph",
+    "Settings",
+    "Timing",
+    "capture_rounds",
+    "copies_needed",
+    "copy_tensors",
+    "graphs_in_turns",
+    "in_graphs",
+    "in_turns",
+    "quantiles",
+]
 
 Call = Callable[[], Any]
 # How many times the cache's size lies between two uses of a tensor.
@@ -53,8 +68,15 @@ class Device(Protocol):
     def capture(self, calls: Sequence[Call]) -> Call:
         """A function that replays the calls."""
 
-    def elapsed_us(self, replay: Call, times: int) -> list[float]:
-        """Microseconds of each of `times` replays in a row."""
+    def elapsed_us(self, replays: Sequence[Call]) -> list[float]:
+        """Microseconds of each of several replays in a row."""
+
+
+class Graph(NamedTuple):
+    """Captured calls: what replays them, and how many they are."""
+
+    replay: Call
+    calls: int
 
 
 def copies_needed(tensor_bytes: int, cache_bytes: int) -> int:
@@ -77,22 +99,48 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(samples), fifths[3]
 
 
-def in_graphs(calls: Sequence[Call], floor_us: float, device: Device, settings: Settings) -> Timing:
-    """Time calls that rotate; floor_us, the least that a call can take, decides how many go into the graph.
+def capture_rounds(calls: Sequence[Call], floor_us: float, device: Device, settings: Settings) -> Graph:
+    """Capture calls that rotate; floor_us, the least that a call can take, decides how many go into the graph.
 
     The graph holds whole rounds over the calls, and lasts long enough that what an event costs does not count.
     """
     wanted = min(settings.most_calls, settings.graph_us / max(floor_us, 1e-3))
     rounds = max(1, -(-int(wanted) // len(calls)))
     count = rounds * len(calls)
-    replay = device.capture(list(islice(cycle(calls), count)))
+    return Graph(device.capture(list(islice(cycle(calls), count))), count)
+
+
+def in_graphs(calls: Sequence[Call], floor_us: float, device: Device, settings: Settings) -> Timing:
+    """Time calls that rotate, in a graph as `capture_rounds` makes it."""
+    replay, count = capture_rounds(calls, floor_us, device, settings)
     # The first replays tell how many samples fit; further ones bring the clocks up.
-    longest = max(device.elapsed_us(replay, 3))
-    device.elapsed_us(replay, 1 + int(settings.warm_us / max(longest, 1e-3)))
+    longest = max(device.elapsed_us([replay] * 3))
+    device.elapsed_us([replay] * (1 + int(settings.warm_us / max(longest, 1e-3))))
     samples = int(settings.budget_us / max(longest, 1e-3))
     samples = min(max(samples, settings.fewest_samples), settings.most_samples)
-    times = [value / count for value in device.elapsed_us(replay, samples)]
+    times = [value / count for value in device.elapsed_us([replay] * samples)]
     return Timing(times, None, count, f"{samples} replays of a CUDA graph of {count} calls")
+
+
+def graphs_in_turns(graphs: Sequence[Graph], device: Device, settings: Settings) -> list[list[float]]:
+    """Microseconds per call of each graph: `fewest_samples` samples, or as many as the budget of one graph holds.
+
+    Every round replays each graph once, the first one first and last in turns. A round is queued at once, after a
+    replay that is thrown away: it takes the time that the GPU waits for the first launch.
+    """
+    replays = [graph.replay for graph in graphs]
+    longest = max(sum(device.elapsed_us(replays)), 1e-3)
+    for _ in range(1 + int(settings.warm_us / longest)):
+        device.elapsed_us(replays)
+    rounds = int(settings.budget_us * len(graphs) / longest)
+    rounds = min(max(rounds, settings.fewest_samples), settings.most_samples)
+    samples: list[list[float]] = [[] for _ in graphs]
+    for turn in range(rounds):
+        order = range(len(graphs)) if turn % 2 == 0 else range(len(graphs))[::-1]
+        row = [replays[number] for number in order]
+        for number, elapsed in zip(order, device.elapsed_us([row[0], *row])[1:], strict=True):
+            samples[number].append(elapsed / graphs[number].calls)
+    return samples
 
 
 def in_turns(
@@ -135,11 +183,11 @@ class Cuda:
                 call()
         return graph.replay
 
-    def elapsed_us(self, replay: Call, times: int) -> list[float]:
+    def elapsed_us(self, replays: Sequence[Call]) -> list[float]:
         """All replays are queued at once, so that the GPU never waits for Python."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(replays) + 1)]
         events[0].record()
-        for event in events[1:]:
+        for replay, event in zip(replays, events[1:], strict=True):
             replay()
             event.record()
         torch.cuda.synchronize()

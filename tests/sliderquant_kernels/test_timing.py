@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from benchmarks.kernels.timing import Settings, copies_needed, copy_tensors, in_graphs, in_turns, quantiles
+from sliderquant_kernels.timing import (
+    Graph,
+    Settings,
+    copies_needed,
+    copy_tensors,
+    graphs_in_turns,
+    in_graphs,
+    in_turns,
+    quantiles,
+)
 
 MEGABYTE = 1 << 20
 
@@ -49,9 +58,9 @@ class FakeGpu:
             call()
         return self.captured
 
-    def elapsed_us(self, replay, times):
-        self.replays += times
-        return [self.us * len(replay)] * times
+    def elapsed_us(self, replays):
+        self.replays += len(replays)
+        return [self.us * len(replay) for replay in replays]
 
 
 def test_a_graph_holds_whole_rounds_and_lasts_long_enough():
@@ -80,6 +89,40 @@ def test_a_graph_does_not_grow_without_bound():
 def test_clocks_are_brought_up_before_the_samples():
     in_graphs([lambda: None], 1000.0, gpu := FakeGpu(1000.0), Settings(warm_us=20_000, budget_us=10_000))
     assert gpu.replays == 3 + 21 + 10
+
+
+class DriftingGpu:
+    """Replays take longer from one to the next, and the first of a row waits for its launch."""
+
+    def __init__(self):
+        self.rows, self.now = [], 0
+
+    def elapsed_us(self, replays):
+        self.rows.append("".join(replays))
+        found = []
+        for replay in replays:
+            self.now += 1
+            found.append({"a": 1000.0, "b": 2000.0, "c": 3000.0}[replay] + self.now + (500 if not found else 0))
+        return found
+
+
+def test_graphs_take_turns_and_a_drift_hits_all_of_them():
+    graphs = [Graph("a", 10), Graph("b", 20), Graph("c", 30)]
+    settings = Settings(warm_us=13_000, budget_us=8000, fewest_samples=2, most_samples=40)
+    a, b, c = graphs_in_turns(graphs, gpu := DriftingGpu(), settings)
+    # 6.5 ms a round: three rounds bring up the clocks. 8 ms a graph make 3.7 rounds.
+    assert gpu.rows == ["abc"] * 3 + ["aabc", "ccba", "aabc"]
+    # No sample holds the wait for the first launch of a row.
+    assert a == [pytest.approx((1000 + step) / 10) for step in (11, 17, 19)]
+    assert b == [pytest.approx((2000 + step) / 20) for step in (12, 16, 20)]
+    assert c == [pytest.approx((3000 + step) / 30) for step in (13, 15, 21)]
+
+
+def test_graphs_in_turns_have_enough_samples_and_not_too_many():
+    graphs = [Graph("a", 1), Graph("b", 1)]
+    for budget, samples in ((1.0, 7), (1e9, 40)):
+        found = graphs_in_turns(graphs, DriftingGpu(), Settings(budget_us=budget))
+        assert [len(times) for times in found] == [samples] * 2
 
 
 class FakeMachine:
