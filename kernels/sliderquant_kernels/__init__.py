@@ -15,7 +15,11 @@ from .hadamard_matrix import HadamardTransform, factor_hadamard
 from .layout import PackedWeight, WeightLayout, choose_layout
 from .low_bit import direct_low_bit_linear, low_bit_linear
 from .low_bit_layout import LowBitLayout, choose_low_bit_layout
+from .ptxas import pin_ptxas
 from .weight_only import dequantize, direct_linear, weight_only_linear
+
+# Before anything is compiled, by whomever.
+pin_ptxas()
 
 __all__ = [
     "HadamardTransform",
