@@ -4,26 +4,45 @@
         model(ids)                      # launches what is compiled, notes what is not
     compile_jobs(jobs, arch=90)         # in other processes, into Triton's cache on disk
 
-`python -m sliderquant_kernels.warming` is one of these processes: pickled jobs on standard input, one line for each on
-standard output.
+`python -m sliderquant_kernels.warming` is one of these processes: pickled jobs, a line each, on standard input, and one
+line for each on standard output.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Protocol
 
 import torch
 
 # A process takes about as long to start as so many kernels to compile.
 PER_PROCESS = 6
+# What `compile_each` says of a job that there was no time for.
+LATE = "not compiled in time"
+# Seconds that a process has to start, when all of them read torch from a disk at once.
+START = 120.0
+
+
+class Compilable(Protocol):
+    """What can be compiled: picklable, and named for what is said about it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def compile(self, arch: int) -> None:
+        """Compile for an architecture such as 90. Raises whatever is wrong."""
 
 
 @dataclass(frozen=True)
@@ -91,60 +110,179 @@ def compile_jobs(
     Returns:
         What went wrong, a line for each job that could not be compiled.
     """
+    return [error for error in compile_each(jobs, arch, processes, done) if error]
+
+
+def compile_each(
+    jobs: Sequence[Compilable],
+    arch: int,
+    processes: int | None = None,
+    done: Callable[[int, int], None] | None = None,
+    timeout: float | None = None,
+    seconds: float | None = None,
+) -> list[str]:
+    """Compile like `compile_jobs`, in the order of the jobs.
+
+    Args:
+        timeout: seconds for one job. One that takes longer is ended with its process, and another process goes on.
+        seconds: for all of them; what is not compiled then is `LATE`.
+
+    Returns:
+        What went wrong with each job, empty where nothing did.
+    """
     most = processes or _cores()
     count = max(1, min(most, -(-len(jobs) // PER_PROCESS)))
-    if count == 1:
+    if count == 1 and timeout is None and seconds is None:
         return _compile_here(jobs, arch, done)
-    shares = [jobs[start::count] for start in range(count)]
-    workers = [_start(share, arch) for share in shares]
-    errors, finished = [], 0
+    crew = _Crew(jobs, arch, timeout, seconds)
+    errors = [LATE] * len(jobs)
+    threads = [threading.Thread(target=crew.work, name="sliderquant-compile") for _ in range(count)]
     try:
-        for worker in workers:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                finished += 1
-                if line.strip():
-                    errors.append(line.strip())
-                if done is not None:
-                    done(finished, len(jobs))
-            if worker.wait() != 0:
-                errors.append(f"a compiling process ended with exit code {worker.returncode}")
+        for thread in threads:
+            thread.start()
+        for number in range(1, len(jobs) + 1):
+            index, errors[index] = crew.answers.get()
+            if done is not None:
+                done(number, len(jobs))
     finally:
-        for worker in workers:
-            with worker:
-                worker.kill()
+        crew.stop()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
     return errors
+
+
+class _Crew:
+    """Threads with a process each that compile what is in one queue."""
+
+    def __init__(self, jobs: Sequence[Compilable], arch: int, timeout: float | None, seconds: float | None) -> None:
+        self._left = deque(enumerate(jobs))
+        self._arch, self._timeout = arch, timeout
+        self._until = None if seconds is None else time.monotonic() + seconds
+        self._workers: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+        self.answers: SimpleQueue[tuple[int, str]] = SimpleQueue()
+
+    def work(self) -> None:
+        """Compile until nothing is left, in a process that is replaced when it ends."""
+        worker = None
+        while True:
+            try:
+                index, job = self._left.popleft()
+            except IndexError:
+                break
+            try:
+                if worker is None and self._rest(START) > 0:
+                    worker = self._start()
+                error = LATE if worker is None else self._ask(worker, job)
+            except Exception as problem:  # a process that cannot be started, a job that cannot be sent
+                error = f"{job.name}: {type(problem).__name__}: {problem}"
+            if worker is not None and worker.poll() is not None:
+                self._end(worker)
+                worker = None
+            self.answers.put((index, error))
+        if worker is not None:
+            self._end(worker)
+
+    def stop(self) -> None:
+        """End all processes; the threads then have nothing left."""
+        self._stopped = True
+        self._left.clear()
+        for worker in list(self._workers):
+            _kill(worker)
+
+    def _rest(self, limit: float | None) -> float:
+        """Seconds that something may take, whose own limit is given."""
+        rest = float("inf") if limit is None else limit
+        return rest if self._until is None else min(rest, self._until - time.monotonic())
+
+    def _start(self) -> subprocess.Popen[str] | None:
+        worker = _start(self._arch)
+        self._workers.add(worker)
+        if self._stopped:  # meanwhile
+            _kill(worker)
+        # It says when it has imported everything: that is no job's time.
+        if _line(worker, self._rest(START)) is None:
+            self._end(worker)
+            if self._rest(None) <= 0:
+                return None
+            raise RuntimeError(f"a compiling process ended with exit code {worker.returncode} before its first job")
+        return worker
+
+    def _ask(self, worker: subprocess.Popen[str], job: Compilable) -> str:
+        assert worker.stdin is not None
+        limit = self._rest(self._timeout)
+        if limit <= 0:
+            return LATE
+        with suppress(BrokenPipeError):  # its exit code says more
+            worker.stdin.write(pickle.dumps(job).hex() + "\n")
+            worker.stdin.flush()
+        started = time.monotonic()
+        answer = _line(worker, limit)
+        if answer is not None:
+            return answer
+        worker.wait()
+        if time.monotonic() - started < limit:
+            return f"{job.name}: a compiling process ended with exit code {worker.returncode}"
+        late = self._timeout is None or limit < self._timeout
+        return LATE if late else f"{job.name}: compiling took longer than {self._timeout:g} s"
+
+    def _end(self, worker: subprocess.Popen[str]) -> None:
+        self._workers.discard(worker)
+        _kill(worker)
+        with suppress(BrokenPipeError), worker:  # what it has not read
+            pass
+
+
+def _line(worker: subprocess.Popen[str], limit: float) -> str | None:
+    """The next line of a process, which ends if that takes longer than `limit` seconds; None: it has ended."""
+    assert worker.stdout is not None
+    timer = threading.Timer(max(limit, 0.0), _kill, (worker,)) if limit != float("inf") else None
+    if timer is not None:
+        timer.start()
+    try:
+        line = worker.stdout.readline()
+    finally:
+        if timer is not None:
+            timer.cancel()
+    return line.strip() if line.endswith("\n") else None
+
+
+def _kill(worker: subprocess.Popen[str]) -> None:
+    """End a process with those that it has started: the assembler is one, and may be what hangs."""
+    if worker.poll() is not None:
+        return
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.pid, signal.SIGKILL)
+    worker.kill()
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _compile_here(jobs: Sequence[Job], arch: int, done: Callable[[int, int], None] | None) -> list[str]:
+def _compile_here(jobs: Sequence[Compilable], arch: int, done: Callable[[int, int], None] | None) -> list[str]:
     errors = []
     for number, job in enumerate(jobs, 1):
-        errors += [error] if (error := _attempt(job, arch)) else []
+        errors.append(_attempt(job, arch))
         if done is not None:
             done(number, len(jobs))
     return errors
 
 
-def _start(jobs: Sequence[Job], arch: int) -> subprocess.Popen[str]:
+def _start(arch: int) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     # No GPU: compiling needs none, and a context takes half a gigabyte of it.
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "sliderquant_kernels.warming", str(arch)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        start_new_session=True,
     )  # fmt: skip
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):  # its exit code says more
-        process.stdin.write(pickle.dumps(list(jobs)).hex())
-        process.stdin.close()
-    return process
 
 
-def _attempt(job: Job, arch: int) -> str:
+def _attempt(job: Compilable, arch: int) -> str:
     try:
         job.compile(arch)
     except Exception as error:  # what cannot be compiled says so when it is launched
@@ -153,9 +291,21 @@ def _attempt(job: Job, arch: int) -> str:
 
 
 def main() -> None:
-    """Compile the jobs that standard input has, and print a line for each: empty, or what went wrong."""
-    for job in pickle.loads(bytes.fromhex(sys.stdin.read())):
-        print(_attempt(job, int(sys.argv[1])), flush=True)
+    """Compile the jobs that standard input has, and print a line for each: empty, or what went wrong. The first line
+    is empty too, and says that jobs may come."""
+    # Compilers print, and their lines are no answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import_module(f"{__package__}.weight_only_triton")
+    print(flush=True, file=answers)
+    for line in sys.stdin:
+        try:
+            job = pickle.loads(bytes.fromhex(line))
+        except Exception as error:
+            answer = f"a job: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        else:
+            answer = _attempt(job, int(sys.argv[1]))
+        print(answer, flush=True, file=answers)
 
 
 if __name__ == "__main__":

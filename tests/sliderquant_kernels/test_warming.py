@@ -3,9 +3,16 @@
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from sliderquant_kernels import warming
+from sliderquant_kernels.warming import LATE, Job, compile_each, compile_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,8 +69,81 @@ def test_what_is_launched_is_recorded_once_and_compiled(processes: int, tmp_path
 
 
 def test_a_kernel_that_does_not_compile_is_named() -> None:
-    from sliderquant_kernels.warming import Job, compile_jobs
-
     job = Job("sliderquant_kernels.elementwise_triton", "silu_mul_kernel", (None,), (1,), {}, {"num_warps": 3})
     (error,) = compile_jobs([job], 90)
     assert error.startswith("silu_mul_kernel: ")
+
+
+JOBS = """
+import os, time
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    what: str = ""
+
+    def compile(self, arch):
+        print("a compiler's own words")
+        os.write(1, b"and more of them\\n")
+        if self.what == "hangs":
+            os.system("sleep 100")
+        elif self.what == "slow":
+            time.sleep(0.3)
+        elif self.what == "crashes":
+            os._exit(3)
+        elif self.what:
+            raise ValueError(f"{self.what} on sm_{arch}")
+"""
+
+
+@pytest.fixture
+def make_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Jobs of a module that the compiling processes import too."""
+    (tmp_path / "jobs_of_a_test.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(tmp_path)
+    from jobs_of_a_test import Job
+
+    return lambda *kinds: [Job(f"k{number}", kind) for number, kind in enumerate(kinds)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_that_hangs_or_crashes_costs_only_itself(processes: int, make_jobs: Callable[..., list[Any]]) -> None:
+    jobs = make_jobs("", "hangs", "", "crashes", "is wrong", "", "", "")
+    seen: list[tuple[int, int]] = []
+    started = time.monotonic()
+    errors = compile_each(jobs, 90, processes, lambda *numbers: seen.append(numbers), timeout=2.0)
+    assert time.monotonic() - started < 90  # not the 100 seconds of the one that hangs
+    assert errors == [
+        "",
+        "k1: compiling took longer than 2 s",
+        "",
+        "k3: a compiling process ended with exit code 3",
+        "k4: ValueError: is wrong on sm_90",
+        *[""] * 3,
+    ]
+    assert seen == [(number, 8) for number in range(1, 9)]
+
+
+def test_what_there_is_no_time_for_is_late(make_jobs: Callable[..., list[Any]]) -> None:
+    assert compile_each(make_jobs("", ""), 90, 1, seconds=0.0) == [LATE] * 2
+    # The process may start, and the job that hangs takes the rest of the time.
+    errors = compile_each(make_jobs("", "hangs", ""), 90, 1, timeout=200.0, seconds=40.0)
+    assert errors == ["", LATE, LATE]
+
+
+def test_an_interrupted_caller_leaves_no_process(make_jobs: Callable[..., list[Any]]) -> None:
+    def interrupt(number: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        compile_each(make_jobs("", *["hangs"] * 9), 90, 2, interrupt, timeout=200.0)
+    assert time.monotonic() - started < 90
+    assert not [thread for thread in threading.enumerate() if thread.name == "sliderquant-compile"]
+
+
+def test_a_process_that_cannot_start_is_no_hang(make_jobs: Callable[..., list[Any]], monkeypatch) -> None:
+    monkeypatch.setattr(warming.sys, "executable", "/nowhere/python")
+    errors = compile_each(make_jobs("", ""), 90, 1, timeout=2.0)
+    assert [error[:22] for error in errors] == ["k0: FileNotFoundError:", "k1: FileNotFoundError:"]
