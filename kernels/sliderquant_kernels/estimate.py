@@ -84,9 +84,12 @@ def estimate(problem: Problem, choice: Choice, device: Device) -> Estimate:
 
     Raises:
         KeyError: the tile is none of those that `resources.json` knows.
+        ValueError: no multiprocessor holds a program of it.
     """
     taken = _resources(problem)[_key(choice)]
     programs = _programs(problem, choice, taken.registers)
+    if programs == 0:
+        raise ValueError(f"choice: expected a tile that fits on a multiprocessor, got {choice}; take fewer stages")
     tiles_m, tiles_n = -(-problem.m // choice.block_m), -(-problem.n // (ROWS * choice.row_blocks))
     grid = tiles_m * tiles_n * choice.split
     k_blocks = -(-problem.k // block_inputs(problem.bits))

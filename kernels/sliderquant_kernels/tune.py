@@ -1,10 +1,14 @@
 """Measure tiles on the GPU at hand, and write the table that goes before the rules of `tiles`.
 
     python -m sliderquant_kernels.tune [--weight 14336x4096 ...] [--bits 4 ...] [--tokens 1 ...] [--out FILE]
+                                       [--most 16] [--budget SECONDS] [--log FILE]
+    python -m sliderquant_kernels.tune --retime --log FILE [--out FILE]
 
-Every candidate is compiled, compared with the dequantized product, and timed: a CUDA graph of launches over copies of
-the weight that together exceed the L2 cache, in several rounds in turn, the median counts. A candidate replaces what
-the rules say only if it is faster by more than `MARGIN`. An interrupted run keeps what it has measured.
+The candidates of all problems are compiled first, in parallel. Then each problem's candidates are compared with an fp64
+product and timed in turns with a cold L2 cache (`tune_measure`). One of them replaces what the rules say only if it is
+faster by more than `MARGIN`. The table and the log are written after every problem; a run that was interrupted, or
+whose budget was spent, goes on when it is started again. `--retime` measures every choice that won against the rules'
+own once more, and puts the rules' choice in its place unless it wins again.
 """
 
 from __future__ import annotations
@@ -12,166 +16,227 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import estimate, tiles, tuned
-from .layout import PackedWeight, WeightLayout
+from . import tiles, tuned
 from .tiles import Choice, Device, Problem
+from .tune_candidates import MOST, bare, candidates, estimated_us
+from .tune_measure import DeviceLost, Failure, Measurer
+from .tune_outcomes import LOST, TIMED, Measured, Outcome, Retimed, append, read_outcomes
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 # Layers of Llama-3-8B and 70B, single and merged.
 WEIGHTS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (10240, 8192), (8192, 8192), (57344, 8192),
            (8192, 28672))  # fmt: skip
 MARGIN = 0.03
-ROUNDS = 7
-# Where there is an estimate, what it says are the fastest tiles.
-MOST_BY_ESTIMATE = 24
+# What compiling may take of a budget.
+COMPILE_SHARE = 0.5
 
-
-def candidates(problem: Problem, device: Device) -> list[Choice]:
-    """What is worth measuring for a problem, the rules' own choice first."""
-    found = [tiles.choose(problem, device)]
-    if tiles.family(device.arch) == 90 and problem.m <= estimate.MAX_TOKENS:
-        known = estimate.candidates(problem, device)
-        promising = sorted(known, key=lambda choice: estimate.estimate(problem, choice, device).microseconds)
-        return _unique([*found, *promising[:MOST_BY_ESTIMATE], Choice("dense")], problem, device)
-    block_m = 8 if problem.m <= 8 else 16
-    if problem.m <= 64:
-        for row_blocks in (1, 2, 4):
-            for warps in (4, 8):
-                for stages in (2, 3, 4, 5):
-                    for split in (1, 2, 4):
-                        found.append(Choice("warp_k", block_m, row_blocks, warps, stages, split))
-    if problem.m > 4:
-        for block in (16, 32, 64, 128):
-            if block > 16 and block >= 2 * problem.m:
-                continue
-            for row_blocks, warps in ((4, 4), (8, 4), (8, 8), (16, 8)):
-                for stages in (2, 3, 4):
-                    for split in (1, 2, 4):
-                        found.append(Choice("rows", block, row_blocks, warps, stages, split))
-    found.append(Choice("dense"))
-    return _unique(found, problem, device)
-
-
-def _unique(found: list[Choice], problem: Problem, device: Device) -> list[Choice]:
-    unique: dict[Choice, Choice] = {}
-    for choice in filter(lambda choice: _sensible(choice, problem, device), found):
-        unique.setdefault(replace(choice, reason=""), choice)
-    return list(unique.values())
-
-
-def _sensible(choice: Choice, problem: Problem, device: Device) -> bool:
-    if choice.variant == "dense":
-        return problem.m >= 16
-    k_blocks = -(-problem.k // tiles.block_inputs(problem.bits))
-    steps = k_blocks // (choice.split * (choice.num_warps if choice.variant == "warp_k" else 1))
-    tiles_m = -(-problem.m // choice.block_m)
-    programs = tiles_m * -(-problem.n // (tiles.ROWS * choice.row_blocks)) * choice.split
-    # A split for its own sake only moves partial sums.
-    return steps >= 1 and (choice.split == 1 or programs <= 4 * device.sm_count)
-
-
-def fastest(times: dict[Choice, float], default: Choice) -> Choice:
-    """The fastest choice, or the rules' own where nothing beats it by more than `MARGIN`. times: seconds."""
-    best = min(times, key=lambda choice: times[choice])
-    return best if default not in times or times[best] < (1 - MARGIN) * times[default] else default
+Clock = Callable[[], float]
 
 
 def tune(
     problems: Iterable[Problem],
     device: Device,
-    measure: Callable[[Problem, list[Choice]], dict[Choice, float]],
+    measurer: Measurer,
     out: Path,
+    *,
+    log: Path | None = None,
+    most: int = MOST,
+    budget: float | None = None,
+    clock: Clock = time.monotonic,
     **about: str,
-) -> None:
-    """Measure problems and write the table after each of them.
+) -> list[Outcome]:
+    """Measure the problems that the table does not hold yet, and write table and log after each of them.
 
     Args:
-        measure: the seconds of each choice that computes the right numbers.
-        about: with what it is measured, for the file.
+        out: the table.
+        log: where every candidate's time goes. Candidates that lost the GPU before, by this log, are left out.
+        most: candidates of a problem.
+        budget: seconds from now, compiling included, after which no problem is begun. Compiling takes half of them at
+            most; a problem of which something is not compiled then is left for the next run.
+        about: with what is measured, for the files.
+
+    Raises:
+        DeviceLost: a candidate broke the GPU's state; the log names it.
     """
+    start = clock()
     entries = tuned.read(out) if out.is_file() else {}
-    for problem in problems:
-        key = tuned.key(problem)
-        if any(up_to == problem.m for up_to, _ in entries.get(key, [])):
+    lost = _lost(log)
+    left = [
+        problem
+        for problem in dict.fromkeys(problems)
+        if all(up_to != problem.m for up_to, _ in entries.get(tuned.key(problem), []))
+    ]
+    pairs = [
+        (problem, choice)
+        for problem in left
+        for choice in candidates(problem, device, most)
+        if (problem, bare(choice)) not in lost
+    ]
+    compiled = _compile(measurer, pairs, budget)
+    outcomes: list[Outcome] = []
+    waiting = 0
+    for problem in left:
+        failures = {choice: failure for (of, choice), failure in compiled.items() if of == problem}
+        late = any(failure is not None and failure.late for failure in failures.values())
+        if late or (budget is not None and clock() - start >= budget):
+            waiting += 1
             continue
-        found = candidates(problem, device)
-        times = measure(problem, found)
-        if not times:
-            print(f"{problem}: no candidate computed the right numbers", file=sys.stderr)
+        try:
+            outcome = _outcome(problem, device, measurer, failures)
+        except DeviceLost as error:
+            if log is not None:
+                failed = (*_lost_of(problem, lost), Measured(bare(error.choice), LOST, str(error)))
+                append(log, Outcome(problem, tiles.choose(problem, device), None, None, None, (), failed), **about)
+            raise
+        outcome = replace(outcome, failed=(*outcome.failed, *_lost_of(problem, lost)))
+        outcomes.append(outcome)
+        if log is not None:
+            append(log, outcome, device=device.name, **about)
+        _report(outcome)
+        if outcome.best is not None:
+            entries.setdefault(tuned.key(problem), []).append((problem.m, outcome.best))
+            tuned.write(out, device, entries, **about)
+    if waiting:
+        print(f"tune: {waiting} of {len(left)} problems are left; run the same command again to go on")
+    return outcomes
+
+
+def retime(
+    outcomes: Iterable[Outcome],
+    device: Device,
+    measurer: Measurer,
+    out: Path,
+    *,
+    log: Path | None = None,
+    budget: float | None = None,
+    clock: Clock = time.monotonic,
+    **about: str,
+) -> list[Retimed]:
+    """Measure each choice that won, and that the table still holds, against the rules' own once more.
+
+    One that is not faster by more than `MARGIN` again loses its place in the table to the rules' own choice. What the
+    budget leaves no time for stays as it is.
+    """
+    start = clock()
+    entries = tuned.read(out) if out.is_file() else {}
+    wins: list[tuple[Problem, Choice, Choice]] = []
+    for outcome in outcomes:
+        rules, best = outcome.rules_choice, outcome.best
+        entry = dict(entries.get(tuned.key(outcome.problem), [])).get(outcome.problem.m)
+        if best is not None and entry is not None and bare(best) != bare(rules) and bare(entry) == bare(best):
+            wins.append((outcome.problem, rules, best))
+    pairs = [(problem, choice) for problem, *choices in wins for choice in choices]
+    compiled = _compile(measurer, pairs, budget)
+    found: list[Retimed] = []
+    for problem, rules, best in wins:
+        failures = {choice: compiled[problem, choice] for choice in (rules, best)}
+        late = any(failure is not None and failure.late for failure in failures.values())
+        if late or (budget is not None and clock() - start >= budget):
             continue
-        best = fastest(times, found[0])
-        ratio = times[best] / times[found[0]] if found[0] in times else float("nan")
-        print(f"{problem.n}x{problem.k} W{problem.bits} M={problem.m}: {best} {times[best] * 1e6:.2f} us, {ratio:.2f} "
-              f"of the rules' choice", flush=True)  # fmt: skip
-        entries.setdefault(key, []).append((problem.m, best))
-        tuned.write(out, device, entries, **about)
+        times = {choice: result.us for choice, result in _measure(problem, device, measurer, failures).items()}
+        tuned_us, rules_us = times[best], times[rules]
+        ratio = None if tuned_us is None or rules_us is None else tuned_us / rules_us
+        result = Retimed(problem, best, tuned_us, rules_us, ratio, ratio is not None and ratio < 1 - MARGIN)
+        found.append(result)
+        if log is not None:
+            append(log, result, device=device.name, **about)
+        verdict = "holds" if result.holds else "does not hold: the rules' choice takes its place"
+        print(f"{_name(problem)}: {_ratio(ratio)} of the rules' choice again, {verdict}", flush=True)
+        if not result.holds:
+            key = tuned.key(problem)
+            entries[key] = [(up_to, rules if up_to == problem.m else choice) for up_to, choice in entries[key]]
+            tuned.write(out, device, entries, **about)
+    if len(found) < len(wins):
+        print(
+            f"tune: {len(wins) - len(found)} of {len(wins)} choices were not measured again; run it with more --budget"
+        )
+    return found
 
 
-def measure_on_gpu(problem: Problem, choices: list[Choice]) -> dict[Choice, float]:
-    """Seconds of each choice on the current CUDA device, by CUDA graphs with a cold L2 cache."""
-    from . import weight_only_triton as launch
-
-    layout = WeightLayout("triton", problem.bits, problem.n, problem.k, problem.group_size, problem.symmetric)
-    weights = _weights(layout, problem)
-    x = torch.randn(problem.m, problem.k, device="cuda", dtype=problem.dtype)
-    want = torch.nn.functional.linear(x, launch.dequantize(*weights[0][:2], layout, problem.dtype)).float()
-    graphs = {}
-    chosen = launch.choose
-    try:
-        for choice in choices:
-            launch.choose = lambda *_, choice=choice: choice
-            try:
-                got = launch.weight_only_linear(x, *weights[0][:2], None, None, layout).float()
-                if ((got - want).norm() / want.norm()).item() > 0.02:
-                    print(f"{choice}: wrong numbers", file=sys.stderr)
-                    continue
-                graphs[choice] = _captured(launch.weight_only_linear, x, weights, layout)
-            except Exception as error:  # a tile that does not fit this GPU
-                print(f"{choice}: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
-    finally:
-        launch.choose = chosen
-    times: dict[Choice, list[float]] = {choice: [] for choice in graphs}
-    for _ in range(ROUNDS):
-        for choice, graph in graphs.items():
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            times[choice].append(start.elapsed_time(stop) * 1e-3 / len(weights))
-    return {choice: statistics.median(found) for choice, found in times.items()}
+def fastest(times: dict[Choice, float], default: Choice) -> Choice:
+    """The fastest choice, or the rules' own where nothing beats it by more than `MARGIN`."""
+    best = min(times, key=lambda choice: times[choice])
+    return best if default not in times or times[best] < (1 - MARGIN) * times[default] else default
 
 
-def _weights(layout: WeightLayout, problem: Problem) -> list[PackedWeight]:
-    """Copies of one random packed weight: more than twice the L2 cache, so that none is found there again."""
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    shape = (problem.n, layout.groups)
-    codes = torch.randint(
-        0, 2**problem.bits, (problem.n, problem.k), dtype=torch.uint8, device="cuda", generator=generator
-    )
-    scale = torch.rand(shape, device="cuda", generator=generator).add_(0.5).mul_(0.01).to(problem.dtype)
-    zero = torch.randint(0, 2**problem.bits, shape, dtype=torch.uint8, device="cuda", generator=generator)
-    packed = layout.pack(codes, scale, None if problem.symmetric else zero)
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    count = max(4, -(-2 * cache // layout.bytes(problem.dtype)) + 1)
-    copies = [PackedWeight(packed.weight.clone(), packed.scale.clone(), None) for _ in range(count - 1)]
-    return [packed, *copies]
+def _lost(log: Path | None) -> dict[tuple[Problem, Choice], Measured]:
+    outcomes = read_outcomes(log) if log is not None and log.is_file() else []
+    return {(of.problem, bare(each.choice)): each for of in outcomes for each in of.failed if each.status == LOST}
 
 
-def _captured(op: Callable, x: torch.Tensor, weights: list[PackedWeight], layout: WeightLayout) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight, scale, _ in weights:
-            op(x, weight, scale, None, None, layout)
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph
+def _lost_of(problem: Problem, lost: dict[tuple[Problem, Choice], Measured]) -> list[Measured]:
+    return [each for (of, _), each in lost.items() if of == problem]
+
+
+def _compile(
+    measurer: Measurer, pairs: Sequence[tuple[Problem, Choice]], budget: float | None
+) -> dict[tuple[Problem, Choice], Failure | None]:
+    failures = measurer.compile(pairs, None if budget is None else COMPILE_SHARE * budget)
+    return dict(zip(pairs, failures, strict=True))
+
+
+def _outcome(problem: Problem, device: Device, measurer: Measurer, failures: dict[Choice, Failure | None]) -> Outcome:
+    found = _measure(problem, device, measurer, failures)
+    times = {choice: result.us for choice, result in found.items() if result.us is not None}
+    rules = tiles.choose(problem, device)
+    best = fastest(times, rules) if times else None
+    measured = sorted((found[choice] for choice in times), key=lambda result: times[result.choice])
+    failed = [result for result in found.values() if result.us is None]
+    best_us = None if best is None else times[best]
+    return Outcome(problem, rules, times.get(rules), best, best_us, tuple(measured), tuple(failed))
+
+
+def _measure(
+    problem: Problem, device: Device, measurer: Measurer, failures: dict[Choice, Failure | None]
+) -> dict[Choice, Measured]:
+    """What came of each choice, those that were not compiled included."""
+    choices = [choice for choice, failure in failures.items() if failure is None]
+    results: dict[Choice, list[float] | Failure] = {
+        c: failure for c, failure in failures.items() if failure is not None
+    }
+    results |= zip(choices, measurer.time(problem, choices) if choices else [], strict=True)
+    found = {}
+    for choice in failures:
+        result, expected = results[choice], estimated_us(problem, choice, device)
+        if isinstance(result, Failure):
+            found[choice] = Measured(choice, result.status, result.detail, estimate_us=expected)
+        else:
+            low, middle, high = _quartiles(result)
+            found[choice] = Measured(choice, TIMED, "", middle, low, high, expected)
+    return found
+
+
+def _quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    if len(samples) == 1:
+        return (samples[0],) * 3
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, middle, high
+
+
+def _report(outcome: Outcome) -> None:
+    name = _name(outcome.problem)
+    for result in outcome.failed:
+        print(f"{name}: {bare(result.choice)}: {result.status}: {result.detail}", file=sys.stderr)
+    if outcome.best is None or outcome.best_us is None:
+        print(f"{name}: no candidate computed the right numbers", file=sys.stderr)
+        return
+    print(f"{name}: {outcome.best} {outcome.best_us:.2f} us, {_ratio(outcome.ratio)} of the rules' choice", flush=True)
+
+
+def _name(problem: Problem) -> str:
+    return f"{problem.n}x{problem.k} W{problem.bits} M={problem.m}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "an unknown part" if ratio is None else f"{ratio:.2f}"
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -182,8 +247,23 @@ def _shape(text: str) -> tuple[int, int]:
     return n, k
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 1 or more")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, more than 0")
+    return seconds
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sliderquant_kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--weight", type=_shape, action="append", help="outputs x inputs; repeatable")
     parser.add_argument("--bits", type=int, action="append", choices=(2, 3, 4, 8), help="repeatable; default: 4")
@@ -192,25 +272,56 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--tokens", type=int, action="append", help="repeatable; default: powers of two up to 2048")
     parser.add_argument("--out", type=Path, help="default: the table of this GPU inside the package")
+    parser.add_argument("--most", type=_positive, default=MOST, help=f"candidates of a problem; default: {MOST}")
+    parser.add_argument("--budget", type=_seconds, help="seconds after which no problem is begun; default: no limit")
+    parser.add_argument("--log", type=Path, help="every candidate's time, a line of JSON for each problem")
+    parser.add_argument("--processes", type=_positive, help="that compile at a time; default: one for every core")
+    parser.add_argument("--retime", action="store_true", help="measure the wins of --log again; losers leave the table")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    start = time.monotonic()
+    parser = _parser()
     options = parser.parse_args(arguments)
+    if options.retime and (options.log is None or not options.log.is_file()):
+        parser.error("--retime: expected --log with the file that a run of tune has written")
     if not torch.cuda.is_available():
         print("tune: there is no CUDA device here, and tiles are measured, not guessed", file=sys.stderr)
         return 1
     import triton
 
+    from .tune_measure import GpuMeasurer
     from .weight_only_triton import device_of
 
     device = device_of(torch.empty(1, device="cuda"))
-    problems = [
-        Problem(m, n, k, bits, options.group_size or None, options.symmetric, getattr(torch, options.dtype))
+    measurer = GpuMeasurer(device, torch.cuda.get_device_properties(0).L2_cache_size, processes=options.processes)
+    out = options.out or tuned.FOLDER / tuned.file_name(device.name)
+    budget = options.budget and max(options.budget - (time.monotonic() - start), 0.0)
+    about: dict[str, Any] = {"log": options.log, "budget": budget}
+    about |= {"torch": torch.__version__, "triton": triton.__version__}
+    try:
+        if options.retime:
+            retime(read_outcomes(options.log), device, measurer, out, **about)
+        else:
+            tune(_problems(options), device, measurer, out, most=options.most, **about)
+    except DeviceLost as error:
+        advice = "run the same command again" if options.log else "run it again with --log, which leaves this tile out"
+        print(f"tune: {error.choice} broke the GPU's state: {error}; {advice}", file=sys.stderr)
+        return 1
+    print(f"written to {out}")
+    return 0
+
+
+def _problems(options: argparse.Namespace) -> list[Problem]:
+    dtype = getattr(torch, options.dtype)
+    return [
+        Problem(m, n, k, bits, options.group_size or None, options.symmetric, dtype)
         for bits in options.bits or (4,)
         for n, k in options.weight or WEIGHTS
         for m in sorted(options.tokens or TOKENS)
     ]
-    out = options.out or tuned.FOLDER / tuned.file_name(device.name)
-    tune(problems, device, measure_on_gpu, out, torch=torch.__version__, triton=triton.__version__)
-    print(f"written to {out}")
-    return 0
 
 
 if __name__ == "__main__":
