@@ -52,7 +52,7 @@ class Case:
             return " ".join([*words, self.variant] if self.variant else words)
         if self.op in ("weight_only_linear", "low_bit_linear"):
             words.append(f"M={p.m}")
-        words.append(_SHAPES[(p.n, p.k)])
+        words.append(_SHAPES.get((p.n, p.k), f"{p.n}x{p.k}"))
         words += [self.variant] if self.variant else []
         words += ["epilogue"] if self.epilogue else []
         return " ".join(words)

@@ -196,7 +196,7 @@ import torch
 from sliderquant_kernels.tiles import Choice, Device, Problem
 from sliderquant_kernels.tune_measure import GpuMeasurer
 
-problem = Problem(16, 4096, 4096, 2, 128, False, torch.bfloat16)
+problem = Problem(16, 4096, 14336, 2, 128, False, torch.bfloat16)  # of a shape that `inspect` does not list
 pairs = [(problem, Choice("warp_k", 16, 8, 4, 3)), (problem, Choice("warp_k", 8, 1, 4, 3)), (problem, Choice("dense")),
          (problem, Choice("rows", 64, 16, 8, 8))]
 for failure in GpuMeasurer(Device(90, 132), 1, object(), processes=2).compile(pairs, 500.0):
