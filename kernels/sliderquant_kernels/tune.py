@@ -94,7 +94,8 @@ def tune(
         except DeviceLost as error:
             if log is not None:
                 failed = (*_lost_of(problem, lost), Measured(bare(error.choice), LOST, str(error)))
-                append(log, Outcome(problem, tiles.choose(problem, device), None, None, None, (), failed), **about)
+                nothing = Outcome(problem, tiles.choose(problem, device), None, None, None, (), failed)
+                append(log, nothing, device=device.name, **about)
             raise
         outcome = replace(outcome, failed=(*outcome.failed, *_lost_of(problem, lost)))
         outcomes.append(outcome)

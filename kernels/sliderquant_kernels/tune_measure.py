@@ -132,29 +132,31 @@ class GpuMeasurer:
     def time(self, problem: Problem, choices: Sequence[Choice]) -> list[list[float] | Failure]:
         """See `Measurer`."""
         with torch.inference_mode():
-            operands = _Operands.random(problem, self._place, self._cache_bytes)
-            found: list[list[float] | Failure] = [Failure("failed", "not reached")] * len(choices)
-            graphs: dict[int, timing.Graph] = {}
-            for number, choice in enumerate(choices):
-                try:
-                    captured = self._capture(operands, choice)
-                except Exception as error:  # a tile that this GPU does not launch
-                    self._check_device(choice, error)
-                    captured = Failure("failed", _first_line(error))
-                if isinstance(captured, Failure):
-                    found[number] = captured
-                else:
-                    graphs[number] = captured
-            if graphs:
-                samples = timing.graphs_in_turns(list(graphs.values()), self._timer, self._settings)
-                for number, times in zip(graphs, samples, strict=True):
-                    found[number] = times
-        del operands, graphs
+            found = self._in_turns(_Operands.random(problem, self._place, self._cache_bytes), choices)
         # No graph is left that would use them.
         workspace.release_captured()
         if self._place.type == "cuda":
             torch.cuda.empty_cache()
         return found
+
+    def _in_turns(self, operands: _Operands, choices: Sequence[Choice]) -> list[list[float] | Failure]:
+        failures: dict[int, Failure] = {}
+        graphs: dict[int, timing.Graph] = {}
+        for number, choice in enumerate(choices):
+            try:
+                captured = self._capture(operands, choice)
+            except Exception as error:  # a tile that this GPU does not launch
+                self._check_device(choice, error)
+                captured = Failure("failed", _first_line(error))
+            if isinstance(captured, Failure):
+                failures[number] = captured
+            else:
+                graphs[number] = captured
+        samples: list[list[float]] = []
+        if graphs:
+            samples = timing.graphs_in_turns(list(graphs.values()), self._timer, self._settings)
+        found = failures | dict(zip(graphs, samples, strict=True))
+        return [found[number] for number in range(len(choices))]
 
     def _capture(self, operands: _Operands, choice: Choice) -> timing.Graph | Failure:
         from .weight_only_triton import weight_only_linear
