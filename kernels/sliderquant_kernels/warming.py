@@ -212,8 +212,6 @@ class _Crew:
     def _ask(self, worker: subprocess.Popen[str], job: Compilable) -> str:
         assert worker.stdin is not None
         limit = self._rest(self._timeout)
-        if limit <= 0:
-            return LATE
         with suppress(BrokenPipeError):  # its exit code says more
             worker.stdin.write(pickle.dumps(job).hex() + "\n")
             worker.stdin.flush()

@@ -81,7 +81,9 @@ def test_the_fastest_by_the_estimate_come_first():
 
 
 def test_what_does_not_fit_has_no_estimate():
-    assert estimated_us(_problem(64, bits=2), Choice("rows", 64, 16, 8, 8), _DEVICE) is None
+    tile = Choice("warp_k", 8, 8, 8, 2)
+    assert estimated_us(_problem(1), tile, _DEVICE) > 0
+    assert estimated_us(_problem(1), replace(tile, num_stages=8), _DEVICE) is None
     assert estimated_us(_problem(1), Choice("warp_k", 8, 3, 4, 3), _DEVICE) is None
     assert estimated_us(_problem(65), Choice("rows", 64, 8, 4, 3), _DEVICE) is None
 

@@ -87,7 +87,7 @@ class Job:
         print("a compiler's own words")
         os.write(1, b"and more of them\\n")
         if self.what == "hangs":
-            os.system("sleep 100")
+            os.system(f"echo $$ > {__file__}.pid; exec sleep 100")
         elif self.what == "slow":
             time.sleep(0.3)
         elif self.what == "crashes":
@@ -108,7 +108,9 @@ def make_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_job_that_hangs_or_crashes_costs_only_itself(processes: int, make_jobs: Callable[..., list[Any]]) -> None:
+def test_a_job_that_hangs_or_crashes_costs_only_itself(
+    processes: int, make_jobs: Callable[..., list[Any]], tmp_path: Path
+) -> None:
     jobs = make_jobs("", "hangs", "", "crashes", "is wrong", "", "", "")
     seen: list[tuple[int, int]] = []
     started = time.monotonic()
@@ -123,6 +125,9 @@ def test_a_job_that_hangs_or_crashes_costs_only_itself(processes: int, make_jobs
         *[""] * 3,
     ]
     assert seen == [(number, 8) for number in range(1, 9)]
+    # What it had started, as the assembler would be, has ended too. A process that nobody waits for has no command.
+    command = Path(f"/proc/{(tmp_path / 'jobs_of_a_test.py.pid').read_text().strip()}/cmdline")
+    assert not command.is_file() or command.read_bytes() == b""
 
 
 def test_what_there_is_no_time_for_is_late(make_jobs: Callable[..., list[Any]]) -> None:
