@@ -156,7 +156,8 @@ def warp_k_kernel(x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, p
     Each of the W warps owns all rows of the tile and its own blocks along K, by a dot whose batch dimension lies
     across the warps: no fragment of x is loaded twice, and the sum over K is split without leaving the program.
 
-    K_EDGE: 0 when W * SPLIT divides the blocks along K and these divide K; 1 when only the latter; 2 otherwise.
+    K_EDGE: 0 when W * SPLIT divides the blocks along K and these divide K; 1 when only the latter; 2 when the planes of
+    32 inputs divide K, so that each of them is inside or outside as a whole; 3 otherwise.
     GROUP_SIZE 0 means per channel. `unpack_triton` has ARCH, `fragments` ZERO_BIAS and the shapes.
     """
     PLANES: tl.constexpr = 16 // (2 if BITS == 3 else BITS)
@@ -194,6 +195,8 @@ def warp_k_kernel(x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, p
                 if K_EDGE == 1:
                     mask = mask_m & (k_block[:, None, None] < k_blocks)
                 elif K_EDGE == 2:
+                    mask = mask_m & (k_block[:, None, None] * BLOCK_K + (group * SHARE + i) * 32 < K)
+                elif K_EDGE == 3:
                     mask = mask_m & (offs_k < K)
                 x = tl.load(x_rows + offs_k, mask, 0.0).to(OPERAND)
                 part = tl.dot(planes[group * SHARE + i], x, part, input_precision="ieee")
@@ -244,7 +247,7 @@ def rows_kernel(x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, par
             part = acc if GROUP_SIZE == 0 else tl.zeros((ROWS, BLOCK_M), tl.float32)
             for i in tl.static_range(SHARE):
                 offs_k = k_block * BLOCK_K + (group * SHARE + i) * 32 + inside
-                if K_EDGE == 2:
+                if K_EDGE >= 2:
                     x = tl.load(x_rows + offs_k, (offs_k < K) & (offs_m[None, :] >= 0), 0.0).to(OPERAND)
                 else:
                     x = tl.load(x_rows + offs_k).to(OPERAND)

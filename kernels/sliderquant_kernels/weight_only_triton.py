@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from . import devices
 from . import matmul_triton as kernels
-from .fragments import block_inputs, zero_bias
+from .fragments import PLANE, block_inputs, zero_bias
 from .launch_plan import Dtypes, Grid, Launcher, PlanCache, dtype_of, launcher_for
 from .layout import WeightLayout
 from .tiles import Choice, Device, Problem
@@ -63,7 +63,9 @@ def matmul_constants(problem: Problem, choice: Choice, arch: int) -> dict[str, A
     """The compile-time arguments of `warp_k_kernel` and `rows_kernel`; shared by the launch and by `inspect`."""
     inputs = block_inputs(problem.bits)
     shares = choice.split * (choice.num_warps if choice.variant == "warp_k" else 1)
-    edge = 2 if problem.k % inputs else int(choice.variant == "warp_k" and problem.k // inputs % shares != 0)
+    edge = int(choice.variant == "warp_k" and problem.k // inputs % shares != 0)
+    if problem.k % inputs:
+        edge = 2 if problem.k % PLANE == 0 else 3
     constants = {
         **_scheme_constants(problem.bits, problem.group_size, problem.symmetric, problem.dtype),
         "K_EDGE": edge,
