@@ -296,11 +296,14 @@ def absent_gpu(note: Callable[[Any, Any, Any], None], largest: int = 1 << 26) ->
 
 
 def _stand_in(replace: Callable[[Any, str, Any], None]) -> None:
-    """What modules of the package have taken from torch when they were imported."""
+    """What the kernels have taken from torch when they were imported; they must not see what stands for the GPU."""
     from sliderquant_kernels import devices
 
     replace(devices, "current_device", lambda: 0)
     replace(devices, "raw_stream", lambda index: 0)
+    replace(devices, "_PLAIN", devices._PLAIN | {_OnGpu})
+    replace(devices, "_dispatch_modes", lambda: 0)
+    replace(devices, "_function_modes", lambda: 0)
 
 
 class _Generator(torch._C.Generator):

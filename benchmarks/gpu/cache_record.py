@@ -24,19 +24,16 @@ from .cache_plugin import FOLDER_VARIABLE
 
 __all__ = ["SOURCES", "record"]
 
+ROOT = Path(__file__).resolve().parents[2]
 # Tests that launch kernels where there is a GPU, and mostly skip where there is none.
 TESTS = (
-    "tests/sliderquant_kernels/test_gpu.py",
-    "tests/sliderquant_kernels/test_gpu_hadamard.py",
-    "tests/sliderquant_kernels/test_gpu_launches.py",
-    "tests/sliderquant_kernels/test_gpu_low_bit.py",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "sliderquant_kernels").glob("test_gpu*.py"))),
     "tests/sliderquant_kernels/test_decode_attention.py",
     "tests/sliderquant_kernels/test_elementwise.py",
     "tests/decoding/test_gpu_decoding.py",
     "tests/modules/test_linear.py::test_a_move_to_a_gpu_packs_again",
     "tests/checkpoint/test_loaded_models.py::test_load_on_a_gpu",
 )
-ROOT = Path(__file__).resolve().parents[2]
 # Layers of Llama-3-8B, and what is tuned for them.
 TUNED_WEIGHTS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 TUNED_TOKENS = (1, 8, 16, 32, 64)

@@ -133,7 +133,7 @@ def test_another_triton(built: SimpleNamespace, tmp_path: Path) -> None:
 
 TESTS = """
 import pytest, torch
-from sliderquant_kernels import quantize_activations, weight_only_triton
+from sliderquant_kernels import elementwise, quantize_activations, weight_only_triton
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -145,6 +145,7 @@ def test_with_launches_in_and_after_an_assert():
     assert quantize_activations(x, 8).codes.cpu().sum() == 1.5
     assert_never(x)
     quantize_activations(x, 4)
+    elementwise.rms_norm(x, x[0], 1e-5)  # by a kernel where nothing traces, by torch elsewhere
 
 def assert_never(x):
     raise AssertionError
@@ -161,6 +162,49 @@ def test_tests_are_recorded_without_a_gpu(tmp_path: Path) -> None:
     assert "2 passed" in done.stdout, done.stdout
     first, second = lines(tmp_path)
     assert first["name"].endswith("test_with_launches_in_and_after_an_assert")
-    assert len(first["kernels"]) == 2
+    names = [json.loads(text)["name"] for text in first["kernels"]]
+    assert sorted(names) == ["quantize_kernel", "quantize_kernel", "rms_norm_kernel"]
     assert (second["kernels"], second["outcomes"]) == ([], [])
     assert not list(tmp_path.rglob("*.pyc"))
+
+
+ABSENT = """
+import threading, torch
+from torch import nn
+from benchmarks.gpu.cache_device import absent_gpu
+from sliderquant_kernels import quantize_activations
+
+seen = []
+with absent_gpu(lambda source, target, options: seen.append(source.name), largest=1000):
+    x = torch.arange(20.0).view(4, 5)
+    y = x.cuda()[1:, 1:] * 2
+    assert (y.device, y.is_cuda, y.get_device(), str(torch.tensor([1], device="cuda").device)) == (
+        torch.device("cuda:0"), True, 0, "cuda:0")
+    assert x.cuda()[1:, 1:].data_ptr() % 16 == 8  # where it would begin
+    assert torch.equal(y.cpu(), x[1:, 1:] * 2) and torch.equal(y.to("cpu", torch.float64), x[1:, 1:].double() * 2)
+    assert type(y.cpu()) is torch.Tensor and y.sum().item() == 300 and bool((y > 0).all())
+    linear = nn.Linear(5, 3).cuda()
+    assert all(p.is_cuda and isinstance(p, nn.Parameter) for p in linear.parameters())
+    assert linear(x.cuda()).shape == (4, 3) and linear(x.cuda()).is_cuda
+    random = torch.randn(3, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    assert torch.equal(random.cpu(), torch.randn(3, generator=torch.Generator().manual_seed(1)))
+    large = torch.randn(2000, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    assert large.is_cuda and large.shape == (2000,) and bool(torch.isfinite(large).all())
+    assert torch.equal(large.cpu(), torch.zeros(2000))
+    thread = threading.Thread(target=lambda: quantize_activations(torch.ones(2, 64, device="cuda"), 8))
+    thread.start()
+    thread.join()
+    assert torch.compile(quantize_activations) is quantize_activations
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        quantize_activations(torch.ones(2, 64, device="cuda").half(), 8)
+    graph.replay()
+assert seen == ["quantize_kernel"] * 2, seen
+assert not torch.cuda.is_available() and torch.compile(quantize_activations) is not quantize_activations
+print("fine")
+"""
+
+
+def test_the_gpu_that_is_not_there() -> None:
+    done = python("-c", ABSENT)
+    assert done.stdout == "fine\n", done.stderr
