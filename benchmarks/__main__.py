@@ -12,6 +12,7 @@ COMMANDS = {
     "mixed": ("benchmarks.mixed", "bits chosen for every linear, against the first and last layers at more bits"),
     "minutes": ("benchmarks.minutes", "minutes of quantizing on known GPUs, by count of operations"),
     "kernels": ("benchmarks.kernels.command", "kernels against their floors and the best public kernels"),
+    "gpu-cache": ("benchmarks.gpu.cache_command", "compiled kernels in one file, for a machine with a GPU"),
     "load": ("benchmarks.load", "seconds per GB of loading a checkpoint, against plain reading"),
     "step": ("benchmarks.step", "a training step with quantizers against one without"),
     "host": ("benchmarks.host", "microseconds that calls cost on the host"),
