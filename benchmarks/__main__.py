@@ -17,6 +17,7 @@ COMMANDS = {
     "step": ("benchmarks.step", "a training step with quantizers against one without"),
     "host": ("benchmarks.host", "microseconds that calls cost on the host"),
     "decode-step": ("benchmarks.decode_step", "what a token of generate takes on a GPU, and its graph alone"),
+    "gpu": ("benchmarks.gpu.command", "prove the package on a GPU: tests, goals, tuning and decoding in ten minutes"),
     "report": ("benchmarks.report", "tables and roofline plots from the files of `kernels`"),
 }
 

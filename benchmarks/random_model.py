@@ -2,15 +2,25 @@
 shapes alone. `sliderquant quantize --method rtn` and `sliderquant bench` take it as any other model."""
 
 import argparse
+import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
+
+from sliderquant.checkpoint.skeleton import build_skeleton
+from sliderquant.models import family_of
+from sliderquant.modules.linear import PackedLinear
+from sliderquant.modules.merged import MergedLinear, shared_inputs
+from sliderquant.quantizer import QuantizedWeight
+from sliderquant.schemes import Scheme
 
 SHAPES: dict[str, dict[str, Any]] = {
     # The body of TinyLlama-1.1B with tied embeddings: 1.03 billion weights.
@@ -114,7 +124,56 @@ def write(folder: Path, shape: str, seed: int = 0) -> int:
     return sum(torch.Size(shape_of).numel() for shape_of in shapes.values())
 
 
-def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def build(shape: str, device: torch.device, scheme: Scheme | None = None, seed: int = 0) -> PreTrainedModel:
+    """Build the model in the memory of a device, with nothing on disk: in bfloat16, or with random codes.
+
+    The modules are those that `sliderquant.load` makes of a checkpoint of `scheme`, merged linears among them; what it
+    does besides on a GPU is `sliderquant.loading.make_fast`.
+    """
+    model = build_skeleton(config_of(shape), shape, torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(seed)
+    if scheme is not None:
+        family = family_of(shape, model.config.model_type, [type(model).__name__])
+        inputs = {name: names for names in shared_inputs(model) for name in names}
+        for layer, linear in itertools.product(range(model.config.num_hidden_layers), family.linears):
+            name = f"{family.layers}.{layer}.{linear}"
+            names = inputs.get(name, (name,))
+            if name == names[0]:
+                _pack_random(model, names, scheme, generator)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                value = _random_on_device(tuple(parameter.shape), generator)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not isinstance(module, PackedLinear):
+                module._buffers[name] = buffer.to(device)
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+def _pack_random(model: nn.Module, names: Sequence[str], scheme: Scheme, generator: torch.Generator) -> None:
+    """Random codes in the place of linears that read the same input, of a size that keeps activations in bounds."""
+    linears = [model.get_submodule(name) for name in names]
+    sizes = [linear.out_features for linear in linears]
+    shape, groups = (sum(sizes), linears[0].in_features), scheme.groups(linears[0].in_features)
+    device, most = generator.device, scheme.levels + 1
+    codes = torch.randint(0, most, shape, generator=generator, dtype=torch.uint8, device=device)
+    # Uniform codes of b bits spread over 2^b / sqrt(12) steps.
+    scale = torch.full((shape[0], groups), 0.02 * 12**0.5 / most, dtype=torch.bfloat16, device=device)
+    zero = None if scheme.symmetric else torch.full_like(scale, most // 2, dtype=torch.uint8)
+    quantized = QuantizedWeight(codes, scale, zero)
+    if len(names) == 1:
+        model.set_submodule(names[0], PackedLinear(quantized, scheme))
+    else:
+        MergedLinear(quantized, scheme, sizes).attach(model, names)
+
+
+def _random_on_device(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16, device=generator.device).normal_(0, 0.02, generator=generator).cpu()
+        return torch.ones(shape, dtype=torch.bfloat16, device=generator.device)
+    return torch.empty(shape, dtype=torch.bfloat16, device=generator.device).normal_(0, 0.02, generator=generator)
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return _random_on_device(shape, generator).cpu()

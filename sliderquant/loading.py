@@ -36,7 +36,7 @@ from sliderquant.modules.merged import MergedLinear, can_merge, concatenate, sha
 from sliderquant.modules.rotated import insert_rotations
 from sliderquant.quantizer import QuantizedWeight
 
-__all__ = ["load"]
+__all__ = ["load", "make_fast"]
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def load(
     model.config.dtype = wanted  # Older transformers leave what the checkpoint says, where a dtype was asked for.
     model.requires_grad_(False).eval()
     if target.type == "cuda":
-        _make_fast(model)
+        make_fast(model)
     if warm_up:
         from sliderquant.warming import warm_up as compile_all
 
@@ -125,8 +125,11 @@ def load(
     return model
 
 
-def _make_fast(model: PreTrainedModel) -> None:
-    """What a GPU gains from besides packed weights: fewer launches."""
+def make_fast(model: PreTrainedModel) -> None:
+    """What a model on a GPU gains from besides packed weights: fused layers, and a CUDA graph per token in `generate`.
+
+    A model of a family that is not known stays as it is.
+    """
     name = type(model).__name__
     family = next((family for family in FAMILIES if name in family.architectures), None)
     if family is not None:

@@ -7,6 +7,7 @@ one it measures the CPU routes against torch's 16-bit matmul. Started again, it 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -45,15 +46,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one row, with its compilation")
     parser.add_argument("--helpers", type=int, help="processes that check and compile in parallel on a GPU")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
+    parser.add_argument("--skip", metavar="OP:BITS", action="append", default=[], type=_op_and_bits,
+                        help="no rows of an op at a width of weights; repeatable")  # fmt: skip
+
+
+def _op_and_bits(text: str) -> tuple[str, int]:
+    op, _, bits = text.partition(":")
+    if op not in OPS or not bits.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected OP:BITS, such as weight_only_linear:3")
+    return op, int(bits)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """What the command does; returns the number of rows for which there was no time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.monotonic()
     budget = arguments.budget or (225.0 if arguments.subset == "quick" and device == "cuda" else None)
     ends = {share: started + share * budget if budget else None for share in (CHECK_SHARE, WARM_SHARE, 1)}
     path = (arguments.out or results.FOLDER) / results.device_name() / f"kernels-{arguments.subset}.json"
-    plan = make_plan(arguments.op, arguments.subset, device, arguments.providers)
+    plan = make_plan(arguments.op, arguments.subset, device, arguments.providers, arguments.skip)
     store = Store(path, fresh=arguments.fresh)
     progress = Progress(len(plan.checks) + len(plan.timings))
     print(f"{len(plan.checks)} checks and {len(plan.timings)} times on {results.device_name()}, to {path}", flush=True)
@@ -94,6 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
             store.update(clocks_after=machine.clocks(), seconds=round(time.monotonic() - started, 1))
             goals = finish(store)
     summary(store, goals, recorder, path)
+    return len(recorder.skipped)
 
 
 def helpers_that_fit(found: dict[str, Any]) -> int:
@@ -110,8 +126,15 @@ def settings(device: str, subset: str) -> Settings:
     return Settings(budget_us=400_000.0, fewest_samples=7, most_samples=60)
 
 
-def make_plan(ops: Iterable[str], subset: str, device: str, providers: list[str] | None) -> Plan:
-    """The rows of the ops' subsets, those of providers that were not asked for left out."""
+def make_plan(
+    ops: Iterable[str],
+    subset: str,
+    device: str,
+    providers: list[str] | None,
+    skipped: Iterable[tuple[str, int]] = (),
+) -> Plan:
+    """The rows of the ops' subsets, without those of providers that were not asked for and of `skipped` (op, bits)."""
+    unwanted = tuple(skipped)
     asked = [OPS[name] for name in ops]
     known = list(dict.fromkeys(name for op in asked for name in op.PROVIDERS))
     unknown = set(providers or ()) - set(known)
@@ -127,8 +150,20 @@ def make_plan(ops: Iterable[str], subset: str, device: str, providers: list[str]
         if providers:
             wanted &= set(providers)
             wanted |= {op.BASELINE[device]} if wanted else set()
-        plans.append(Plan(*([task for task in tasks if task.provider in wanted] for tasks in plan)))
+        plans.append(
+            Plan(
+                *(
+                    [task for task in tasks if task.provider in wanted and not _has_width(task, unwanted)]
+                    for tasks in plan
+                )
+            )
+        )
     return Plan(interleave([plan.checks for plan in plans]), interleave([plan.timings for plan in plans]))
+
+
+def _has_width(task: Task, unwanted: Iterable[tuple[str, int]]) -> bool:
+    """Whether a task is of one of these ops at this width: of the weight, or of activations alone."""
+    return any(task.case.op == op and re.match(rf"[WA]{bits}(\D|$)", task.case.scheme) for op, bits in unwanted)
 
 
 def interleave(plans: Iterable[list[Task]]) -> list[Task]:

@@ -63,25 +63,31 @@ class Floors:
         return asdict(self)
 
 
-def measure(device: torch.device, timer: Device | None = None) -> Floors:
-    """Measure them now. Takes about a second."""
+def measure(
+    device: torch.device, timer: Device | None = None, settings: Settings = SETTINGS, size: int | None = None
+) -> Floors:
+    """Measure them now. Takes about a second on a GPU.
+
+    Args:
+        size: bytes of each buffer; None: what no cache holds.
+    """
     cuda = device.type == "cuda"
     timer = timer or Cuda()
     generator = torch.Generator(device).manual_seed(0)
-    size = BUFFER_BYTES[device.type]
+    size = size or BUFFER_BYTES[device.type]
     sources = [_random_words(size, device, generator) for _ in range(BUFFERS)]
     copies = [partial(torch.bitwise_not, source, out=torch.empty_like(source)) for source in sources]
-    copy = _median_us(copies, 100.0, timer, cuda)
+    copy = _median_us(copies, 100.0, timer, cuda, settings)
     largest = torch.empty(size // 4 // ROW, dtype=torch.int32, device=device)
     reads = [partial(torch.amax, source.view(-1, ROW), 1, out=largest) for source in sources]
-    read = _median_us(reads, 50.0, timer, cuda)
+    read = _median_us(reads, 50.0, timer, cuda, settings)
     side = 8192 if cuda else 1024
     left, right = (torch.randn(side, side, device=device, generator=generator).bfloat16() for _ in range(2))
-    matmul = _median_us([partial(torch.mm, left, right)], 1000.0, timer, cuda)
+    matmul = _median_us([partial(torch.mm, left, right)], 1000.0, timer, cuda, settings)
     empty = 0.0
     if cuda:
         one = torch.zeros(1, device=device)
-        empty = _median_us([lambda: one.add_(1)], 1.0, timer, cuda)
+        empty = _median_us([lambda: one.add_(1)], 1.0, timer, cuda, settings)
     return Floors(2 * size / copy / 1e3, 2 * side**3 / matmul / 1e6, empty, size / read / 1e3)
 
 
@@ -91,8 +97,10 @@ def _random_words(size: int, device: torch.device, generator: torch.Generator) -
     return values.view(torch.int32)
 
 
-def _median_us(calls: Sequence[Callable[[], Any]], floor_us: float, timer: Device, cuda: bool) -> float:
+def _median_us(
+    calls: Sequence[Callable[[], Any]], floor_us: float, timer: Device, cuda: bool, settings: Settings
+) -> float:
     for call in calls:
         call()
-    timing = in_graphs(calls, floor_us, timer, SETTINGS) if cuda else in_turns(calls, None, SETTINGS)
+    timing = in_graphs(calls, floor_us, timer, settings) if cuda else in_turns(calls, None, settings)
     return quantiles(timing.samples)[1]

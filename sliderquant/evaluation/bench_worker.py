@@ -24,7 +24,7 @@ from sliderquant.loading import load
 from sliderquant.models.source import open_model
 from sliderquant.warming import warm_up
 
-__all__ = ["Job", "Worker", "weight_bytes"]
+__all__ = ["Job", "Worker", "generate_timed", "weight_bytes"]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -90,12 +90,12 @@ class Worker:
         """
         if length >= int(self.model.config.max_position_embeddings):
             return None
-        start, times = self._generate(1, length, 1)
+        start, times = generate_timed(self.model, 1, length, 1)
         return times[0] - start
 
     def decode(self, batch: int) -> float:
         """Tokens a second of all sequences together, from the first new token to the last."""
-        _, times = self._generate(batch, self.job.decode_prompt, self.job.new_tokens)
+        _, times = generate_timed(self.model, batch, self.job.decode_prompt, self.job.new_tokens)
         return batch * (len(times) - 1) / (times[-1] - times[0])
 
     def facts(self) -> dict[str, Any]:
@@ -114,22 +114,25 @@ class Worker:
         if self.device.type == "cuda":
             self.memory[f"device_{phase}"] = torch.cuda.max_memory_allocated(self.device)
 
-    def _generate(self, batch: int, length: int, new_tokens: int) -> tuple[float, Sequence[float]]:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.model.config.vocab_size, (batch, length), generator=generator).to(self.device)
-        clock = _Clock(self.device)
-        _wait(self.device)
-        start = time.perf_counter()
-        self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            stopping_criteria=StoppingCriteriaList([clock]),
-        )
-        return start, clock.times
+
+def generate_timed(model: Any, batch: int, length: int, new_tokens: int) -> tuple[float, Sequence[float]]:
+    """When `generate` was called and when each token was there, in seconds of time.perf_counter, for random prompts of
+    `length` tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator).to(model.device)
+    clock = _Clock(model.device)
+    _wait(model.device)
+    start = time.perf_counter()
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    return start, clock.times
 
 
 def weight_bytes(model: nn.Module) -> int:

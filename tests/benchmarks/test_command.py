@@ -237,6 +237,26 @@ def test_providers_are_those_of_the_ops_that_are_asked():
         command.make_plan(["low_bit_linear"], "quick", "cuda", ["conch"])
 
 
+def test_rows_of_a_width_that_is_skipped_are_not_made(arguments):
+    for word in ("weight_only_linear:2", "low_bit_linear:4", "quantize_activations:4"):
+        op, width = word.split(":")
+        skipped = arguments("--skip", word).skip
+        whole, plan = (
+            command.make_plan([op], "quick", "cuda", None),
+            command.make_plan([op], "quick", "cuda", None, skipped),
+        )
+        for every, found in zip(whole, plan, strict=True):
+            assert found == [task for task in every if task.case.scheme[1] != width]
+            assert 0 < len(found) < len(every)
+        # Of the other ops nothing is skipped.
+        assert command.make_plan(["hadamard"], "quick", "cuda", None, skipped) == command.make_plan(
+            ["hadamard"], "quick", "cuda", None
+        )
+    for wrong in ("weight_only_linear", "weight_only_linear:four", "linear:4"):
+        with pytest.raises(SystemExit):
+            arguments("--skip", wrong)
+
+
 @pytest.mark.usefixtures("in_this_process")
 def test_rows_of_other_versions_are_measured_again(arguments, result):
     command.run(arguments("--providers", "onednn"))

@@ -1,0 +1,82 @@
+"""What follows when a kernel family failed `smoke`: which later phases, tests and rows are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .state import State
+
+__all__ = ["TEST_FILES", "compiled", "failed", "is_left_out", "reason_to_skip", "skipped_ops"]
+
+# The tests that need a GPU, and the families without which a file tells nothing.
+TEST_FILES = {
+    "tests/sliderquant_kernels/test_gpu.py": ("weight_only_linear",),
+    "tests/sliderquant_kernels/test_gpu_low_bit.py": ("low_bit_linear", "quantize_activations"),
+    "tests/sliderquant_kernels/test_gpu_hadamard.py": ("hadamard",),
+    "tests/sliderquant_kernels/test_gpu_launches.py": ("graphs",),
+    "tests/sliderquant_kernels/test_elementwise.py": ("elementwise",),
+    "tests/sliderquant_kernels/test_decode_attention.py": ("decode_attention",),
+    "tests/decoding/test_gpu_decoding.py": ("graphs", "elementwise", "decode_attention"),
+    "tests/modules/test_linear.py": ("weight_only_linear", "low_bit_linear"),
+    "tests/checkpoint/test_loaded_models.py": ("weight_only_linear",),
+}
+# What a phase launches, with the width that it does it at.
+_LAUNCHED: dict[str, tuple[tuple[str, int | None], ...]] = {
+    "tune": (("weight_only_linear", 4),),
+    "retime": (("weight_only_linear", 4),),
+    "sanitizer": (("weight_only_linear", 4),),
+    "decode": (
+        ("weight_only_linear", 4),
+        ("elementwise", None),
+        ("decode_attention", None),
+        ("graphs", None),
+    ),
+}
+# Of `python -m benchmarks kernels`.
+_OPS = ("weight_only_linear", "low_bit_linear", "quantize_activations", "hadamard")
+
+Widths = set[int | None]
+
+
+def failed(state: State) -> dict[str, Widths]:
+    """The widths at which a family failed; None stands for all of them."""
+    found: dict[str, Widths] = {}
+    for row in state.rows("smoke"):
+        if row["status"] in ("wrong", "error"):
+            found.setdefault(row["family"], set()).add(row["bits"])
+    return found
+
+
+def is_left_out(broken: dict[str, Widths], family: str, bits: int | None) -> bool:
+    """Whether a family is not to be launched at a width; None: at any width."""
+    widths = broken.get(family, set())
+    return None in widths or bits in widths
+
+
+def reason_to_skip(phase: str, state: State) -> str | None:
+    """Why there is no use in a phase; None: there is."""
+    broken = failed(state)
+    for family, bits in _LAUNCHED.get(phase, ()):
+        if is_left_out(broken, family, bits):
+            return f"{family}{f' at {bits} bits' if bits else ''} failed smoke"
+    if phase == "goals" and all(skipped_ops(state).get(op) == [] for op in _OPS):
+        return "no kernel that it times passed smoke"
+    if phase == "retime" and state.outcome("tune").status == "skipped":
+        return "nothing was tuned"
+    return None
+
+
+def skipped_ops(state: State) -> dict[str, list[int]]:
+    """The ops that `benchmarks kernels` is not to launch, and the widths; no widths: none at all."""
+    broken = failed(state)
+    return {
+        op: [] if None in broken[op] else sorted(bits for bits in broken[op] if bits is not None)
+        for op in _OPS
+        if op in broken
+    }
+
+
+def compiled(state: State) -> bool:
+    """Whether the kernels came compiled, in a cache that fits this machine."""
+    found: list[dict[str, Any]] = [row for row in state.rows("env") if row["key"] == "cache"]
+    return bool(found) and bool(found[-1]["hit"])

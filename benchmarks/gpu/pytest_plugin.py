@@ -1,0 +1,60 @@
+"""A pytest plugin: notes every test's end in the run's folder at once, and leaves out what has no use.
+
+Without it the names of failed tests are in pytest's last lines alone, which nobody sees of a pytest that was killed.
+Tests that passed in an earlier attempt are not repeated, nor are those of kernel families that failed `smoke`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .failures import TEST_FILES, failed, is_left_out
+from .state import State
+
+__all__ = ["STATE", "pytest_collection_modifyitems", "pytest_runtest_logreport", "widths_of"]
+
+# The run's folder.
+STATE = "SLIDERQUANT_GPU_STATE"
+PHASE = "tests"
+_LONGEST = 1500
+
+
+def widths_of(parameters: dict[str, Any]) -> set[int]:
+    """The widths of weights that a test's parameters name: `bits=3`, or a scheme such as `W3A16-g64`."""
+    found = set()
+    for name, value in parameters.items():
+        if name == "bits" and isinstance(value, int):
+            found.add(value)
+        elif isinstance(value, str) and (match := re.match(r"W(\d)A\d", value)):
+            found.add(int(match[1]))
+    return found
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    state = State(Path(os.environ[STATE]))
+    broken = failed(state)
+    passed = {row["key"] for row in state.rows(PHASE) if row.get("outcome") == "passed"}
+    kept, left = [], []
+    for item in items:
+        families = TEST_FILES.get(item.nodeid.partition("::")[0], ())
+        widths: set[int | None] = {None, *widths_of(getattr(getattr(item, "callspec", None), "params", {}))}
+        useless = any(is_left_out(broken, family, width) for family in families for width in widths)
+        (left if useless or item.nodeid in passed else kept).append(item)
+    items[:] = kept
+    if left:
+        config.hook.pytest_deselected(items=left)
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    # Processes of xdist have their reports sent to the one that started them.
+    if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.outcome == "passed"):
+        return
+    row: dict[str, Any] = {"key": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+    if report.outcome == "failed":
+        row["text"] = str(report.longrepr)[-_LONGEST:]
+    elif report.outcome == "skipped":
+        row["text"] = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
+    State(Path(os.environ[STATE])).add(PHASE, row)
