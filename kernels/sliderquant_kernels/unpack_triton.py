@@ -196,7 +196,7 @@ def unpack_planes(words, third, zeros, BITS: tl.constexpr, SYMMETRIC: tl.constex
         CONSTRAINTS: tl.constexpr = _CONSTRAINTS[10 * BITS + SYMMETRIC]
         codes = (words, third) if BITS == 3 else (words,)
         raised = ()
-        if not SYMMETRIC:
+        if not SYMMETRIC and not _APART:
             for i in tl.static_range(PLANES):
                 zero = zeros[i // SHARE].to(tl.uint16, bitcast=True)
                 raised = raised + (raised_zero(zero, _OFFSETS[1000 * BITS + 100 * BF16 + i], BF16),)
@@ -205,7 +205,11 @@ def unpack_planes(words, third, zeros, BITS: tl.constexpr, SYMMETRIC: tl.constex
         if _APART:
             out = ()
             for i in tl.static_range(PLANES):
-                operands = codes if SYMMETRIC else codes + (raised[i],)
+                operands = codes
+                if not SYMMETRIC:
+                    # Raised here, not before all planes: otherwise a tile of sm_100 spills.
+                    zero = zeros[i // SHARE].to(tl.uint16, bitcast=True)
+                    operands = codes + (raised_zero(zero, _OFFSETS[1000 * BITS + 100 * BF16 + i], BF16),)
                 plane = tl.inline_asm_elementwise(_PTX[KEY + 100000 * i], CONSTRAINTS, operands, like.dtype, True, 2)
                 out = out + (plane,)
         elif BITS == 8:
