@@ -80,6 +80,9 @@ class MachineCode:
             if target is None or int(target[1], 16) >= address:
                 continue
             body = tuple(i for i in self.instructions if int(target[1], 16) <= i[0] <= address)
+            # Behind the end of the kernel lie the blocks that wait; each goes back to where it was waited.
+            if any(i[1] == "EXIT" for i in body):
+                continue
             score = (sum(bool(_MATRIX.match(i[1])) for i in body), -len(body))
             if score[0] and score > best_score:
                 best, best_score = body, score

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -16,16 +15,6 @@ from .fragments import ROWS, block_inputs
 
 VARIANTS = ("warp_k", "rows", "dense")
 
-
-def _triton_version() -> str:
-    try:
-        return version("triton")
-    except PackageNotFoundError:  # not on every platform
-        return ""
-
-
-# Triton 3.8 alone moves the weights of `warp_k` through shared memory, and often more than there is.
-RULES_TAKE_WARP_K = not _triton_version().startswith("3.8.")
 # Streaming multiprocessors of the GPU that stands for an architecture where none is at hand: A100, RTX 3090, L40S,
 # H100, B200, RTX 5090.
 TYPICAL_SM_COUNT = {80: 108, 86: 82, 89: 142, 90: 132, 100: 148, 120: 170}
@@ -118,8 +107,7 @@ def choose(problem: Problem, device: Device, variant: str | None = None, batch_i
         # It needs what is defined here.
         from .estimate import fastest
 
-        known = ("warp_k", "rows") if RULES_TAKE_WARP_K else ("rows",)
-        found = fastest(problem, device, known if variant is None else (variant,))
+        found = fastest(problem, device, ("warp_k", "rows") if variant is None else (variant,))
         if found is not None:
             return found
     if variant is None:
@@ -136,8 +124,6 @@ def choose(problem: Problem, device: Device, variant: str | None = None, batch_i
 
 def _variant(problem: Problem, device: Device) -> tuple[str, str]:
     if problem.m <= 16:
-        if not RULES_TAKE_WARP_K:
-            return "rows", "up to 16 tokens: Triton 3.8 moves the weights of warp_k through shared memory"
         return "warp_k", "up to 16 tokens: the weights' bytes decide, warps split K and share no fragment of x"
     if problem.m <= DENSE_FROM[family(device.arch)]:
         return "rows", "some tokens: still fewer instructions for dequantizing than for the product"

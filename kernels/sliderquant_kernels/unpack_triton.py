@@ -13,12 +13,19 @@ Triton's interpreter cannot run PTX: there and wherever `ARCH` is 0, plain Trito
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .fragments import THIRD_BITS
+from .fragments import planes as planes_of
+
+# A piece of assembly for every plane, or one for all of them. Of the results of one piece, Triton 3.8 alone gives only
+# the first the layout of the matrix instruction's operand; the others go through shared memory, up to 244 KB of it.
+# Elsewhere one piece takes up to 1.4% fewer instructions.
+APART = triton.__version__.startswith("3.8.")
 
 
 class Field(NamedTuple):
@@ -39,22 +46,28 @@ def fields(bits: int, bf16: bool) -> tuple[Field, ...]:
     return (Field(0, 0), Field(8, 0))
 
 
+def parts(bits: int, apart: bool) -> tuple[tuple[int, ...], ...]:
+    """The planes of each piece of assembly, see `APART`."""
+    count = planes_of(bits)
+    return tuple((i,) for i in range(count)) if apart else (tuple(range(count)),)
+
+
 def power(offset: int, bf16: bool) -> int:
     """The 16 bits of the power of two whose mantissa bit `offset` counts ones."""
     mantissa, bias = (7, 127) if bf16 else (10, 15)
     return (mantissa - offset + bias) << mantissa
 
 
-def unpack_ptx(bits: int, bf16: bool, arch: int, symmetric: bool) -> str:
-    """PTX from two words in the halves of a 32-bit register to P registers of two operands.
+def unpack_ptx(bits: int, bf16: bool, arch: int, symmetric: bool, planes: Sequence[int]) -> str:
+    """PTX from two words in the halves of a 32-bit register to registers of two operands, one for each of `planes`.
 
-    Operands: outputs $0 .. $P-1; the words; for 3 bits the bytes of third bits, one in each half; then, unless the
-    weight is symmetric, the power plus zero-point (8 bits in bf16: the zero-point) for each output.
+    Operands: an output for each plane; the words; for 3 bits the bytes of third bits, one in each half; then, unless
+    the weight is symmetric, the power plus zero-point (8 bits in bf16: the zero-point) for each output.
     """
     kind = "bf16x2" if bf16 else "f16x2"
     found = fields(bits, bf16)
-    count = len(found)
-    word, third = count, count + 1
+    word = len(planes)
+    third = word + 1
     fused = bf16 and arch < 90  # sub.bf16x2 needs sm_90
     lines = [".reg .b32 w, h, one, negative, low, high;"]
 
@@ -63,10 +76,10 @@ def unpack_ptx(bits: int, bf16: bool, arch: int, symmetric: bool) -> str:
 
     # An operand of its own, even a constant one, would tempt the compiler to unpack in a layout of its choice and to
     # carry the result through shared memory.
-    zero = [f"${count + 1 + (bits == 3) + i}" for i in range(count)]
+    zero = [f"${word + 1 + (bits == 3) + i}" for i in range(len(planes))]
     if symmetric:
-        zero = [f"z{field.offset}" for field in found]
-        for offset in sorted({field.offset for field in found}):
+        zero = [f"z{found[plane].offset}" for plane in planes]
+        for offset in sorted({found[plane].offset for plane in planes}):
             raised = power(offset, bf16) | 2 ** (bits - 1) << offset
             value = 0x4300 if bits == 8 and bf16 else raised
             lines.append(f".reg .b32 z{offset}; mov.b32 z{offset}, {pair(value)};")
@@ -83,8 +96,8 @@ def unpack_ptx(bits: int, bf16: bool, arch: int, symmetric: bool) -> str:
     if bits == 8 and bf16:
         # 128 + low nibble and 2048 + 16 * high nibble are exact, and so is every step to q - z.
         lines.append(".reg .b32 middle; mov.b32 middle, 0x45084508;")
-        for i in range(2):
-            for name, shift, base in (("low", 8 * i, 0x4300), ("high", 8 * i + 4, 0x4500)):
+        for i, plane in enumerate(planes):
+            for name, shift, base in (("low", 8 * plane, 0x4300), ("high", 8 * plane + 4, 0x4500)):
                 lines.append(f"shr.u32 w, ${word}, {shift};")
                 lines.append(f"lop3.b32 {name}, w, 0x000F000F, {pair(base)}, 0xEA;")
             subtract("low", "low", zero[i])
@@ -92,16 +105,17 @@ def unpack_ptx(bits: int, bf16: bool, arch: int, symmetric: bool) -> str:
             lines.append(f"fma.rn.bf16x2 ${i}, low, one, high;" if fused else f"add.bf16x2 ${i}, low, high;")
         return "{ " + " ".join(lines) + " }"
     width = 2 if bits == 3 else bits
-    shifted = f"${word}"
-    for i, (shift, offset) in enumerate(found):
-        if shift and (i == 0 or found[i - 1].shift != shift):
+    shifted, done = f"${word}", 0
+    for i, plane in enumerate(planes):
+        shift, offset = found[plane]
+        if shift != done:
             lines.append(f"shr.u32 w, ${word}, {shift};")
-            shifted = "w"
+            shifted, done = "w", shift
         # (word & mask) | power
         mask = (2**width - 1) << offset
         lines.append(f"lop3.b32 ${i}, {shifted}, {pair(mask)}, {pair(power(offset, bf16))}, 0xEA;")
         if bits == 3:
-            move = offset + 2 - THIRD_BITS[i]
+            move = offset + 2 - THIRD_BITS[plane]
             source = f"${third}"
             if move:
                 lines.append(f"sh{'l.b32' if move > 0 else 'r.u32'} h, ${third}, {abs(move)};")
@@ -111,23 +125,24 @@ def unpack_ptx(bits: int, bf16: bool, arch: int, symmetric: bool) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
-def unpack_constraints(bits: int, bf16: bool, symmetric: bool) -> str:
-    """The register constraints of `unpack_ptx`."""
-    count = len(fields(bits, bf16))
+def unpack_constraints(bits: int, symmetric: bool, count: int) -> str:
+    """The register constraints of `unpack_ptx` for `count` planes."""
     return ",".join(["=r"] * count + ["r"] * (1 + (bits == 3) + (0 if symmetric else count)))
 
 
 # Tables for the kernels, which can read a constant but not call Python.
+_APART: tl.constexpr = tl.constexpr(APART)
 _PTX: tl.constexpr = tl.constexpr(
     {
-        10000 * symmetric + 1000 * bits + 100 * bf16 + arch: unpack_ptx(bits, bf16, arch, symmetric)
+        100000 * i + 10000 * symmetric + 1000 * bits + 100 * bf16 + arch: unpack_ptx(bits, bf16, arch, symmetric, part)
         for symmetric, bits, bf16, arch in itertools.product((False, True), (2, 3, 4, 8), (False, True), (80, 90))
+        for i, part in enumerate(parts(bits, APART))
     }
 )
 _CONSTRAINTS: tl.constexpr = tl.constexpr(
     {
-        10000 * symmetric + 1000 * bits + 100 * bf16: unpack_constraints(bits, bf16, symmetric)
-        for symmetric, bits, bf16 in itertools.product((False, True), (2, 3, 4, 8), (False, True))
+        10 * bits + symmetric: unpack_constraints(bits, symmetric, len(parts(bits, APART)[0]))
+        for symmetric, bits in itertools.product((False, True), (2, 3, 4, 8))
     }
 )
 _OFFSETS: tl.constexpr = tl.constexpr(
@@ -177,23 +192,33 @@ def unpack_planes(words, third, zeros, BITS: tl.constexpr, SYMMETRIC: tl.constex
                 value -= zeros[i // SHARE].to(tl.float32).to(tl.int32) - ZERO_BIAS
             out = out + (value.to(OPERAND),)
     else:
-        KEY: tl.constexpr = 10000 * SYMMETRIC + 1000 * BITS + 100 * BF16
-        PTX: tl.constexpr = _PTX[KEY + (90 if ARCH >= 90 else 80)]
-        CONSTRAINTS: tl.constexpr = _CONSTRAINTS[KEY]
-        operands = [words, third] if BITS == 3 else [words]
-        if not SYMMETRIC:
+        KEY: tl.constexpr = 10000 * SYMMETRIC + 1000 * BITS + 100 * BF16 + (90 if ARCH >= 90 else 80)
+        CONSTRAINTS: tl.constexpr = _CONSTRAINTS[10 * BITS + SYMMETRIC]
+        codes = (words, third) if BITS == 3 else (words,)
+        raised = ()
+        if not SYMMETRIC and not _APART:
             for i in tl.static_range(PLANES):
                 zero = zeros[i // SHARE].to(tl.uint16, bitcast=True)
-                operands = operands + [raised_zero(zero, _OFFSETS[1000 * BITS + 100 * BF16 + i], BF16)]
+                raised = raised + (raised_zero(zero, _OFFSETS[1000 * BITS + 100 * BF16 + i], BF16),)
         # A dtype that comes as a compile-time argument is not accepted inside a tuple: hence `like.dtype`.
         like = zeros[0]
-        if BITS == 8:
-            out = tl.inline_asm_elementwise(PTX, CONSTRAINTS, operands, (like.dtype, like.dtype), True, 2)
+        if _APART:
+            out = ()
+            for i in tl.static_range(PLANES):
+                operands = codes
+                if not SYMMETRIC:
+                    # Raised here, not before all planes: otherwise a tile of sm_100 spills.
+                    zero = zeros[i // SHARE].to(tl.uint16, bitcast=True)
+                    operands = codes + (raised_zero(zero, _OFFSETS[1000 * BITS + 100 * BF16 + i], BF16),)
+                plane = tl.inline_asm_elementwise(_PTX[KEY + 100000 * i], CONSTRAINTS, operands, like.dtype, True, 2)
+                out = out + (plane,)
+        elif BITS == 8:
+            out = tl.inline_asm_elementwise(_PTX[KEY], CONSTRAINTS, codes + raised, (like.dtype, like.dtype), True, 2)
         elif BITS == 4:
-            out = tl.inline_asm_elementwise(PTX, CONSTRAINTS, operands,
+            out = tl.inline_asm_elementwise(_PTX[KEY], CONSTRAINTS, codes + raised,
                                              (like.dtype, like.dtype, like.dtype, like.dtype), True, 2)  # fmt: skip
         else:
-            out = tl.inline_asm_elementwise(PTX, CONSTRAINTS, operands,
+            out = tl.inline_asm_elementwise(_PTX[KEY], CONSTRAINTS, codes + raised,
                                              (like.dtype, like.dtype, like.dtype, like.dtype,
                                               like.dtype, like.dtype, like.dtype, like.dtype), True, 2)  # fmt: skip
     return out

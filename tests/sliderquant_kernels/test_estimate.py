@@ -145,7 +145,7 @@ def test_more_tokens_than_a_tile_holds_have_no_estimate():
 
 def test_the_rules_of_sm_90_take_it_and_those_of_others_do_not():
     problem = _problem(3, n=14336)
-    assert tiles.choose(problem, H200) == fastest(problem, H200, BOTH if tiles.RULES_TAKE_WARP_K else ("rows",))
+    assert tiles.choose(problem, H200) == fastest(problem, H200, BOTH)
     assert tiles.choose(problem, H200, "warp_k") == fastest(problem, H200, ("warp_k",))
     assert "estimate" not in tiles.choose(problem, Device.typical(100)).reason
     assert "estimate" not in tiles.choose(problem, H200, batch_invariant=True).reason

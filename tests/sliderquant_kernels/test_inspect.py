@@ -113,6 +113,21 @@ def test_budgets_may_only_shrink(tmp_path):
     assert inspect.over_budget([inspect.replace(row, per_16_bytes=78.0)], {**budgets, "triton": "another"})
 
 
+def test_a_release_may_have_budgets_of_its_own(tmp_path, monkeypatch):
+    row = inspect.Row("sm_100", "weight_only_linear", "W4", Choice("rows"), per_16_bytes=90.0)
+    own = {"3.8": {"per_16_bytes": {row.key: 90.0}}}
+    budgets = {"triton": "3.9.0", "releases": own, "per_16_bytes": {row.key: 70.0}}
+    monkeypatch.setattr("triton.__version__", "3.8.0")
+    assert inspect.over_budget([row], budgets) == []
+    assert "the budget is 90.0" in inspect.over_budget([inspect.replace(row, per_16_bytes=90.1)], budgets)[0]
+    path = tmp_path / "budgets.json"
+    path.write_text(json.dumps(budgets), encoding="utf-8")
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+    assert "the budget is 70.0" in inspect.over_budget([row], budgets)[0]
+    inspect.write_budgets([row], path)
+    assert json.loads(path.read_text(encoding="utf-8")) == {**budgets, "per_element": {}}
+
+
 def test_every_quick_case_has_a_budget():
     budgets = json.loads(inspect.BUDGETS.read_text(encoding="utf-8"))["per_16_bytes"]
     wanted = {
@@ -156,6 +171,14 @@ def test_how_products_are_waited_for():
     assert code(copies, *step, *step).waits() == "0,0"
     assert code(copies, group).waits() == "-"
     assert code(("IMMA.16832.S8.S8", " R4, R8, R12, R4"), copies).waits() == "-"
+
+
+def test_blocks_behind_the_end_are_no_loops():
+    """Two products before a loop of one are waited for behind the end of the kernel, from where a branch leads back."""
+    product, wait = ("UTCHMMA", " gdesc[UR4], tmem[UR5]"), ("SYNCS.PHASECHK.TRANS64.TRYWAIT", " P0, [UR6]")
+    lines = [wait, product, product, wait, product, wait, ("BRA", " 0x40"), ("EXIT", ""), wait, ("BRA", " 0x0")]
+    code = sass.MachineCode(tuple((16 * i, *line) for i, line in enumerate(lines)), 32, 0)
+    assert code.loop_count() == 3
 
 
 def test_only_a_stack_that_is_used_is_a_spill():

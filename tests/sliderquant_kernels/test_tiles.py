@@ -54,36 +54,19 @@ def test_every_choice_is_launchable_and_explained(problem, arch):
         assert choice.split <= k_blocks
 
 
-@pytest.fixture
-def rules_take(monkeypatch):
-    """Sets whether the rules take `warp_k`, which depends on the release of Triton."""
-
-    def set_it(value):
-        monkeypatch.setattr(tiles, "RULES_TAKE_WARP_K", value)
-        tiles.choose.cache_clear()
-
-    yield set_it
-    tiles.choose.cache_clear()
-
-
-@pytest.mark.parametrize("takes", [True, False])
-def test_variants_by_number_of_tokens(takes, rules_take):
-    rules_take(takes)
+def test_variants_by_number_of_tokens():
     for arch in _ARCHITECTURES:
         device = Device.typical(arch)
         limit = tiles.DENSE_FROM[arch]
         found = [tiles.choose(_problem(m), device).variant for m in (1, 8, 16, 17, 64, limit, limit + 1, 8192)]
         assert found[3:] == ["rows"] * 3 + ["dense"] * 2
         if arch != 90:  # there an estimate decides
-            assert found[:3] == ["warp_k" if takes else "rows"] * 3
-            assert ("Triton 3.8" in tiles.choose(_problem(16), device).reason) is not takes
-        assert takes or "warp_k" not in found
+            assert found[:3] == ["warp_k"] * 3
         assert tiles.choose(_problem(), device, "warp_k").variant == "warp_k"
 
 
-def test_small_weights_fill_the_gpu(rules_take):
+def test_small_weights_fill_the_gpu():
     """4096 x 4096 is 64 tiles of 64 rows: fewer than multiprocessors. Lower tiles or a split make up for it."""
-    rules_take(True)
     device = Device.typical(90)
     for m in (1, 8, 16, 32, 64):
         choice = tiles.choose(_problem(m), device)

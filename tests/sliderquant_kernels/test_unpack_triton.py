@@ -96,14 +96,16 @@ def _want(bits, words, third, zero):
         yield code.double() - zero
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "together"])
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_every_word(bits, dtype, symmetric, arch):
+def test_every_word(bits, dtype, symmetric, arch, apart):
     bf16 = dtype == torch.bfloat16
-    text = unpack_triton.unpack_ptx(bits, bf16, arch, symmetric)
-    constraints = unpack_triton.unpack_constraints(bits, bf16, symmetric)
+    parts = unpack_triton.parts(bits, apart)
+    texts = [unpack_triton.unpack_ptx(bits, bf16, arch, symmetric, part) for part in parts]
+    constraints = unpack_triton.unpack_constraints(bits, symmetric, len(parts[0]))
     generator = torch.Generator().manual_seed(0)
     # The other half of the register holds another word: neither may disturb the other.
     others = _WORDS[torch.randperm(1 << 16, generator=generator)]
@@ -115,8 +117,10 @@ def test_every_word(bits, dtype, symmetric, arch):
     for zero in zeros:
         stored = torch.tensor([zero + fragments.zero_bias(bits, dtype)]).to(dtype).view(torch.int16).long() & 0xFFFF
         raised = [_raised(stored, field.offset, bf16) for field in unpack_triton.fields(bits, bf16)]
-        operands = [] if symmetric else [_pair(value, value) for value in raised]
-        got = _run(text, constraints, inputs + operands)
+        operands = [[] if symmetric else [_pair(raised[i], raised[i]) for i in part] for part in parts]
+        got = [
+            plane for text, of in zip(texts, operands, strict=True) for plane in _run(text, constraints, inputs + of)
+        ]
         halves = zip(_want(bits, _WORDS, third, zero), _want(bits, others, other_third, zero), strict=True)
         for plane, (low, high) in zip(got, halves, strict=True):
             found = _numbers(plane, dtype)
