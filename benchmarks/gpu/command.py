@@ -9,26 +9,42 @@ Triton's interpreter and stub clocks: it shows that the run itself works, and me
 from __future__ import annotations
 
 import argparse
+import fcntl
+import math
 import os
+import shlex
+import signal
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import torch
+
+from benchmarks import results
 
 from . import cache, faults
 from .conductor import conduct
 from .phases import PHASES, SUMMARY_SECONDS, Phase
+from .smoke import may_be_tried
 from .state import State, begun
-from .summary import last_lines, problems, write_files
+from .summary import FILES, last_lines, problems, write_files
 
 __all__ = ["add_arguments", "run"]
 
 BUDGET = 540.0
+# The first phase, the summary, and what this process has imported before.
+LEAST_BUDGET = PHASES[0].least + SUMMARY_SECONDS + 6.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for all of it (default {BUDGET:.0f})")
-    parser.add_argument("--state", type=Path, default=Path("gpu-run"), help="folder of the run, for --resume")
+    parser.add_argument(
+        "--state", type=Path, help="folder of the run, for --resume (default: gpu-run, or gpu-rehearsal)"
+    )
     parser.add_argument("--out", type=Path, help="folder for the result files (default: results of this GPU)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --state")
     parser.add_argument("--cache", type=Path, help="file of `gpu-cache build`, with compiled kernels")
@@ -43,15 +59,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Exits with 1 when something is wrong, with 3 when the time was too short for all of it."""
     started = time.monotonic()
+    arguments.state = arguments.state or Path("gpu-rehearsal" if arguments.rehearse else "gpu-run")
     phases = _checked(arguments)
     environment = {**os.environ, **_environment(arguments)}
-    state = State(arguments.state)
     out = arguments.out or _default_out(arguments.rehearse, arguments.state)
-    whole = conduct(
-        phases, state, started + arguments.budget, arguments.rehearse, environment, lambda: write_files(state, out)
-    )
-    write_files(state, out)
-    print(last_lines(state, phases, out, _resume_line(arguments)))
+    for name, folder in (("--state", arguments.state), ("--out", out)):
+        _check_writable(name, folder)
+    state = State(arguments.state)
+    with _alone(arguments.state), _ended_gently():
+        _begin(arguments, state, out)
+        whole = False
+        try:
+            whole = conduct(
+                phases, state, started + arguments.budget, arguments.rehearse, environment,
+                lambda: write_files(state, out),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print("interrupted: what was measured is kept")
+        write_files(state, out)
+        print(last_lines(state, phases, out, _resume_line(arguments)), flush=True)
     if problems(state):
         raise SystemExit(1)
     if not whole:
@@ -64,10 +90,8 @@ def _checked(arguments: argparse.Namespace) -> list[Phase]:
     unknown = set(arguments.only or ()) - set(known)
     if unknown:
         raise SystemExit(f"--only {' '.join(sorted(unknown))}: expected some of {', '.join(known)}")
-    if arguments.budget < PHASES[0].least + SUMMARY_SECONDS:
-        raise SystemExit(
-            f"--budget {arguments.budget:g}: expected at least {PHASES[0].least + SUMMARY_SECONDS:g} seconds"
-        )
+    if not LEAST_BUDGET <= arguments.budget < math.inf:
+        raise SystemExit(f"--budget {arguments.budget:g}: expected seconds, at least {LEAST_BUDGET:g}")
     if not arguments.rehearse and not torch.cuda.is_available():
         raise SystemExit(
             "gpu needs a CUDA GPU, and torch finds none (torch "
@@ -79,14 +103,71 @@ def _checked(arguments: argparse.Namespace) -> list[Phase]:
         raise SystemExit(
             f"--cache {arguments.cache}: there is no such file; `python -m benchmarks gpu-cache build` makes it"
         )
-    for name, folder in (("--state", arguments.state), ("--out", arguments.out)):
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise SystemExit(f"{name} {folder}: a file is in the way; name a folder")
-    if begun(arguments.state) and not arguments.resume:
-        raise SystemExit(
-            f"--state {arguments.state} holds a run: --resume goes on with it; name another folder for a new one"
-        )
+    if begun(arguments.state):
+        if not arguments.resume:
+            raise SystemExit(
+                f"--state {arguments.state} holds a run: --resume goes on with it; name another folder for a new one"
+            )
+        device = State(arguments.state).device
+        if device != _device(arguments):
+            raise SystemExit(
+                f"--state {arguments.state} holds a run on {device}, this is {_device(arguments)}: name another folder"
+            )
     return [phase for phase in PHASES if not arguments.only or phase.name in {"env", *arguments.only}]
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    return "a rehearsal" if arguments.rehearse else results.device_name()
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SystemExit(
+            f"{name} {folder}: nothing can be written there ({error.strerror}); name another folder"
+        ) from None
+
+
+def _begin(arguments: argparse.Namespace, state: State, out: Path) -> None:
+    """Note what the run is on, and take away the files of an earlier one; have `smoke` try again what failed once."""
+    if not begun(arguments.state):
+        if arguments.resume:
+            print(f"{arguments.state} holds no run to go on with: this is a new one")
+        state.device = _device(arguments)
+        for path in [out / name for name in FILES] + list(out.glob("tuned-*.json")) + list(out.glob("kernels-*.json")):
+            path.unlink(missing_ok=True)
+    elif any(may_be_tried(row) for row in state.rows("smoke")):
+        state.keep("smoke", replace(state.outcome("smoke"), status="partial", detail="what failed is tried once more"))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One run at a time in a folder. Raises SystemExit while there is another."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"--state {folder}: another run is going on there; wait, or name another folder") from None
+        yield
+
+
+@contextmanager
+def _ended_gently() -> Iterator[None]:
+    """Whoever ends this command, as a machine does whose time is up, gets the summary of what there is."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Once: what comes now is the summary.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, str]:
@@ -113,14 +194,13 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _default_out(rehearsal: bool, state: Path) -> Path:
-    from benchmarks import results
-
     return state / "out" if rehearsal else results.FOLDER / results.device_name() / "run"
 
 
 def _resume_line(arguments: argparse.Namespace) -> str:
-    given = [f"--state {arguments.state}"]
-    given += [f"--out {arguments.out}"] if arguments.out else []
-    given += [f"--cache {arguments.cache}"] if arguments.cache else []
+    given = ["--state", str(arguments.state)]
+    given += ["--out", str(arguments.out)] if arguments.out else []
+    given += ["--cache", str(arguments.cache)] if arguments.cache else []
     given += ["--rehearse"] if arguments.rehearse else []
-    return f"python -m benchmarks gpu --resume --budget {arguments.budget:g} {' '.join(given)}"
+    given += ["--only", *arguments.only] if arguments.only else []
+    return f"python -m benchmarks gpu --resume --budget {arguments.budget:g} {shlex.join(given)}"

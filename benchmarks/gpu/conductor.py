@@ -7,10 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from types import FrameType
 
 from benchmarks.kernels import machine
 
@@ -32,7 +31,8 @@ Command = Callable[[Phase, State, float, bool], Sequence[str]]
 def phase_command(phase: Phase, state: State, seconds: float, rehearsal: bool) -> list[str]:
     """The command line of a phase's process."""
     words = [sys.executable, "-m", "benchmarks.gpu.worker", phase.name, "--state", str(state.folder)]
-    return [*words, "--seconds", f"{seconds:.1f}", *(["--rehearse"] if rehearsal else [])]
+    # What its imports take is in its time.
+    return [*words, "--ends", f"{time.monotonic() + seconds:.1f}", *(["--rehearse"] if rehearsal else [])]
 
 
 def conduct(
@@ -46,7 +46,7 @@ def conduct(
 ) -> bool:
     """Run the phases that are not finished, one after the other, until `ends`, a time of time.monotonic.
 
-    When the first one fails, the others are not begun: it is what they all need.
+    When the first one fails, the others are not begun: it is what they all need, and is tried whenever it is missing.
 
     Args:
         after_each: called when a phase has ended; whoever ends this process leaves what it has written by then.
@@ -55,36 +55,36 @@ def conduct(
         Whether every phase was through, whatever it showed.
     """
     sources = machine.versions()["sliderquant_kernels"]
-    with _ended_gently():
-        for index, phase in enumerate(phases):
-            before = state.outcome(phase.name)
-            if index > 0 and state.outcome(phases[0].name).status == "failed":
-                break
-            if not before.is_left:
-                continue
-            reason = failures.reason_to_skip(phase.name, state)
-            if reason is not None:
-                state.keep(phase.name, replace(before, status="skipped", detail=reason))
-                print(f"{phase.name:<10} skipped: {reason}", flush=True)
-                continue
-            later = [other for other in phases[index + 1 :] if state.outcome(other.name).is_left]
-            seconds = box(phase, later, ends - time.monotonic(), failures.compiled(state))
-            if seconds == 0.0:
-                state.keep(phase.name, replace(before, detail="no time was left for it"))
-                print(f"{phase.name:<10} waits: too few seconds are left", flush=True)
-                continue
-            print(f"{phase.name:<10} {phase.content}, up to {seconds:.0f} s ... ", end="", flush=True)
-            words = command(phase, state, seconds, rehearsal)
-            try:
-                outcome = run_phase(words, state, seconds, environment, phase, before)
-            except KeyboardInterrupt:
-                state.keep(phase.name, replace(before, status="partial", attempts=before.attempts + 1,
-                                               detail="interrupted"))  # fmt: skip
-                print("interrupted: what was measured is kept")
-                return False
-            state.keep(phase.name, replace(outcome, sources=sources))
-            print(f"{outcome.status} after {outcome.seconds - before.seconds:.0f} s", flush=True)
-            after_each()
+    for index, phase in enumerate(phases):
+        before = state.outcome(phase.name)
+        if index > 0 and state.outcome(phases[0].name).status == "failed":
+            break
+        if not before.is_left and not (index == 0 and before.status == "failed"):
+            continue
+        reason = failures.reason_to_skip(phase.name, state)
+        if reason is not None:
+            state.keep(phase.name, replace(before, status="skipped", detail=reason))
+            print(f"{phase.name:<10} skipped: {reason}", flush=True)
+            continue
+        later = [other for other in phases[index + 1 :] if state.outcome(other.name).is_left]
+        seconds = box(phase, later, ends - time.monotonic(), failures.compiled(state))
+        if seconds == 0.0:
+            status = "waiting" if before.status == "skipped" else before.status
+            state.keep(phase.name, replace(before, status=status, detail="no time was left for it"))
+            print(f"{phase.name:<10} waits: too few seconds are left", flush=True)
+            continue
+        print(f"{phase.name:<10} {phase.content}, up to {seconds:.0f} s ... ", end="", flush=True)
+        words = command(phase, state, seconds, rehearsal)
+        try:
+            outcome = run_phase(words, state, seconds, environment, phase, before)
+        except KeyboardInterrupt:
+            state.keep(phase.name, replace(before, status="partial", attempts=before.attempts + 1,
+                                           detail="interrupted"))  # fmt: skip
+            print("interrupted: what was measured is kept")
+            return False
+        state.keep(phase.name, replace(outcome, sources=sources))
+        print(f"{outcome.status} after {outcome.seconds - before.seconds:.0f} s", flush=True)
+        after_each()
     return all(state.outcome(phase.name).finished for phase in phases)
 
 
@@ -142,17 +142,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(patience)
             if word == signal.SIGTERM and process.poll() is not None:
                 continue  # what it started may be deaf to SIGTERM
-
-
-@contextmanager
-def _ended_gently() -> Iterator[None]:
-    """Whoever ends this command, as a machine does whose time is up, gets the summary of what there is."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -26,12 +26,12 @@ class Context:
     rehearsal: whether there is no GPU: kernels run in Triton's interpreter, and clocks are stubs.
     """
 
-    def __init__(self, phase: str, state: State, seconds: float, rehearsal: bool) -> None:
+    def __init__(self, phase: str, state: State, ends: float, rehearsal: bool) -> None:
         """Args:
-        seconds: that the phase may take from now on.
+        ends: a time of time.monotonic, which is the same for all processes of a machine.
         """
         self.phase, self.state, self.rehearsal = phase, state, rehearsal
-        self._ends = time.monotonic() + seconds
+        self._ends = ends
         self._known = {row["key"] for row in state.rows(phase) if "key" in row}
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 from .state import State
 
-__all__ = ["TEST_FILES", "compiled", "failed", "is_left_out", "reason_to_skip", "skipped_ops"]
+__all__ = ["TEST_FILES", "compiled", "failed", "families_of", "is_left_out", "reason_to_skip", "skipped_ops"]
 
 # The tests that need a GPU, and the families without which a file tells nothing.
 TEST_FILES = {
@@ -17,8 +17,9 @@ TEST_FILES = {
     "tests/sliderquant_kernels/test_elementwise.py": ("elementwise",),
     "tests/sliderquant_kernels/test_decode_attention.py": ("decode_attention",),
     "tests/decoding/test_gpu_decoding.py": ("graphs", "elementwise", "decode_attention"),
-    "tests/modules/test_linear.py": ("weight_only_linear", "low_bit_linear"),
-    "tests/checkpoint/test_loaded_models.py": ("weight_only_linear",),
+    # Of these files the others need none.
+    "tests/modules/test_linear.py::test_a_move_to_a_gpu_packs_again": ("weight_only_linear", "low_bit_linear"),
+    "tests/checkpoint/test_loaded_models.py::test_load_on_a_gpu": ("weight_only_linear",),
 }
 # What a phase launches, with the width that it does it at.
 _LAUNCHED: dict[str, tuple[tuple[str, int | None], ...]] = {
@@ -36,6 +37,11 @@ _LAUNCHED: dict[str, tuple[tuple[str, int | None], ...]] = {
 _OPS = ("weight_only_linear", "low_bit_linear", "quantize_activations", "hadamard")
 
 Widths = set[int | None]
+
+
+def families_of(test: str) -> tuple[str, ...]:
+    """The families that a test, by its id, is about."""
+    return next((families for name, families in TEST_FILES.items() if test.startswith(name)), ())
 
 
 def failed(state: State) -> dict[str, Widths]:

@@ -36,15 +36,17 @@ class Phase:
 
 
 PHASES = (
-    Phase("env", 8, 5, "the GPU, versions, the cache of compiled kernels, predictions"),
-    Phase("smoke", 30, 15, "every kernel family at every width against fp64, 20 times bitwise, in graphs"),
-    Phase("roofline", 12, 8, "copy, read, L2, bf16 and int8 products, an empty kernel, the host's time per call"),
+    Phase("env", 20, 10, "the GPU, versions, the cache of compiled kernels, predictions"),
+    Phase("smoke", 40, 20, "every kernel family at every width against fp64, 20 times bitwise, in graphs", cold=70),
+    Phase(
+        "roofline", 18, 10, "copy, read, L2, bf16 and int8 products, an empty kernel, the host's time per call", cold=30
+    ),
     Phase("tests", 110, 30, "the tests that need a GPU", cold=240),
-    Phase("goals", 150, 40, "kernels against cuBLAS, their peers and the goals"),
-    Phase("tune", 90, 30, "tiles of 4 layers at 5 numbers of tokens, measured"),
     Phase("decode", 70, 30, "tokens through generate: quantized, original, with and without graphs"),
-    Phase("retime", 30, 10, "tuned tiles against those of the rules, once more"),
-    Phase("sanitizer", 20, 10, "compute-sanitizer's racecheck on a split launch", takes_rest=True),
+    Phase("goals", 140, 40, "kernels against cuBLAS, their peers and the goals"),
+    Phase("tune", 80, 30, "tiles of 4 layers at 5 numbers of tokens, measured"),
+    Phase("retime", 25, 10, "tuned tiles against those of the rules, once more"),
+    Phase("sanitizer", 15, 10, "compute-sanitizer's racecheck on a split launch", takes_rest=True),
 )
 
 

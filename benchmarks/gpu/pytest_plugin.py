@@ -1,23 +1,35 @@
 """A pytest plugin: notes every test's end in the run's folder at once, and leaves out what has no use.
 
 Without it the names of failed tests are in pytest's last lines alone, which nobody sees of a pytest that was killed.
-Tests that passed in an earlier attempt are not repeated, nor are those of kernel families that failed `smoke`.
+Tests that ended in an earlier attempt are not repeated, nor are those that began in one and did not end, and those of
+kernel families that failed `smoke`. What an earlier attempt is, is settled before pytest starts: processes that xdist
+starts later, for one that died, must find the same tests.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from .failures import TEST_FILES, failed, is_left_out
+from .failures import failed, families_of, is_left_out
 from .state import State
 
-__all__ = ["STATE", "pytest_collection_modifyitems", "pytest_runtest_logreport", "widths_of"]
+__all__ = [
+    "LEFT_OUT",
+    "STATE",
+    "pytest_collection_modifyitems",
+    "pytest_runtest_logreport",
+    "pytest_runtest_logstart",
+    "widths_of",
+]
 
 # The run's folder.
 STATE = "SLIDERQUANT_GPU_STATE"
+# In it, the ids of tests that are not to be run again.
+LEFT_OUT = "tests-left-out.json"
 PHASE = "tests"
 _LONGEST = 1500
 
@@ -36,20 +48,26 @@ def widths_of(parameters: dict[str, Any]) -> set[int]:
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     state = State(Path(os.environ[STATE]))
     broken = failed(state)
-    passed = {row["key"] for row in state.rows(PHASE) if row.get("outcome") == "passed"}
+    file = state.folder / LEFT_OUT
+    before = set(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else set()
     kept, left = [], []
     for item in items:
-        families = TEST_FILES.get(item.nodeid.partition("::")[0], ())
+        families = families_of(item.nodeid)
         widths: set[int | None] = {None, *widths_of(getattr(getattr(item, "callspec", None), "params", {}))}
         useless = any(is_left_out(broken, family, width) for family in families for width in widths)
-        (left if useless or item.nodeid in passed else kept).append(item)
+        (left if useless or item.nodeid in before else kept).append(item)
     items[:] = kept
     if left:
         config.hook.pytest_deselected(items=left)
 
 
+def pytest_runtest_logstart(nodeid: str) -> None:
+    # Processes of xdist have what they report sent to the one that started them.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        State(Path(os.environ[STATE])).add(PHASE, {"key": nodeid, "outcome": "begun", "seconds": 0.0})
+
+
 def pytest_runtest_logreport(report: Any) -> None:
-    # Processes of xdist have their reports sent to the one that started them.
     if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.outcome == "passed"):
         return
     row: dict[str, Any] = {"key": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}

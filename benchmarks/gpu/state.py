@@ -45,8 +45,8 @@ class Outcome:
 
     @property
     def is_left(self) -> bool:
-        """Whether resuming goes on with it: what failed is tried once more."""
-        return not self.finished and (self.status != "failed" or self.attempts < MOST_ATTEMPTS)
+        """Whether resuming goes on with it: what failed is tried once more, what was skipped is thought of again."""
+        return self.status != "done" and (self.status != "failed" or self.attempts < MOST_ATTEMPTS)
 
 
 def begun(folder: Path) -> bool:
@@ -63,6 +63,16 @@ class State:
         """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def device(self) -> str:
+        """What the run is on, as it was set; empty before that."""
+        path = self.folder / "device"
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    @device.setter
+    def device(self, name: str) -> None:
+        write_whole(self.folder / "device", name)
 
     @property
     def log(self) -> Path:

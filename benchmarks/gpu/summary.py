@@ -18,8 +18,9 @@ from . import goals
 from .phases import Phase
 from .state import State, write_whole
 
-__all__ = ["LONGEST", "last_lines", "problems", "write_files"]
+__all__ = ["FILES", "LONGEST", "last_lines", "problems", "write_files"]
 
+FILES = ("env.json", "smoke.json", "decode.json", "summary.json", "junit.xml", "log.txt")
 # Some machines give back no more than the end of what was printed.
 LONGEST = 9_500
 # Names of tests that failed, and lines of a kind, before the rest is only counted.
@@ -37,11 +38,15 @@ def problems(state: State) -> list[str]:
         if row["status"] in ("wrong", "error")
     ]
     found += [f"test: {row['key']}" for row in state.rows("tests") if row.get("outcome") == "failed"]
+    if state.outcome("tests").status != "waiting":
+        found += [f"test: {row['key']}: it began, and did not end"
+                  for row in state.rows("tests") if row.get("outcome") == "begun"]  # fmt: skip
     found += [
         f"goals: {row['shape']} M={row['m']} {row['scheme']} {row['provider']}: {row['error']}"
         for row in kernel_results(state).get("rows", [])
         if row["status"] == "error" and row["kind"] != "provider" and row["provider"].startswith("sliderquant")
     ]
+    found += [f"decode: {row['key']}: {row['error']}" for row in state.rows("decode") if "error" in row]
     found += [f"sanitizer: {row['hazards']} hazards" for row in state.rows("sanitizer") if row["hazards"]]
     for name, outcome in state.outcomes().items():
         if outcome.status == "failed":
@@ -64,13 +69,13 @@ def last_lines(state: State, phases: Sequence[Phase], out: Path, resume: str) ->
     lines += [f"  ... and {len(wrong) - MOST_NAMES} more in summary.json"] if len(wrong) > MOST_NAMES else []
     for name, outcome in state.outcomes().items():
         if outcome.status == "failed":
-            lines += [f"  {name}: {line[:160]}" for line in outcome.detail.splitlines()[-6:]]
+            lines += [f"  {name}: {line[:160]}" for line in outcome.detail.splitlines()[1:][-6:]]
     lines += [*_smoke(state), *_roofs(state), *_tests(state), *_goals(state), *_tuned(state), *_decode(state)]
     lines += [f"sanitizer: {row['status'].strip()[-200:]}" for row in state.rows("sanitizer")]
     skipped = {phase.name: state.outcome(phase.name).detail for phase in phases
                if state.outcome(phase.name).status == "skipped"}  # fmt: skip
     lines += [f"skipped: {name}: {reason}" for name, reason in skipped.items()]
-    left = [phase.name for phase in phases if state.outcome(phase.name).is_left]
+    left = [phase.name for phase in phases if state.outcome(phase.name).is_left and phase.name not in skipped]
     lines += [f"files: {out}"]
     lines += [f"left: {', '.join(left)}. To go on:\n  {resume}"] if left else ["all phases are through"]
     text = "\n".join(lines)
@@ -126,8 +131,8 @@ def _tests(state: State) -> list[str]:
     rows = [row for row in state.rows("tests") if "outcome" in row]
     if not rows:
         return []
-    count = {word: sum(row["outcome"] == word for row in rows) for word in ("passed", "failed", "skipped")}
-    return ["tests: " + ", ".join(f"{number} {word}" for word, number in count.items())]
+    count = {word: sum(row["outcome"] == word for row in rows) for word in ("passed", "failed", "skipped", "begun")}
+    return ["tests: " + ", ".join(f"{number} {word}" for word, number in count.items() if number or word != "begun")]
 
 
 def _goals(state: State) -> list[str]:
@@ -175,7 +180,7 @@ def _decode(state: State) -> list[str]:
         lines.append(
             f"decode, batch {batch}, ms a token: " + ", ".join(f"{way} {ms:.3f}" for way, ms in medians.items())
         )
-    alone = [f"{row['key']} {row['ms']:.3f}" for row in rows if " graph of " in row["key"]]
+    alone = [f"{row['key']} {row['ms']:.3f}" for row in rows if " graph of " in row["key"] and "ms" in row]
     return lines + ([f"decode, the graph alone, ms: {', '.join(alone)}"] if alone else [])
 
 
@@ -211,7 +216,7 @@ def write_files(state: State, out: Path) -> None:
 def junit(rows: Sequence[dict[str, Any]]) -> str:
     """The tests as JUnit's XML. pytest writes it at its end alone, and several attempts are one run here."""
     suite = ElementTree.Element("testsuite", name="gpu", tests=str(len(rows)))
-    for word, attribute in (("failed", "failures"), ("skipped", "skipped")):
+    for word, attribute in (("failed", "failures"), ("skipped", "skipped"), ("begun", "errors")):
         suite.set(attribute, str(sum(row["outcome"] == word for row in rows)))
     for row in rows:
         file, _, name = row["key"].partition("::")
@@ -219,7 +224,7 @@ def junit(rows: Sequence[dict[str, Any]]) -> str:
             suite, "testcase", classname=_xml(file), name=_xml(name), time=str(row["seconds"])
         )
         if row["outcome"] != "passed":
-            tag = "failure" if row["outcome"] == "failed" else "skipped"
+            tag = {"failed": "failure", "skipped": "skipped", "begun": "error"}[row["outcome"]]
             ElementTree.SubElement(case, tag).text = _xml(row.get("text", ""))
     root = ElementTree.Element("testsuites")
     root.append(suite)

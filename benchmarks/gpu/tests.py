@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,15 +12,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .context import Context, OutOfTime
-from .failures import TEST_FILES
-from .pytest_plugin import STATE
+from .failures import TEST_FILES, compiled
+from .pytest_plugin import LEFT_OUT, STATE
+from .state import write_whole
 
 __all__ = ["run"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Each compiles, and holds a CUDA context and what its tests allocate.
 MOST_PROCESSES = 14
-TEST_SECONDS = 120
+TEST_SECONDS, COLD_TEST_SECONDS = 40, 90
 # pytest's exit codes: all passed, some failed, nothing was left to run.
 FINISHED = (0, 1, 5)
 # One file is enough to see that the phase works, and these tests run without a GPU too.
@@ -36,7 +38,11 @@ def run(context: Context) -> None:
     elif find_spec("xdist") is not None:
         words += ["-n", str(max(1, min(MOST_PROCESSES, (os.cpu_count() or 2) - 2))), "--dist", "worksteal"]
     if find_spec("pytest_timeout") is not None:
-        words += ["--timeout", str(TEST_SECONDS)]
+        # By a thread, which ends the process: a signal does not interrupt a call of CUDA that never returns.
+        seconds = TEST_SECONDS if compiled(context.state) else COLD_TEST_SECONDS
+        words += ["--timeout", str(seconds), "--timeout-method", "thread"]
+    ended = [row["key"] for row in context.state.rows(context.phase) if "outcome" in row]
+    write_whole(context.state.folder / LEFT_OUT, json.dumps(ended))
     environment = {**os.environ, STATE: str(context.state.folder.resolve())}
     process = subprocess.Popen(words, cwd=ROOT, env=environment)
     try:

@@ -5,6 +5,8 @@ Nothing reads the table from there: whoever likes what `retime` says of it puts 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -16,7 +18,7 @@ from benchmarks.kernels import machine
 from sliderquant_kernels import tiles, tuned
 from sliderquant_kernels.tiles import Choice, Device, Problem
 from sliderquant_kernels.tune import tune
-from sliderquant_kernels.tune_measure import Failure, GpuMeasurer, Measurer
+from sliderquant_kernels.tune_measure import DeviceLost, Failure, GpuMeasurer, Measurer
 from sliderquant_kernels.tune_outcomes import Outcome, read_outcomes
 
 from .context import Context, OutOfTime
@@ -63,6 +65,12 @@ def run(context: Context) -> None:
     try:
         tune(place.problems, place.device, place.measurer, place.table, log=place.log, budget=context.left - KEPT,
              **place.about)  # fmt: skip
+    except DeviceLost as error:
+        # The log names the tile, and a process with a new context leaves it out.
+        print(f"{tiles_text(error.choice)} broke the GPU's state: {error}", flush=True)
+        if context.left > KEPT + 10:
+            os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.worker", *sys.argv[1:]])
+        raise
     finally:
         for outcome in place.outcomes():
             if outcome.best is not None:

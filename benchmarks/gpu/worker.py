@@ -1,4 +1,4 @@
-"""The process of a phase: `python -m benchmarks.gpu.worker PHASE --state DIR --seconds S [--rehearse]`."""
+"""The process of a phase: `python -m benchmarks.gpu.worker PHASE --state DIR --ends T [--rehearse]`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker", description=__doc__)
     parser.add_argument("phase")
     parser.add_argument("--state", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--ends", type=float, required=True, help="a time of time.monotonic")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args(arguments)
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .state import State
 
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    context = Context(options.phase, State(options.state), options.seconds, options.rehearse)
+    context = Context(options.phase, State(options.state), options.ends, options.rehearse)
     try:
         importlib.import_module(f"benchmarks.gpu.{options.phase}").run(context)
     except OutOfTime as reason:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.gpu import command
 from benchmarks.gpu.phases import PHASES
-from benchmarks.gpu.state import Outcome, State
+from benchmarks.gpu.state import Outcome, State, begun
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,12 +28,14 @@ def parse(*words: str) -> argparse.Namespace:
     [
         ((), "gpu needs a CUDA GPU, and torch finds none"),
         (("--rehearse", "--only", "tune", "speed"), "--only speed: expected some of env, smoke"),
-        (("--rehearse", "--budget", "5"), "--budget 5: expected at least 9 seconds"),
+        (("--rehearse", "--budget", "5"), "--budget 5: expected seconds, at least 20"),
+        (("--rehearse", "--budget", "nan"), "--budget nan: expected seconds"),
         (("--rehearse", "--cache", "nowhere.tar.xz"), "--cache nowhere.tar.xz: there is no such file"),
         (("--rehearse", "--cache", "{file}"), "it is not whole or no archive"),
         (("--rehearse", "--state", "{begun}"), "holds a run: --resume goes on with it"),
-        (("--rehearse", "--out", "{file}"), "--out .*: a file is in the way"),
-        (("--rehearse", "--state", "{file}"), "--state .*: a file is in the way"),
+        (("--rehearse", "--out", "{file}"), "--out .*file: nothing can be written there"),
+        (("--rehearse", "--state", "{file}"), "--state .*file: nothing can be written there"),
+        (("--rehearse", "--state", "{begun}", "--resume"), "holds a run on nvidia-test, this is a rehearsal"),
     ],
 )
 def test_what_it_refuses_before_anything_is_begun(
@@ -42,12 +44,13 @@ def test_what_it_refuses_before_anything_is_begun(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "file").write_text("no archive")
     State(tmp_path / "begun").keep("env", Outcome("done"))
+    State(tmp_path / "begun").device = "nvidia-test"
     places = {"file": tmp_path / "file", "begun": tmp_path / "begun"}
     given = [word.format(**places) for word in words]
     given += [] if "--state" in given else ["--state", str(tmp_path / "state")]
     with pytest.raises(SystemExit, match=error):
         command.run(parse(*given))
-    assert not (tmp_path / "state").exists()
+    assert not begun(tmp_path / "state")
 
 
 @pytest.mark.parametrize("fault", ["crash:everything", "hang:", "stop:env", "wrong:elementwise"])
@@ -61,6 +64,36 @@ def test_faults_are_for_rehearsals(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(SystemExit, match="--fault is for rehearsals"):
         command.run(parse("--fault", "crash:env", "--state", str(tmp_path / "state")))
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    other = "another run is going on there"
+    with command._alone(tmp_path), pytest.raises(SystemExit, match=other), command._alone(tmp_path):
+        pass
+    with command._alone(tmp_path):
+        pass
+
+
+def test_a_new_run_takes_away_the_files_of_an_old_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("decode.json", "kernels-quick.json", "tuned-nvidia-test.json", "mine.txt"):
+        (out / name).write_text("old")
+    command._begin(parse("--rehearse", "--state", str(tmp_path / "state")), State(tmp_path / "state"), out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    assert State(tmp_path / "state").device == "a rehearsal"
+
+
+def test_what_failed_in_smoke_is_tried_once_more(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    state.keep("smoke", Outcome("done", 1.0, 1))
+    for tries, status in ((1, "partial"), (2, "done")):
+        state.add(
+            "smoke", {"key": "x", "family": "graphs", "bits": None, "status": "wrong", "error": "", "tries": tries}
+        )
+        state.keep("smoke", Outcome("done", 1.0, 1))
+        command._begin(parse("--rehearse", "--resume", "--state", str(tmp_path)), state, tmp_path / "out")
+        assert state.outcome("smoke").status == status
 
 
 @pytest.fixture
@@ -81,17 +114,17 @@ def rehearse(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
 def test_a_rehearsal_from_nothing(rehearse: Callable[..., subprocess.CompletedProcess], tmp_path: Path) -> None:
     done = rehearse()
     assert done.returncode == 0, done.stdout + done.stderr
-    state = State(tmp_path / "gpu-run")
+    state = State(tmp_path / "gpu-rehearsal")
     assert {name: outcome.status for name, outcome in state.outcomes().items()} == {
         phase.name: "done" for phase in PHASES
     }
     assert "nothing is wrong" in done.stdout
     assert done.stdout.splitlines()[-1] == "all phases are through"
-    files = {path.name for path in (tmp_path / "gpu-run" / "out").iterdir()}
+    files = {path.name for path in (tmp_path / "gpu-rehearsal" / "out").iterdir()}
     assert {path.removesuffix(".json") for path in files} >= {"env", "smoke", "kernels-tiny", "decode", "summary"}
     assert {"junit.xml", "log.txt"} < files
     assert len(files) <= 8
-    decode = json.loads((tmp_path / "gpu-run" / "out" / "decode.json").read_text())
+    decode = json.loads((tmp_path / "gpu-rehearsal" / "out" / "decode.json").read_text())
     ways = {"quantized, graphs", "quantized, no graphs", "original, graphs", "original, no graphs"}
     assert {row["batch"]: set(row["ms"]) for row in decode if "turn" in row} == {1: ways, 2: ways}
     assert all(row["status"] in ("ok", "unsupported") for row in state.rows("smoke"))
@@ -111,7 +144,7 @@ def test_a_rehearsal_in_which_much_goes_wrong(
     phases = ("--only", "smoke", "roofline", "tune", "decode", "sanitizer")
     done = rehearse(*phases, *faults)
     assert done.returncode == 1, done.stdout + done.stderr
-    state = State(tmp_path / "gpu-run")
+    state = State(tmp_path / "gpu-rehearsal")
     reason = "weight_only_linear at 4 bits failed smoke"
     assert {name: (outcome.status, outcome.detail) for name, outcome in state.outcomes().items()} == {
         "env": ("done", ""), "smoke": ("done", ""), "roofline": ("failed", "killed by SIGABRT"),
@@ -121,8 +154,11 @@ def test_a_rehearsal_in_which_much_goes_wrong(
     assert bad == {"elementwise rotary": "error", "weight_only_linear rows W4": "wrong"}
     assert "no answer in time; the process was ended" in done.stdout
     assert "left: roofline. To go on:" in done.stdout
-    # Mended: what crashed goes on after the row that it had.
+    # Mended: what crashed goes on after the row that it had, what failed is tried again, and nothing is skipped now.
     again = rehearse("--resume", *phases)
-    assert state.outcome("roofline").status == "done"
+    assert again.returncode == 0, again.stdout
+    assert {name: outcome.status for name, outcome in state.outcomes().items()} == dict.fromkeys(
+        ("env", "smoke", "roofline", "tune", "decode", "sanitizer"), "done"
+    )
     assert [row["key"] for row in state.rows("roofline")] == ["floors", "L2", "int8", "host"]
     assert "all phases are through" in again.stdout
