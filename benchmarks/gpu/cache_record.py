@@ -85,7 +85,9 @@ def benchmark() -> Iterator[Line]:
             kernels.clear()
             row = measurer(task)
             name = f"{task.provider} {' '.join(map(str, task.case.columns().values()))}"
-            yield name + (f": {row['error']}" if row["status"] != "ok" else ""), set(kernels)
+            error = f": {row['error']}" if row["status"] != "ok" else ""
+            if kernels or error:  # the other calls are torch's own
+                yield name + error, set(kernels)
 
 
 def tune() -> Iterator[Line]:
