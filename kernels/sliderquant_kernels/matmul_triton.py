@@ -29,7 +29,8 @@ def _fragments(words, W: tl.constexpr, ROW_BLOCKS: tl.constexpr):
 @triton.jit
 def _load_words(weight_ptr, row_block, k_block, k_blocks, W: tl.constexpr, ROW_BLOCKS: tl.constexpr,
                 BITS: tl.constexpr):  # fmt: skip
-    """Blocks (row_block int64 `[ROW_BLOCKS]`, k_block `[W]`) -> words and bytes beside them, uint16 `[W, rows, 32]`."""
+    """Blocks (row_block int64 `[ROW_BLOCKS]`, k_block `[W]`) -> words and, in the low 8 of 16 bits, the bytes beside
+    them, uint16 `[W, rows, 32]`."""
     BYTES: tl.constexpr = 1536 if BITS == 3 else 1024
     inside = tl.arange(0, 512)[None, None, :]
     block = row_block[None, :, None] * (k_blocks * BYTES) + k_block[:, None, None] * BYTES
@@ -37,10 +38,11 @@ def _load_words(weight_ptr, row_block, k_block, k_blocks, W: tl.constexpr, ROW_B
     words = _fragments(tl.load(word_ptrs, eviction_policy="evict_first"), W, ROW_BLOCKS)
     beside = words
     if BITS == 3:
-        # Two bytes at a time: a load of single bytes would make Triton choose another order of the operands.
+        # Two bytes at a time: a load of single bytes would make Triton choose another order of the operands. What the
+        # upper 8 bits hold nobody reads.
         pair_ptrs = (weight_ptr + block + 1024).to(tl.pointer_type(tl.uint16)) + tl.arange(0, 256)[None, None, :]
         pairs = tl.load(pair_ptrs, eviction_policy="evict_first")
-        beside = _fragments(tl.join(pairs & 255, pairs >> 8), W, ROW_BLOCKS)
+        beside = _fragments(tl.join(pairs, pairs >> 8), W, ROW_BLOCKS)
     return words, beside
 
 

@@ -66,8 +66,9 @@ def power(offset: int, bf16: bool) -> int:
 def unpack_ptx(bits: int, bf16: bool, arch: int, symmetric: bool, planes: Sequence[int]) -> str:
     """PTX from two words in the halves of a 32-bit register to registers of two operands, one for each of `planes`.
 
-    Operands: an output for each plane; the words; for 3 bits the bytes beside them, one in each half; then, unless the
-    weight is symmetric, the power plus zero-point (8 bits in bf16: the zero-point) for each output.
+    Operands: an output for each plane; the words; for 3 bits the bytes beside them, one in each half, with anything
+    above; then, unless the weight is symmetric, the power plus zero-point (8 bits in bf16: the zero-point) for each
+    output.
     """
     kind = "bf16x2" if bf16 else "f16x2"
     found = fields(bits, bf16)
@@ -178,7 +179,7 @@ def unpack_planes(words, beside, zeros, BITS: tl.constexpr, SYMMETRIC: tl.conste
 
     Args:
         words: uint16, any shape.
-        beside: 3 bits: uint16 of the same shape with the byte beside each word; otherwise unused.
+        beside: 3 bits: uint16 of the same shape, the byte beside each word in its low half; otherwise unused.
         zeros: stored (biased) zero-points, broadcastable to `words`, in the activations' dtype, which is that of the
             planes under PTX; a tuple of as many as there are groups in a block. Only the dtype counts when SYMMETRIC.
         ARCH: 80, 90, ... for PTX; 0 for plain Triton.
@@ -196,7 +197,7 @@ def unpack_planes(words, beside, zeros, BITS: tl.constexpr, SYMMETRIC: tl.conste
             else:
                 value = (beside.to(tl.int32) >> _STARTS[i]) & 7
                 if i == PLANES - 1:
-                    value |= ((q >> _LAST_HIGH) & 1) << 2
+                    value = (value & 3) | (((q >> _LAST_HIGH) & 1) << 2)
             if SYMMETRIC:
                 value -= 2 ** (BITS - 1)
             else:

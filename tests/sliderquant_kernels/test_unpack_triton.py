@@ -112,7 +112,8 @@ def test_every_word(bits, dtype, symmetric, arch, apart):
     generator = torch.Generator().manual_seed(0)
     # The other half of the register holds another word: neither may disturb the other.
     others = _WORDS[torch.randperm(1 << 16, generator=generator)]
-    beside, other_beside = torch.randint(0, 256, (2, 1 << 16), generator=generator)
+    # Bytes, with anything above them.
+    beside, other_beside = torch.randint(0, 1 << 16, (2, 1 << 16), generator=generator)
     inputs = [_pair(_WORDS, others)]
     if bits == 3:
         inputs.append(_pair(beside, other_beside))
