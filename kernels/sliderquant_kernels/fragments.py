@@ -7,8 +7,12 @@ plane i of all words is the fragment of 32 consecutive inputs, which share one s
     [j: 2][g: 8][c: 4][h: 2][m: 2][b: 2]    row = 8 m + g, kappa = 16 j + 8 h + 2 c + b
 
 in which the left operand of an m16n8k16 matrix instruction sits in the registers of a warp: lane 4 g + c takes 16
-consecutive bytes, and nothing has to be moved between lanes. Three bits are a 2-bit block followed by 512 bytes with
-the third bits: bit `THIRD_BITS[i]` of a byte belongs to plane i.
+consecutive bytes, and nothing has to be moved between lanes.
+
+Three bits are a word and a byte for 8 codes: the words as above, followed by 512 bytes in the same order. A word holds
+the codes of planes 0 to 4 at its bits `WORD_STARTS`, a byte those of planes 5 and 6 at `BYTE_STARTS`; of plane 7 the
+two low bits lie at bit `LAST_LOW` of the byte, the high one at bit `LAST_HIGH` of the word. Codes in these places take
+three shifts, see `unpack_triton`.
 
 Scales are stored per group, rows next to each other, as pairs of values in their own dtype, so that one 4-byte load
 brings a pair: with zero-points `[G, Np, 2]` holds (scale, `zero_bias` + zero-point), without them `[G, Np / 16, 8, 2]`
@@ -23,8 +27,7 @@ from torch import Tensor
 ROWS = 16
 PLANE = 32  # inputs of one plane, and the smallest group
 WORDS = 512
-# Where plane i finds its third bit; see `unpack_triton`, whose shifts this order saves.
-THIRD_BITS = (2, 4, 6, 1, 3, 5, 0, 7)
+WORD_STARTS, BYTE_STARTS, LAST_LOW, LAST_HIGH = (0, 3, 6, 9, 13), (0, 3), 6, 12
 
 
 def planes(bits: int) -> int:
@@ -88,41 +91,50 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def _pack_words(ordered: Tensor, bits: int, block: Tensor) -> None:
     """Planes `[P, rows, k blocks, j, g, c, h, m, b]` -> bytes `[rows, k blocks, size]`."""
-    count, rows, k_blocks = ordered.shape[:3]
-    width = 2 if bits == 3 else bits
-    per_byte = 8 // width
+    rows, k_blocks = ordered.shape[1:3]
     words = block[:, :, : WORDS * 2].view(rows, k_blocks, 2, 8, 4, 2, 2, 2, 2)
+    if bits == 3:
+        found = ordered.to(torch.int16)
+        word = found[7].bitwise_right_shift(2) << LAST_HIGH
+        for plane, start in zip(found, WORD_STARTS, strict=False):
+            word |= plane << start
+        words[..., 0] = (word & 255).to(torch.uint8)
+        words[..., 1] = ((word >> 8) & 255).to(torch.uint8)
+        byte = block[:, :, WORDS * 2 :].view(rows, k_blocks, 2, 8, 4, 2, 2, 2)
+        byte.copy_((ordered[7] & 3) << LAST_LOW)
+        for plane, start in zip(ordered[len(WORD_STARTS) :], BYTE_STARTS, strict=False):
+            byte |= plane << start
+        return
+    per_byte = 8 // bits
     for half in range(2):
         byte = words[..., half]
         for i in range(per_byte):
             plane = ordered[half * per_byte + i]
-            if bits == 3:
-                plane = plane & 3
             if i == 0:
                 byte.copy_(plane)
             else:
-                byte.bitwise_or_(plane << (i * width))
-    if bits == 3:
-        third = block[:, :, WORDS * 2 :].view(rows, k_blocks, 2, 8, 4, 2, 2, 2)
-        third.zero_()
-        for i in range(count):
-            third.bitwise_or_((ordered[i] >> 2) << THIRD_BITS[i])
+                byte.bitwise_or_(plane << (i * bits))
 
 
 def unpack_codes(packed: Tensor, bits: int, n: int, k: int) -> Tensor:
     """The inverse of `pack_codes`: codes `[N, K]` uint8."""
     row_blocks, k_blocks, _ = packed.shape
-    count, width = planes(bits), 2 if bits == 3 else bits
-    per_byte = 8 // width
+    count = planes(bits)
     codes = torch.empty(row_blocks * ROWS, k_blocks * PLANE * count, dtype=torch.uint8, device=packed.device)
     ordered = codes.view(row_blocks, 2, 8, k_blocks, count, 2, 2, 4, 2).permute(4, 0, 3, 5, 2, 7, 6, 1, 8)
     words = packed[:, :, : WORDS * 2].unflatten(2, (2, 8, 4, 2, 2, 2, 2))
-    third = packed[:, :, WORDS * 2 :].unflatten(2, (2, 8, 4, 2, 2, 2)) if bits == 3 else None
+    if bits == 3:
+        word = words[..., 0].to(torch.int32) | words[..., 1].to(torch.int32) << 8
+        byte = packed[:, :, WORDS * 2 :].unflatten(2, (2, 8, 4, 2, 2, 2))
+        for i, start in enumerate(WORD_STARTS):
+            ordered[i] = word >> start & 7
+        for i, start in enumerate(BYTE_STARTS, len(WORD_STARTS)):
+            ordered[i] = byte >> start & 7
+        ordered[7] = byte >> LAST_LOW | (word >> LAST_HIGH & 1) << 2
+        return codes[:n, :k].contiguous()
+    per_byte = 8 // bits
     for i in range(count):
-        plane = (words[..., i // per_byte] >> (i % per_byte * width)) & (2**width - 1)
-        if third is not None:
-            plane |= ((third >> THIRD_BITS[i]) & 1) << 2
-        ordered[i] = plane
+        ordered[i] = (words[..., i // per_byte] >> (i % per_byte * bits)) & (2**bits - 1)
     return codes[:n, :k].contiguous()
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # A kind's version changes whenever its bytes would be read differently.
-VERSIONS = {"triton": 2, "cpu_vnni": 1, "cpu_int4": 1, "cpu_int8": 1, "cpu_dense": 1, "cpu_bits": 1}
+VERSIONS = {"triton": 3, "cpu_vnni": 1, "cpu_int4": 1, "cpu_int8": 1, "cpu_dense": 1, "cpu_bits": 1}
 INT8_MULTIPLE = 16
 
 

@@ -29,19 +29,21 @@ def _fragments(words, W: tl.constexpr, ROW_BLOCKS: tl.constexpr):
 @triton.jit
 def _load_words(weight_ptr, row_block, k_block, k_blocks, W: tl.constexpr, ROW_BLOCKS: tl.constexpr,
                 BITS: tl.constexpr):  # fmt: skip
-    """Blocks (row_block int64 `[ROW_BLOCKS]`, k_block `[W]`) -> words and third bits, uint16 `[W, rows, 32]`."""
+    """Blocks (row_block int64 `[ROW_BLOCKS]`, k_block `[W]`) -> words and, in the low 8 of 16 bits, the bytes beside
+    them, uint16 `[W, rows, 32]`."""
     BYTES: tl.constexpr = 1536 if BITS == 3 else 1024
     inside = tl.arange(0, 512)[None, None, :]
     block = row_block[None, :, None] * (k_blocks * BYTES) + k_block[:, None, None] * BYTES
     word_ptrs = (weight_ptr + block).to(tl.pointer_type(tl.uint16)) + inside
     words = _fragments(tl.load(word_ptrs, eviction_policy="evict_first"), W, ROW_BLOCKS)
-    third = words
+    beside = words
     if BITS == 3:
-        # Two bytes at a time: a load of single bytes would make Triton choose another order of the operands.
+        # Two bytes at a time: a load of single bytes would make Triton choose another order of the operands. What the
+        # upper 8 bits hold nobody reads.
         pair_ptrs = (weight_ptr + block + 1024).to(tl.pointer_type(tl.uint16)) + tl.arange(0, 256)[None, None, :]
         pairs = tl.load(pair_ptrs, eviction_policy="evict_first")
-        third = _fragments(tl.join(pairs & 255, pairs >> 8), W, ROW_BLOCKS)
-    return words, third
+        beside = _fragments(tl.join(pairs, pairs >> 8), W, ROW_BLOCKS)
+    return words, beside
 
 
 @triton.jit
@@ -178,13 +180,13 @@ def warp_k_kernel(x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, p
     for step in tl.range(0, steps, num_stages=STAGES):
         k_block = first + step * W + warp
         block = k_block if K_EDGE == 0 else tl.minimum(k_block, k_blocks - 1)
-        words, third = _load_words(weight_ptr, row_block, block, k_blocks, W, ROW_BLOCKS, BITS)
+        words, beside = _load_words(weight_ptr, row_block, block, k_blocks, W, ROW_BLOCKS, BITS)
         if GROUP_SIZE == 0:
             scales, zeros = (scale,), (zero[:, :, None],)
         else:
             scales, zeros = _load_groups(scale_ptr, block, row_block, row_blocks, W, ROW_BLOCKS, GROUP_SIZE, BLOCK_K,
                                          SYMMETRIC, ZERO)  # fmt: skip
-        planes = unpack_planes(words, third, zeros, BITS, SYMMETRIC, OPERAND, BF16, ZERO_BIAS, ARCH)
+        planes = unpack_planes(words, beside, zeros, BITS, SYMMETRIC, OPERAND, BF16, ZERO_BIAS, ARCH)
         GROUPS: tl.constexpr = len(scales)
         SHARE: tl.constexpr = PLANES // GROUPS
         for group in tl.static_range(GROUPS):
@@ -234,13 +236,13 @@ def rows_kernel(x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, par
         scale, zero = _load_scales(scale_ptr, tl.arange(0, 1), row_block, row_blocks, 1, ROW_BLOCKS, SYMMETRIC, ZERO)
     for k_block in tl.range(first, last, num_stages=STAGES):
         block = k_block + tl.arange(0, 1)
-        words, third = _load_words(weight_ptr, row_block, block, k_blocks, 1, ROW_BLOCKS, BITS)
+        words, beside = _load_words(weight_ptr, row_block, block, k_blocks, 1, ROW_BLOCKS, BITS)
         if GROUP_SIZE == 0:
             scales, zeros = (scale,), (zero[:, :, None],)
         else:
             scales, zeros = _load_groups(scale_ptr, block, row_block, row_blocks, 1, ROW_BLOCKS, GROUP_SIZE, BLOCK_K,
                                          SYMMETRIC, ZERO)  # fmt: skip
-        planes = unpack_planes(words, third, zeros, BITS, SYMMETRIC, OPERAND, BF16, ZERO_BIAS, ARCH)
+        planes = unpack_planes(words, beside, zeros, BITS, SYMMETRIC, OPERAND, BF16, ZERO_BIAS, ARCH)
         GROUPS: tl.constexpr = len(scales)
         SHARE: tl.constexpr = PLANES // GROUPS
         for group in tl.static_range(GROUPS):
@@ -277,14 +279,14 @@ def dequantize_kernel(weight_ptr, scale_ptr, out_ptr, N, K, row_blocks, k_blocks
     row_block = tl.minimum(tile_n * ROW_BLOCKS + tl.arange(0, ROW_BLOCKS), row_blocks - 1).to(tl.int64)
     k_block = (tl.program_id(0) % k_tiles) * W + tl.arange(0, W)
     block = tl.minimum(k_block, k_blocks - 1)
-    words, third = _load_words(weight_ptr, row_block, block, k_blocks, W, ROW_BLOCKS, BITS)
+    words, beside = _load_words(weight_ptr, row_block, block, k_blocks, W, ROW_BLOCKS, BITS)
     if GROUP_SIZE == 0:
         scale, zero = _load_scales(scale_ptr, block * 0, row_block, row_blocks, W, ROW_BLOCKS, SYMMETRIC, ZERO)
         scales, zeros = (scale,), (zero[:, :, None],)
     else:
         scales, zeros = _load_groups(scale_ptr, block, row_block, row_blocks, W, ROW_BLOCKS, GROUP_SIZE, BLOCK_K,
                                      SYMMETRIC, ZERO)  # fmt: skip
-    planes = unpack_planes(words, third, zeros, BITS, SYMMETRIC, tl.float32, False, ZERO_BIAS, 0)
+    planes = unpack_planes(words, beside, zeros, BITS, SYMMETRIC, tl.float32, False, ZERO_BIAS, 0)
     SHARE: tl.constexpr = PLANES // len(scales)
     values = ()
     for i in tl.static_range(PLANES):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .fragments import THIRD_BITS
+from .fragments import BYTE_STARTS, LAST_HIGH, LAST_LOW, WORD_STARTS
 from .fragments import planes as planes_of
 
 # A piece of assembly for every plane, or one for all of them. Of the results of one piece, Triton 3.8 alone gives only
@@ -29,16 +29,21 @@ APART = triton.__version__.startswith("3.8.")
 
 
 class Field(NamedTuple):
-    """Where one code of a word is found: `word >> shift` has its lowest bit at `offset`."""
+    """Where one code is found: `word >> shift`, or the byte in its place, has its lowest bit at `offset`."""
 
     shift: int
     offset: int
+    of_byte: bool = False
 
 
 def fields(bits: int, bf16: bool) -> tuple[Field, ...]:
     """The codes of a word, in order. A place high in the mantissa saves a shift: bf16 has 7 bits, fp16 has 10."""
-    if bits in (2, 3):
+    if bits == 2:
         return tuple(Field(shift, offset) for shift in (0, 6, 12) for offset in (0, 2, 4))[:8]
+    if bits == 3:
+        # The last one's high bit is two places below the code before it in the word, where the same shift has it.
+        word = tuple(Field(start - offset, offset) for start, offset in zip(WORD_STARTS, (0, 3, 0, 3, 3), strict=True))
+        return *word, *(Field(0, start, True) for start in BYTE_STARTS), Field(LAST_LOW, 0, True)
     if bits == 4:
         return (
             tuple(Field(4 * i, 0) for i in range(4)) if bf16 else (Field(0, 0), Field(0, 4), Field(8, 0), Field(8, 4))
@@ -61,15 +66,15 @@ def power(offset: int, bf16: bool) -> int:
 def unpack_ptx(bits: int, bf16: bool, arch: int, symmetric: bool, planes: Sequence[int]) -> str:
     """PTX from two words in the halves of a 32-bit register to registers of two operands, one for each of `planes`.
 
-    Operands: an output for each plane; the words; for 3 bits the bytes of third bits, one in each half; then, unless
-    the weight is symmetric, the power plus zero-point (8 bits in bf16: the zero-point) for each output.
+    Operands: an output for each plane; the words; for 3 bits the bytes beside them, one in each half, with anything
+    above; then, unless the weight is symmetric, the power plus zero-point (8 bits in bf16: the zero-point) for each
+    output.
     """
     kind = "bf16x2" if bf16 else "f16x2"
     found = fields(bits, bf16)
     word = len(planes)
-    third = word + 1
     fused = bf16 and arch < 90  # sub.bf16x2 needs sm_90
-    lines = [".reg .b32 w, h, one, negative, low, high;"]
+    lines = [".reg .b32 w, one, negative, low, high;"]
 
     def pair(value: int) -> str:
         return f"0x{value << 16 | value:08X}"
@@ -104,23 +109,22 @@ def unpack_ptx(bits: int, bf16: bool, arch: int, symmetric: bool, planes: Sequen
             subtract("high", "high", "middle")
             lines.append(f"fma.rn.bf16x2 ${i}, low, one, high;" if fused else f"add.bf16x2 ${i}, low, high;")
         return "{ " + " ".join(lines) + " }"
-    width = 2 if bits == 3 else bits
-    shifted, done = f"${word}", 0
+    moved: dict[tuple[int, bool], str] = {(0, False): f"${word}", (0, True): f"${word + 1}"}
+
+    def shifted(shift: int, of_byte: bool) -> str:
+        if (shift, of_byte) not in moved:
+            name = moved[shift, of_byte] = f"{'b' if of_byte else 'w'}{shift}"
+            lines.append(f".reg .b32 {name}; shr.u32 {name}, {moved[0, of_byte]}, {shift};")
+        return moved[shift, of_byte]
+
     for i, plane in enumerate(planes):
-        shift, offset = found[plane]
-        if shift != done:
-            lines.append(f"shr.u32 w, ${word}, {shift};")
-            shifted, done = "w", shift
+        shift, offset, of_byte = found[plane]
         # (word & mask) | power
-        mask = (2**width - 1) << offset
-        lines.append(f"lop3.b32 ${i}, {shifted}, {pair(mask)}, {pair(power(offset, bf16))}, 0xEA;")
-        if bits == 3:
-            move = offset + 2 - THIRD_BITS[plane]
-            source = f"${third}"
-            if move:
-                lines.append(f"sh{'l.b32' if move > 0 else 'r.u32'} h, ${third}, {abs(move)};")
-                source = "h"
-            lines.append(f"lop3.b32 ${i}, {source}, {pair(4 << offset)}, ${i}, 0xEA;")
+        mask = (2 ** (2 if of_byte and shift else bits) - 1) << offset
+        source = shifted(shift, of_byte)
+        lines.append(f"lop3.b32 ${i}, {source}, {pair(mask)}, {pair(power(offset, bf16))}, 0xEA;")
+        if of_byte and shift:  # two bits of three
+            lines.append(f"lop3.b32 ${i}, {shifted(LAST_HIGH - 2, False)}, {pair(4)}, ${i}, 0xEA;")
         subtract(f"${i}", f"${i}", zero[i])
     return "{ " + " ".join(lines) + " }"
 
@@ -152,7 +156,10 @@ _OFFSETS: tl.constexpr = tl.constexpr(
         for i, field in enumerate(fields(bits, bf16))
     }
 )
-_THIRD_BITS: tl.constexpr = tl.constexpr(THIRD_BITS)
+# Of 3 bits, for plain Triton: the bit at which a plane's code starts, in the word or, from `_IN_BYTE` on, in the byte.
+_STARTS: tl.constexpr = tl.constexpr((*WORD_STARTS, *BYTE_STARTS, LAST_LOW))
+_IN_BYTE: tl.constexpr = tl.constexpr(len(WORD_STARTS))
+_LAST_HIGH: tl.constexpr = tl.constexpr(LAST_HIGH)
 
 
 @triton.jit
@@ -166,13 +173,13 @@ def raised_zero(zero, OFFSET: tl.constexpr, BF16: tl.constexpr):
 
 
 @triton.jit
-def unpack_planes(words, third, zeros, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, OPERAND: tl.constexpr,
+def unpack_planes(words, beside, zeros, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, OPERAND: tl.constexpr,
                   BF16: tl.constexpr, ZERO_BIAS: tl.constexpr, ARCH: tl.constexpr):  # fmt: skip
     """Words -> a tuple of P planes of q - z in OPERAND.
 
     Args:
         words: uint16, any shape.
-        third: 3 bits: uint16 of the same shape with a byte each; otherwise unused.
+        beside: 3 bits: uint16 of the same shape, the byte beside each word in its low half; otherwise unused.
         zeros: stored (biased) zero-points, broadcastable to `words`, in the activations' dtype, which is that of the
             planes under PTX; a tuple of as many as there are groups in a block. Only the dtype counts when SYMMETRIC.
         ARCH: 80, 90, ... for PTX; 0 for plain Triton.
@@ -183,9 +190,14 @@ def unpack_planes(words, third, zeros, BITS: tl.constexpr, SYMMETRIC: tl.constex
         q = words.to(tl.int32)
         out = ()
         for i in tl.static_range(PLANES):
-            value = (q >> (16 // PLANES * i)) & (2 ** (16 // PLANES) - 1)
-            if BITS == 3:
-                value |= ((third.to(tl.int32) >> _THIRD_BITS[i]) & 1) << 2
+            if BITS != 3:
+                value = (q >> (BITS * i)) & (2**BITS - 1)
+            elif i < _IN_BYTE:
+                value = (q >> _STARTS[i]) & 7
+            else:
+                value = (beside.to(tl.int32) >> _STARTS[i]) & 7
+                if i == PLANES - 1:
+                    value = (value & 3) | (((q >> _LAST_HIGH) & 1) << 2)
             if SYMMETRIC:
                 value -= 2 ** (BITS - 1)
             else:
@@ -194,7 +206,7 @@ def unpack_planes(words, third, zeros, BITS: tl.constexpr, SYMMETRIC: tl.constex
     else:
         KEY: tl.constexpr = 10000 * SYMMETRIC + 1000 * BITS + 100 * BF16 + (90 if ARCH >= 90 else 80)
         CONSTRAINTS: tl.constexpr = _CONSTRAINTS[10 * BITS + SYMMETRIC]
-        codes = (words, third) if BITS == 3 else (words,)
+        codes = (words, beside) if BITS == 3 else (words,)
         raised = ()
         if not SYMMETRIC and not _APART:
             for i in tl.static_range(PLANES):

@@ -217,7 +217,8 @@ def test_ops_take_turns_and_operands_stay():
     for op, plan in zip(OPS, plans, strict=True):
         assert [task for task in mixed if task.case.op == op] == plan
         part = [task for task in mixed[: len(mixed) // 3] if task.case.op == op]
-        assert 0.15 < len(part) / len(plan) < 0.55
+        # Of quantizing, whose rows share three sets of operands, the first set has just begun.
+        assert 0.09 < len(part) / len(plan) < 0.55
 
     def changes(tasks):
         keys = [OPS[task.case.op].operands_key(task.case) for task in tasks]
@@ -296,9 +297,9 @@ def test_on_a_gpu_checks_come_first_then_compilation_then_times_and_the_goals_la
     absent = {row["provider"] for row in content["rows"] if row["kind"] == "provider"}
     assert absent == {"humming", "torchao", "mslk", "conch", "bitsandbytes"}
     assert not [task for task in fake_gpu if task.provider in absent]
-    assert [goal["passed"] for goal in content["goals"]] == [True, True, True, False, True, True]
-    last = capsys.readouterr().out.splitlines()[-6:]
-    assert [line[:4] for line in last] == ["pass", "pass", "pass", "MISS", "pass", "pass"]
+    assert [goal["passed"] for goal in content["goals"]] == [True, True, True, False, True, True, True]
+    last = capsys.readouterr().out.splitlines()[-7:]
+    assert [line[:4] for line in last] == ["pass", "pass", "pass", "MISS", "pass", "pass", "pass"]
     assert last[0] == (
         "pass  W4A16-g128, M = 1, weights of 60 MB and up: of copy bandwidth: 0.800 "
         "(at least 0.75; worst of 1: 8192x28672, M = 1)"

@@ -80,7 +80,8 @@ def test_goals_take_the_worst_of_their_rows(run_facts, timed_row):
         timed_row("sliderquant", 20.0, scheme="W2A16-g128", shape="8192x28672", weight_bytes=63e6),
         timed_row("sliderquant", 10.0, **medium),
         timed_row("sliderquant", 10.5, m=16, **medium),
-        timed_row("sliderquant", 7.0, scheme="W2A16-g128", shape="14336x4096", weight_bytes=16e6),
+        timed_row("sliderquant", 9.0, scheme="W2A16-g128", shape="14336x4096", weight_bytes=16e6),
+        timed_row("sliderquant", 9.5, scheme="W3A16-g128", shape="14336x4096", weight_bytes=24e6),
         timed_row("humming", 44.0, **large),
         timed_row("humming", 9.5, **medium),
         timed_row("cublas", 500.0, m=2048, **medium),
@@ -94,7 +95,8 @@ def test_goals_take_the_worst_of_their_rows(run_facts, timed_row):
     assert found[2] == (pytest.approx(1.15), False, "worst of 2: 8192x28672, M = 16")
     assert found[3] == (pytest.approx(500 / 520), True, "worst of 1: 14336x4096, M = 2048")
     assert found[4] == (pytest.approx(0.95), False, "worst of 2: 14336x4096, M = 1")
-    assert found[5] == (pytest.approx(10 / 7), False, "worst of 2: 14336x4096, M = 1")
+    assert found[5] == (pytest.approx(10 / 9), False, "worst of 2: 14336x4096, M = 1")
+    assert found[6] == (pytest.approx(10 / 9.5), True, "worst of 1: 14336x4096, M = 1")
 
 
 def test_goals_without_rows_are_not_measured(run_facts, timed_row):

@@ -66,7 +66,7 @@ def test_quick_is_small_and_begins_with_what_the_goals_ask():
     for shape in ((28672, 4096), (8192, 28672), (14336, 4096), (4096, 4096)):
         for m in (1, 2, 4, 8, 16, 32, 64, 2048, 4096):
             assert (shape, "W4A16-g128", m) in ours
-        assert (shape, "W2A16-g128", 1) in ours
+        assert {(shape, "W2A16-g128", 1), (shape, "W3A16-g128", 1)} < set(ours)
     assert {m for _, scheme, m in ours[:20] if scheme == "W4A16-g128"} == {1, 2, 4, 8, 16}
 
 

@@ -17,11 +17,14 @@ def _code_at(packed, bits, row, k):
     j, h, c, b = kappa // 16, kappa // 8 % 2, kappa // 2 % 4, kappa % 2
     word = ((((j * 8 + g) * 4 + c) * 2 + h) * 2 + m) * 2 + b
     value = block[2 * word] | block[2 * word + 1] << 8
-    width = 2 if bits == 3 else bits
-    code = value >> (width * i) & (2**width - 1)
-    if bits == 3:
-        code |= (block[1024 + word] >> fragments.THIRD_BITS[i] & 1) << 2
-    return code
+    if bits != 3:
+        return value >> (bits * i) & (2**bits - 1)
+    byte = block[1024 + word]
+    if i < 5:
+        return value >> (0, 3, 6, 9, 13)[i] & 7
+    if i < 7:
+        return byte >> (0, 3)[i - 5] & 7
+    return byte >> 6 & 3 | (value >> 12 & 1) << 2
 
 
 @settings(deadline=None, max_examples=40)

@@ -86,13 +86,16 @@ def _numbers(register: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return _halves(register, dtype)
 
 
-def _want(bits, words, third, zero):
-    count = fragments.planes(bits)
-    width = 16 // count
-    for i in range(count):
-        code = (words >> (width * i)) & (2**width - 1)
-        if bits == 3:
-            code = code | ((third >> fragments.THIRD_BITS[i]) & 1) << 2
+def _want(bits, words, beside, zero):
+    for i in range(fragments.planes(bits)):
+        if bits != 3:
+            code = (words >> (bits * i)) & (2**bits - 1)
+        elif i < 5:
+            code = words >> fragments.WORD_STARTS[i] & 7
+        elif i < 7:
+            code = beside >> fragments.BYTE_STARTS[i - 5] & 7
+        else:
+            code = (beside >> fragments.LAST_LOW & 3) | (words >> fragments.LAST_HIGH & 1) << 2
         yield code.double() - zero
 
 
@@ -109,10 +112,11 @@ def test_every_word(bits, dtype, symmetric, arch, apart):
     generator = torch.Generator().manual_seed(0)
     # The other half of the register holds another word: neither may disturb the other.
     others = _WORDS[torch.randperm(1 << 16, generator=generator)]
-    third, other_third = torch.randint(0, 256, (2, 1 << 16), generator=generator)
+    # Bytes, with anything above them.
+    beside, other_beside = torch.randint(0, 1 << 16, (2, 1 << 16), generator=generator)
     inputs = [_pair(_WORDS, others)]
     if bits == 3:
-        inputs.append(_pair(third, other_third))
+        inputs.append(_pair(beside, other_beside))
     zeros = [2 ** (bits - 1)] if symmetric else sorted({0, 1, 2 ** (bits - 1), 2**bits - 2, 2**bits - 1})
     for zero in zeros:
         stored = torch.tensor([zero + fragments.zero_bias(bits, dtype)]).to(dtype).view(torch.int16).long() & 0xFFFF
@@ -121,7 +125,7 @@ def test_every_word(bits, dtype, symmetric, arch, apart):
         got = [
             plane for text, of in zip(texts, operands, strict=True) for plane in _run(text, constraints, inputs + of)
         ]
-        halves = zip(_want(bits, _WORDS, third, zero), _want(bits, others, other_third, zero), strict=True)
+        halves = zip(_want(bits, _WORDS, beside, zero), _want(bits, others, other_beside, zero), strict=True)
         for plane, (low, high) in zip(got, halves, strict=True):
             found = _numbers(plane, dtype)
             assert torch.equal(found[:, 0], low)
@@ -136,7 +140,7 @@ def _raised(stored, offset, bf16):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("offset", [0, 2, 4])
+@pytest.mark.parametrize("offset", [0, 2, 3, 4])
 def test_raised_zero(offset, bf16):
     dtype = torch.bfloat16 if bf16 else torch.float16
     stored = torch.arange(8) + fragments.zero_bias(4, dtype)
@@ -150,13 +154,15 @@ def test_raised_zero(offset, bf16):
 
 
 def test_no_code_is_read_twice():
-    """Fields cover a word: 16 bits, without gaps."""
+    """Fields cover a word, and a byte beside it: 16 or 24 bits, without gaps, and fit into a mantissa."""
     for bits in (2, 3, 4, 8):
         for bf16 in (False, True):
-            width = 16 // fragments.planes(bits)
-            starts = [field.shift + field.offset for field in unpack_triton.fields(bits, bf16)]
-            assert starts == list(range(0, 16, width))
-            mantissa = 7 if bf16 else 10
-            taken = 3 if bits == 3 else width
-            if bits != 8:
-                assert all(field.offset + taken <= mantissa for field in unpack_triton.fields(bits, bf16))
+            fields = unpack_triton.fields(bits, bf16)
+            taken = [
+                16 * field.of_byte + field.shift + field.offset + bit
+                for i, field in enumerate(fields)
+                for bit in range(2 if (bits, i) == (3, 7) else bits)
+            ]
+            taken += [fragments.LAST_HIGH] if bits == 3 else []
+            assert sorted(taken) == list(range(24 if bits == 3 else 16))
+            assert bits == 8 or all(field.offset + bits <= (7 if bf16 else 10) for field in fields)
