@@ -148,7 +148,9 @@ def _programs(problem: Problem, choice: Choice, registers: int) -> int:
     if choice.variant == "warp_k":
         shared = (stages - 1) * choice.num_warps * (weight + x + scales * max(rows, 32))
     else:
-        shared = (stages - 1) * (weight + scales * max(rows, 128)) + stages * x
+        # Of more than four groups Triton 3.6 keeps a step more.
+        ahead = stages if _groups(problem) > 4 else stages - 1
+        shared = ahead * (weight + scales * max(rows, 128)) + stages * x
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * choice.num_warps)
     return min(SHARED // (shared + RESERVED), by_registers, WARPS // choice.num_warps, PROGRAMS)
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from .releases import triton_release
 from .tiles import Device, family
 
 # Architectures whose widest matrix instruction takes 64 rows from shared memory: fewer and wider products.
@@ -122,6 +123,8 @@ def _row(m: int, power: int, device: Device, dtype: torch.dtype, plain: bool) ->
         return None if dtype == torch.float32 else _large(m, power, device)
     # What makes the values takes registers too, where products take them from there.
     light = arch in _WIDE or (plain and dtype != torch.float32)
+    if arch == 100 and triton_release() == (3, 8):
+        light = False  # see `releases`
     for most, limit in ((32, 4096), (64, 16384 if light else 8192), (128, 16384)):
         a = m
         while a * 2 <= most and power // (a * 2 // m) >= _SMALLEST:

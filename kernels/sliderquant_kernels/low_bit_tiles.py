@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from .int8_fragments import ROWS, block_inputs
+from .releases import triton_release
 from .tiles import SHARED_LIMIT, Choice, Device, family
 
 VARIANTS = ("warp_k", "rows", "tiles")
@@ -13,6 +14,12 @@ VARIANTS = ("warp_k", "rows", "tiles")
 # multiple of 16 bytes apart cannot be copied 16 bytes at a time, and spill.
 _WITH_TILES = (90, 100)
 TILES_FROM = 512
+
+
+def _has_wide_products(device: Device) -> bool:
+    """Whether both operands of the widest int8 product come from shared memory; on sm_100 see `releases`."""
+    arch = family(device.arch)
+    return arch in _WITH_TILES and (arch != 100 or triton_release() >= (3, 8))
 
 
 @lru_cache(maxsize=4096)
@@ -36,7 +43,7 @@ def choose_low_bit(
         variant, reason = "rows", "some tokens, or many where packed weights multiply best"
         if m <= 16:
             variant, reason = "warp_k", "up to 16 tokens: the weights' bytes decide"
-        elif m >= TILES_FROM and group_size is None and k % 16 == 0 and family(device.arch) in _WITH_TILES:
+        elif m >= TILES_FROM and group_size is None and k % 16 == 0 and _has_wide_products(device):
             variant, reason = "tiles", "many tokens: weights are expanded to int8 once"
     if variant == "warp_k":
         return _warp_k(m, n, k, bits, group_size, device, reason)

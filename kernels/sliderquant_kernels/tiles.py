@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 
 from .fragments import ROWS, block_inputs
+from .releases import triton_release
 
 VARIANTS = ("warp_k", "rows", "dense")
 
@@ -153,12 +154,18 @@ def _warp_k_rows(problem: Problem, device: Device, block_m: int, tiles_m: int) -
     tiles = tiles_m * -(-problem.n // (ROWS * 4))
     # x goes through the L2 cache once for every tile: with too few rows it would be most of the traffic.
     least = 1 if problem.m <= 4 and family(device.arch) != 100 else 2 if problem.m <= 8 or wide else 4
-    most = 2 if wide and (block_m == 16 or (problem.bits == 3 and small)) else 4
+    # Eight groups in a step, too, have no registers for 64 rows.
+    crowded = block_m == 16 or problem.group_size == 32 or (problem.bits == 3 and small)
+    most = 2 if wide and crowded else 4
     row_blocks = min(max(4 if tiles >= 2 * device.sm_count else 2 if 2 * tiles >= device.sm_count else 1, least), most)
     if row_blocks == 4 and problem.bits == 8 and block_m == 8:
         return 4, 8, 3  # with 4 warps two registers spill
     if row_blocks == 4:
-        return 4, 4, 3 if block_m == 16 or small else 4
+        # On sm_120 two programs of two stages have as many bytes on their way as one of three, and registers to spare.
+        paired = family(device.arch) == 120 and block_m == 16 and tiles >= 2 * device.sm_count
+        return 4, 4, 2 if paired else 3 if block_m == 16 or small else 4
+    if wide and problem.bits == 2 and block_m == 16 and family(device.arch) == 100 and _spilling_release():
+        return row_blocks, 4, 2
     if wide:
         return row_blocks, 4, 3 if small or block_m == 16 else 4
     if small:
@@ -170,20 +177,47 @@ def _rows_block_m(problem: Problem, device: Device) -> int:
     if problem.m <= 16:
         return 16
     wide = block_inputs(problem.bits) > 128
+    if problem.bits == 8 and problem.group_size == 128 and family(device.arch) == 120 and _spilling_release():
+        return 64  # every tile of 32 spills
     if problem.m <= 32 or wide or family(device.arch) == 120:
         return 32
+    if problem.group_size == 32 and family(device.arch) == 90:
+        return 64  # with four groups in a step the sums of 128 tokens spill
     return 128 if problem.m >= 128 and family(device.arch) in (80, 90) else 64
 
 
 def _rows(problem: Problem, device: Device, block_m: int, tiles_m: int, reason: str) -> Choice:
     arch, wide = family(device.arch), block_inputs(problem.bits) > 128
-    row_blocks, warps = 8, 8 if block_m == 128 else 4
+    row_blocks, warps = 8, _rows_warps(problem, arch, block_m)
+    if wide and problem.group_size == 32 and arch != 100:
+        row_blocks = 4  # eight groups in a step: the scales of 128 rows spill
     if block_m < 128 and tiles_m * -(-problem.n // (ROWS * row_blocks)) < device.sm_count:
-        row_blocks = 4
+        row_blocks, warps = 4, 4
+        if problem.bits == 3 and problem.group_size is None and arch == 80 and _spilling_release():
+            row_blocks, warps = 8, 8  # four warps of 64 rows spill
     stages = 3 if SHARED_LIMIT[arch] < 128 * 1024 or wide or block_m == 128 else 4
+    if _spills(problem, block_m) and arch in (100, 120) and row_blocks == 8:
+        stages = 2
     k_blocks = -(-problem.k // block_inputs(problem.bits))
     split = _split(problem, device, tiles_m, row_blocks, k_blocks)
     return Choice("rows", block_m, row_blocks, warps, stages, split, reason)
+
+
+def _rows_warps(problem: Problem, arch: int, block_m: int) -> int:
+    """Warps of 128 rows. Where the registers of four do not suffice, eight take a third more instructions."""
+    crowded = block_m == 64 and ((problem.group_size == 32 and arch != 100) or (problem.bits == 8 and arch == 120))
+    return 8 if block_m == 128 or crowded or (_spills(problem, block_m) and arch == 80) else 4
+
+
+def _spills(problem: Problem, block_m: int) -> bool:
+    """Whether the tile that fits best, 32 tokens, spills on sm_80, 100 and 120 with some releases."""
+    half = problem.bits == 4 and problem.group_size == 64 and problem.dtype == torch.float16
+    return half and block_m == 32 and _spilling_release()
+
+
+def _spilling_release() -> bool:
+    """See `releases`: a ptxas that rather spills a register than leave out a program."""
+    return triton_release() < (3, 8)
 
 
 def _split(problem: Problem, device: Device, tiles_m: int, row_blocks: int, steps: int) -> int:

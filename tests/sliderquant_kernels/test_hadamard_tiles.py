@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sliderquant_kernels import hadamard_tiles
 from sliderquant_kernels.hadamard_matrix import factor_hadamard, kronecker
 from sliderquant_kernels.hadamard_tiles import choose_hadamard, padded
 from sliderquant_kernels.tiles import Device
@@ -55,6 +56,16 @@ def test_one_program_wherever_a_row_fits():
         assert choose_hadamard(factor_hadamard(n).orders, Device.typical(90)).leading == 1, n
     assert choose_hadamard((28, 1024), Device.typical(90)).leading == 28
     assert choose_hadamard((32768,), Device.typical(90)).leading == 32
+
+
+def test_a_release_without_the_registers_takes_a_longer_left_side(monkeypatch):
+    found = []
+    for release in ((3, 6), (3, 8), (3, 9)):
+        monkeypatch.setattr(hadamard_tiles, "triton_release", lambda release=release: release)
+        found.append(choose_hadamard.__wrapped__((28, 512), Device.typical(100)))
+    assert [(choice.sizes, choice.q, choice.num_warps) for choice in found] == [
+        ((64,), 4, 4), ((128,), 2, 8), ((64,), 4, 4)
+    ]  # fmt: skip
 
 
 def test_orders_without_tiles():

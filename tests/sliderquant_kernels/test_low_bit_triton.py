@@ -7,7 +7,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from sliderquant_kernels import LowBitLayout, QuantizedActivations, activations, int8_fragments, reference
+from sliderquant_kernels import (
+    LowBitLayout,
+    QuantizedActivations,
+    activations,
+    int8_fragments,
+    low_bit_tiles,
+    reference,
+)
 from sliderquant_kernels import activations_triton as quantizing
 from sliderquant_kernels import low_bit_launch as launch
 from sliderquant_kernels.low_bit_tiles import VARIANTS, choose_low_bit
@@ -225,3 +232,13 @@ def test_rounding_is_half_to_even():
     got = quantizing.quantize_activations(x, 8, True, None, 1e-6, None, False)
     assert activations.quantize(x, 8, True)[0].tolist() == got[0].tolist()
     assert got[0].tolist() == [[0, 2, 2, 0, -2, 127]]
+
+
+def test_tiles_where_their_product_is_the_widest(monkeypatch):
+    found = []
+    for release in ((3, 6), (3, 8)):
+        monkeypatch.setattr(low_bit_tiles, "triton_release", lambda release=release: release)
+        for arch in (90, 100):
+            choice = choose_low_bit.__wrapped__(4096, 28672, 4096, 4, None, Device.typical(arch))
+            found.append((choice.variant, choice.block_m))
+    assert found == [("tiles", 128), ("rows", 128), ("tiles", 128), ("tiles", 128)]

@@ -131,3 +131,32 @@ def test_a_table_of_another_version_is_refused(tmp_path):
     path.write_text('{"version": 99, "entries": []}', encoding="utf-8")
     with pytest.raises(ValueError, match=r"table\.json: expected version 1, got 99; tune again"):
         tuned.read(path)
+
+
+def test_groups_of_32_have_smaller_tiles():
+    """Every group of a step has sums and scales of its own in registers."""
+    found = tiles.choose(_problem(512, 28672, group_size=32), Device.typical(90))
+    assert (found.variant, found.block_m, found.row_blocks, found.num_warps) == ("rows", 64, 8, 8)
+    assert tiles.choose(_problem(64, 28672, group_size=32), Device.typical(80)).num_warps == 8
+    for arch, bits in itertools.product((80, 90), (2, 3)):
+        assert tiles.choose(_problem(512, 28672, bits=bits, group_size=32), Device.typical(arch)).row_blocks == 4
+    assert tiles.choose(_problem(1, 28672, bits=3, group_size=32), Device.typical(80)).row_blocks == 2
+    assert tiles.choose(_problem(1, 28672, bits=3), Device.typical(80)).row_blocks == 4
+
+
+@pytest.mark.parametrize(
+    ("arch", "problem", "newer", "older"),
+    [
+        (100, _problem(16, bits=2, group_size=32), (16, 2, 4, 3), (16, 2, 4, 2)),
+        (80, _problem(32, 28672, group_size=64, dtype=torch.float16), (32, 8, 4, 4), (32, 8, 8, 4)),
+        (100, _problem(32, 28672, group_size=64, dtype=torch.float16), (32, 8, 4, 4), (32, 8, 4, 2)),
+        (120, _problem(32, 28672, group_size=64, dtype=torch.float16), (32, 8, 4, 3), (32, 8, 4, 2)),
+        (120, _problem(64, 28672, bits=8), (32, 8, 4, 3), (64, 8, 8, 3)),
+        (80, _problem(32, k=4100, bits=3, group_size=None), (32, 4, 4, 3), (32, 8, 8, 3)),
+    ],
+)
+def test_tiles_that_an_older_compiler_spills(arch, problem, newer, older, monkeypatch):
+    for release, want in (((3, 9), newer), ((3, 6), older)):
+        monkeypatch.setattr(tiles, "triton_release", lambda release=release: release)
+        found = tiles.choose.__wrapped__(problem, Device.typical(arch))
+        assert (found.block_m, found.row_blocks, found.num_warps, found.num_stages) == want
