@@ -19,8 +19,12 @@ from .layout import WeightLayout
 from .low_bit_layout import LowBitLayout
 from .low_bit_tiles import choose_low_bit
 from .problems import Case
+from .releases import triton_release
 from .tiles import Choice, Device
 
+_DIVISIBLE = [["tt.divisibility", 16]]
+# The first release whose launcher has them; 3.7 was not looked at.
+_ENTRIES_OF_CONSTANTS = (3, 8)
 _CLIP = {"clip_low": "fp32", "clip_high": "fp32"}
 _POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 # Triton's types of pointers to what kernels read and write.
@@ -68,23 +72,27 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     if not isinstance(launch.function, triton.JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
     # What the launcher's specialization would find: torch aligns tensors, and these sizes are multiples of 16 or not.
+    # Triton's cache is looked up by it, so it has to have the entries that say nothing, too: of sizes that are no
+    # multiples, and, from 3.8 on, of constants.
     plain = {parameter.name for parameter in launch.function.params if parameter.do_not_specialize}
     constants = dict(launch.constants)
     signature: dict[str, str] = {}
-    divisible: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
     for position, name in enumerate(launch.function.arg_names):
         if name in launch.types:
             signature[name] = launch.types[name]
             if signature[name].startswith("*"):
-                divisible[(position,)] = [["tt.divisibility", 16]]
+                attributes[(position,)] = _DIVISIBLE
         elif name in launch.sizes and (launch.sizes[name] != 1 or name in plain):
             signature[name] = "i32"
-            if launch.sizes[name] % 16 == 0 and name not in plain:
-                divisible[(position,)] = [["tt.divisibility", 16]]
+            if name not in plain:
+                attributes[(position,)] = _DIVISIBLE if launch.sizes[name] % 16 == 0 else []
         else:
             signature[name] = "constexpr"
             constants.setdefault(name, launch.sizes.get(name))
-    source = ASTSource(fn=launch.function, signature=signature, constexprs=constants, attrs=divisible)
+            if triton_release() >= _ENTRIES_OF_CONSTANTS:
+                attributes[(position,)] = []
+    source = ASTSource(fn=launch.function, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 

@@ -143,3 +143,35 @@ def test_the_command_without_a_gpu(tmp_path):
     for name, route in us:
         if route == "direct":
             assert us[name, "direct"] < us[name, "dispatcher"], name
+
+
+_KEYS = """
+import torch
+from triton.compiler import compiler
+
+keys = []
+key_of = compiler.ASTSource.hash
+compiler.ASTSource.hash = lambda source: keys.append(key_of(source)) or keys[-1]
+
+from benchmarks.host_stub import stubbed_gpu
+from sliderquant_kernels import WeightLayout, weight_only_linear
+from sliderquant_kernels.launches import compile_launch, describe_launch
+from sliderquant_kernels.problems import Case
+from sliderquant_kernels.tiles import Problem
+
+for n, k in ((256, 256), (40, 520)):
+    with stubbed_gpu():
+        layout = WeightLayout("triton", 4, n, k, None, False)
+        codes = torch.zeros(n, k, dtype=torch.uint8)
+        packed = layout.pack(codes, torch.ones(n, 1).bfloat16(), torch.zeros(n, 1, dtype=torch.uint8))
+        weight_only_linear(torch.zeros(3, k).bfloat16(), packed, layout)
+    problem = Problem(3, n, k, 4, None, False, torch.bfloat16)
+    launched = keys[-1]
+    compile_launch(describe_launch(Case("weight_only_linear", problem), 90), 90)
+    print(launched == keys[-1], len(keys))
+"""
+
+
+def test_what_is_compiled_beforehand_is_found_when_it_is_launched():
+    """Triton's cache is looked up by what a launch specializes for, which a release may write down in another way."""
+    assert _python(_KEYS).splitlines() == ["True 2", "True 4"]
