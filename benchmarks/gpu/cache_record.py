@@ -6,6 +6,7 @@ Each source writes lines of JSON into the folder: `name`, what ran, and `kernels
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -34,9 +35,6 @@ TESTS = (
     "tests/modules/test_linear.py::test_a_move_to_a_gpu_packs_again",
     "tests/checkpoint/test_loaded_models.py::test_load_on_a_gpu",
 )
-# Layers of Llama-3-8B, and what is tuned for them.
-TUNED_WEIGHTS = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-TUNED_TOKENS = (1, 8, 16, 32, 64)
 DECODED_SHAPES = ("llama-3-8b", "llama-3.2-1b", "1b")
 DECODED_BATCHES = (1, 8, 16)
 Line = tuple[str, set[str]]
@@ -91,7 +89,8 @@ def benchmark() -> Iterator[Line]:
 
 
 def tune() -> Iterator[Line]:
-    """The candidates of `sliderquant_kernels.tune`."""
+    """The candidates of the phase `tune`."""
+    from benchmarks.gpu.tune import TOKENS, WEIGHTS
     from sliderquant_kernels.launches import compile_launch, describe_launch
     from sliderquant_kernels.problems import Case
     from sliderquant_kernels.tiles import Device, Problem
@@ -99,7 +98,7 @@ def tune() -> Iterator[Line]:
 
     kernels: set[str] = set()
     with absent_gpu(lambda *compiled: kernels.add(text_of(*compiled))):
-        for (n, k), m in ((weight, m) for weight in TUNED_WEIGHTS for m in TUNED_TOKENS):
+        for (n, k), m in itertools.product(WEIGHTS, TOKENS):
             problem = Problem(m, n, k, 4, 128, False, torch.bfloat16)
             case = Case("weight_only_linear", problem)
             kernels.clear()
@@ -108,6 +107,20 @@ def tune() -> Iterator[Line]:
                 if choice.variant != "dense":
                     compile_launch(describe_launch(case, ARCH, choice), ARCH)
             yield f"{n}x{k} M={m}", set(kernels)
+
+
+def smoke() -> Iterator[Line]:
+    """The cases of the phase `smoke`; what torch.compile is to capture launches the same as the graph."""
+    from benchmarks.gpu.smoke import Smoke
+    from benchmarks.gpu.smoke_cases import CASES
+
+    kernels: set[str] = set()
+    with absent_gpu(lambda *compiled: kernels.add(text_of(*compiled))):
+        for key, case in CASES.items():
+            if case.family != "torch.compile":
+                kernels.clear()
+                Smoke("cuda", 1)(key)
+                yield key, set(kernels)
 
 
 @torch.no_grad()
@@ -142,7 +155,7 @@ def _checkpoint(folder: Path, shape: str) -> Path:
     return folder / "out"
 
 
-_RECORDERS: dict[str, Any] = {"benchmark": benchmark, "tune": tune, "decoding": decoding}
+_RECORDERS: dict[str, Any] = {"benchmark": benchmark, "smoke": smoke, "tune": tune, "decoding": decoding}
 SOURCES = ("tests", *_RECORDERS)
 
 

@@ -158,3 +158,13 @@ def test_the_command_prints_what_the_rules_choose(monkeypatch, capsys):
     assert len(lines) == 5
     found = tiles.choose(_problem(n=14336), Device.typical(90))
     assert f"{found.variant} {found.block_m} x {found.row_blocks * 16}, {found.num_warps} warps" in lines[1]
+
+
+@pytest.mark.parametrize(("n", "k"), [(8192, 28672), (28672, 4096), (14336, 4096), (4096, 4096)])
+def test_fewer_bits_are_faster_for_one_token(n, k):
+    """Fewer bytes, although a code of 2 or 3 bits takes about as many instructions as one of 4."""
+    two, three, four = (
+        estimate.estimate(problem, fastest(problem, H200, BOTH), H200).microseconds
+        for problem in (_problem(1, n, k, bits) for bits in (2, 3, 4))
+    )
+    assert two < three < four
