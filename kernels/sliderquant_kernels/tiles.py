@@ -154,12 +154,15 @@ def _warp_k_rows(problem: Problem, device: Device, block_m: int, tiles_m: int) -
     tiles = tiles_m * -(-problem.n // (ROWS * 4))
     # x goes through the L2 cache once for every tile: with too few rows it would be most of the traffic.
     least = 1 if problem.m <= 4 and family(device.arch) != 100 else 2 if problem.m <= 8 or wide else 4
-    # Eight groups in a step, too, have no registers for 64 rows.
-    crowded = block_m == 16 or problem.group_size == 32 or (problem.bits == 3 and small)
-    most = 2 if wide and crowded else 4
+    # Of 3 bits eight groups in a step, too, have no registers for 64 rows.
+    crowded = problem.bits == 3 and (small or problem.group_size == 32)
+    most = 2 if wide and (block_m == 16 or crowded) else 4
     row_blocks = min(max(4 if tiles >= 2 * device.sm_count else 2 if 2 * tiles >= device.sm_count else 1, least), most)
     if row_blocks == 4 and problem.bits == 8 and block_m == 8:
         return 4, 8, 3  # with 4 warps two registers spill
+    tight = problem.bits == 4 and problem.group_size == 32 and block_m == 8 and family(device.arch) == 80
+    if row_blocks == 4 and tight and _spilling_release():
+        return 4, 8, 3
     if row_blocks == 4:
         # On sm_120 two programs of two stages have as many bytes on their way as one of three, and registers to spare.
         paired = family(device.arch) == 120 and block_m == 16 and tiles >= 2 * device.sm_count
@@ -189,7 +192,7 @@ def _rows_block_m(problem: Problem, device: Device) -> int:
 def _rows(problem: Problem, device: Device, block_m: int, tiles_m: int, reason: str) -> Choice:
     arch, wide = family(device.arch), block_inputs(problem.bits) > 128
     row_blocks, warps = 8, _rows_warps(problem, arch, block_m)
-    if wide and problem.group_size == 32 and arch != 100:
+    if problem.group_size == 32 and ((wide and arch == 90) or (problem.bits == 3 and arch != 100)):
         row_blocks = 4  # eight groups in a step: the scales of 128 rows spill
     if block_m < 128 and tiles_m * -(-problem.n // (ROWS * row_blocks)) < device.sm_count:
         row_blocks, warps = 4, 4
