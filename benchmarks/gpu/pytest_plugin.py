@@ -17,14 +17,7 @@ from typing import Any
 from .failures import failed, families_of, is_left_out
 from .state import State
 
-__all__ = [
-    "LEFT_OUT",
-    "STATE",
-    "pytest_collection_modifyitems",
-    "pytest_runtest_logreport",
-    "pytest_runtest_logstart",
-    "widths_of",
-]
+__all__ = ["LEFT_OUT", "STATE", "pytest_collection_modifyitems", "pytest_configure", "widths_of"]
 
 # The run's folder.
 STATE = "SLIDERQUANT_GPU_STATE"
@@ -61,18 +54,28 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         config.hook.pytest_deselected(items=left)
 
 
-def pytest_runtest_logstart(nodeid: str) -> None:
-    # Processes of xdist have what they report sent to the one that started them.
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        State(Path(os.environ[STATE])).add(PHASE, {"key": nodeid, "outcome": "begun", "seconds": 0.0})
+def pytest_configure(config: Any) -> None:
+    # Processes of xdist send what they report to the one that started them: that one notes it.
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Notes(), "sliderquant-gpu-notes")
 
 
-def pytest_runtest_logreport(report: Any) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.outcome == "passed"):
-        return
-    row: dict[str, Any] = {"key": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
-    if report.outcome == "failed":
-        row["text"] = str(report.longrepr)[-_LONGEST:]
-    elif report.outcome == "skipped":
-        row["text"] = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
+class _Notes:
+    """Notes how every test begins and ends."""
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        _add({"key": nodeid, "outcome": "begun", "seconds": 0.0})
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        row: dict[str, Any] = {"key": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        if report.outcome == "failed":
+            row["text"] = str(report.longrepr)[-_LONGEST:]
+        elif report.outcome == "skipped":
+            row["text"] = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
+        _add(row)
+
+
+def _add(row: dict[str, Any]) -> None:
     State(Path(os.environ[STATE])).add(PHASE, row)

@@ -185,13 +185,17 @@ def _hadamard(name: str) -> Callable:
         from sliderquant_kernels import hadamard_launch as launch
 
         n = _ROTATIONS[name]
-        transform, x = factor_hadamard(n), _random(device, M, n)
+        # The interpreter goes token by token through thousands of columns.
+        tokens = M if device.type == "cuda" else 2
+        transform, x = factor_hadamard(n), _random(device, tokens, n)
         want = reference.hadamard(x, transform)
         if name != "quantized":
-            return Check(lambda: launch.hadamard(x, None, transform, False), lambda y: y, want)
+            # Between two launches it is rounded once more.
+            launches = 2 if name == "leading" else 1
+            return Check(lambda: launch.hadamard(x, None, transform, False), lambda y: y, want, launches * TOLERANCE)
         codes, scale, zero = reference.quantize_activations(want, 4, False)
         want = (codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
-        tolerance = _codes_tolerance(4, 2.0**-15, M * n)
+        tolerance = _codes_tolerance(4, 2.0**-15, tokens * n)
         return Check(lambda: launch.hadamard_quantize(x, None, None, transform, 4, False), _steps, want, tolerance)
 
     return make

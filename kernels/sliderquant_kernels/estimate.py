@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .fragments import ROWS, block_bytes, block_inputs
+from .releases import triton_release
 from .tiles import Choice, Device, Problem
 
 __all__ = ["Estimate", "candidates", "estimate", "fastest"]
@@ -148,8 +149,8 @@ def _programs(problem: Problem, choice: Choice, registers: int) -> int:
     if choice.variant == "warp_k":
         shared = (stages - 1) * choice.num_warps * (weight + x + scales * max(rows, 32))
     else:
-        # Of more than four groups Triton 3.6 keeps a step more.
-        ahead = stages if _groups(problem) > 4 else stages - 1
+        # Of more than four groups Triton 3.6 keeps a step more, and 3.9 does not.
+        ahead = stages if _groups(problem) > 4 and triton_release() < (3, 8) else stages - 1
         shared = ahead * (weight + scales * max(rows, 128)) + stages * x
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * choice.num_warps)
     return min(SHARED // (shared + RESERVED), by_registers, WARPS // choice.num_warps, PROGRAMS)

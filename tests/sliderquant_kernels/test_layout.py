@@ -133,13 +133,13 @@ def test_memory_is_really_packed(bits):
     assert layout.bytes() == 256 * 1024 * bits // 8 + 256 * 8 * 2
 
 
-_GOOD = {"kind": "triton", "bits": 4, "n": 32, "k": 64, "group_size": 32, "symmetric": True, "version": 2}
+_GOOD = {"kind": "triton", "bits": 4, "n": 32, "k": 64, "group_size": 32, "symmetric": True, "version": 3}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 1}, r"version: expected 2 for kind 'triton', got 1; repack"),
+        ({"version": 1}, r"version: expected 3 for kind 'triton', got 1; repack"),
         ({"kind": "marlin"}, r"kind: expected one of triton, .*, got 'marlin'"),
         ({"bits": 5}, r"bits: expected 2, 3, 4 or 8, got 5"),
         ({"group_size": 48}, r"group_size: expected 32, 64, 128 or None \(per channel\), got 48"),
