@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
+from sliderquant_kernels.ptxas import own_ptxas
+
 from .cache_kernels import kernel_of, source_digests
 
 __all__ = ["FOLDER", "CacheError", "Manifest", "changed", "describe", "environment", "manifest", "mismatch", "pack",
@@ -69,15 +71,10 @@ class Manifest:
 def environment(folder: Path) -> dict[str, str]:
     """The variables of processes that use a cache, or build it.
 
-    The compiler's last stage is pinned to the ptxas that Triton itself brings. Triton would take that one anyway, until
-    `torch.compile` sets TRITON_PTXAS_PATH to torch's, in the middle of a process: torch 2.11 brings 13.0, Triton 3.6
-    brings 12.8. Triton has looked up the version by then and keeps it in its keys, so kernels would be found or not
-    depending on what ran first, and be filed under a version that did not make them. torch leaves a variable that is
-    set as it is. Triton's own is what our kernels were measured with, and what an installation without
-    `torch.compile` runs.
+    The ptxas is the one that `sliderquant_kernels.ptxas` pins: here for processes too that import something else first.
     """
     variables = {"TRITON_CACHE_DIR": str(folder)}
-    if (ptxas := _ptxas()) is not None:
+    if (ptxas := own_ptxas()) is not None:
         variables["TRITON_PTXAS_PATH"] = str(ptxas)
     return variables
 
@@ -267,19 +264,9 @@ def _triton_key() -> str:
     return hashlib.sha256(key().encode()).hexdigest()
 
 
-def _ptxas() -> Path | None:
-    """Triton's own ptxas; None: it has none here."""
-    try:
-        import triton
-    except ImportError:
-        return None
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    return path if path.is_file() else None
-
-
 @lru_cache
 def _ptxas_version() -> str:
-    path = _ptxas()
+    path = own_ptxas()
     return "" if path is None else subprocess.check_output([path, "--version"], text=True)
 
 

@@ -134,11 +134,9 @@ def run_phase(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started, which are in a group of their own; more than once if need be."""
+    """End a process and all that it started, which are in a group of their own and may be deaf to SIGTERM."""
     for word, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, word)
         with suppress(subprocess.TimeoutExpired):
             process.wait(patience)
-            if word == signal.SIGTERM and process.poll() is not None:
-                continue  # what it started may be deaf to SIGTERM

@@ -6,7 +6,16 @@ from typing import Any
 
 from .state import State
 
-__all__ = ["TEST_FILES", "compiled", "failed", "families_of", "is_left_out", "reason_to_skip", "skipped_ops"]
+__all__ = [
+    "GOAL_OPS",
+    "TEST_FILES",
+    "compiled",
+    "failed",
+    "families_of",
+    "is_left_out",
+    "reason_to_skip",
+    "skipped_ops",
+]
 
 # The tests that need a GPU, and the families without which a file tells nothing.
 TEST_FILES = {
@@ -33,8 +42,8 @@ _LAUNCHED: dict[str, tuple[tuple[str, int | None], ...]] = {
         ("graphs", None),
     ),
 }
-# Of `python -m benchmarks kernels`.
-_OPS = ("weight_only_linear", "low_bit_linear", "quantize_activations", "hadamard")
+# What `goals` times.
+GOAL_OPS = ("weight_only_linear", "low_bit_linear")
 
 Widths = set[int | None]
 
@@ -65,7 +74,7 @@ def reason_to_skip(phase: str, state: State) -> str | None:
     for family, bits in _LAUNCHED.get(phase, ()):
         if is_left_out(broken, family, bits):
             return f"{family}{f' at {bits} bits' if bits else ''} failed smoke"
-    if phase == "goals" and all(skipped_ops(state).get(op) == [] for op in _OPS):
+    if phase == "goals" and all(skipped_ops(state).get(op) == [] for op in GOAL_OPS):
         return "no kernel that it times passed smoke"
     if phase == "retime" and state.outcome("tune").status == "skipped":
         return "nothing was tuned"
@@ -73,11 +82,11 @@ def reason_to_skip(phase: str, state: State) -> str | None:
 
 
 def skipped_ops(state: State) -> dict[str, list[int]]:
-    """The ops that `benchmarks kernels` is not to launch, and the widths; no widths: none at all."""
+    """The ops that `goals` is not to launch, and the widths; no widths: none at all."""
     broken = failed(state)
     return {
         op: [] if None in broken[op] else sorted(bits for bits in broken[op] if bits is not None)
-        for op in _OPS
+        for op in GOAL_OPS
         if op in broken
     }
 

@@ -7,12 +7,11 @@ import argparse
 from benchmarks.kernels import command
 
 from .context import Context, OutOfTime
-from .failures import skipped_ops
+from .failures import GOAL_OPS, skipped_ops
 
 __all__ = ["FOLDER", "run"]
 
 FOLDER = "goals"
-OPS = ["weight_only_linear", "low_bit_linear"]
 
 
 def run(context: Context) -> None:
@@ -20,7 +19,7 @@ def run(context: Context) -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     skipped = skipped_ops(context.state)
-    ops = [op for op in OPS if skipped.get(op) != []][: 1 if context.rehearsal else None]
+    ops = [op for op in GOAL_OPS if skipped.get(op) != []][: 1 if context.rehearsal else None]
     words = ["--subset", "tiny" if context.rehearsal else "quick", "--out", str(context.folder(FOLDER)), "--op", *ops]
     # Rows that have begun may take 10 seconds more, and floors are measured once more at the end.
     words += [

@@ -1,9 +1,9 @@
 """A pytest plugin: notes every test's end in the run's folder at once, and leaves out what has no use.
 
 Without it the names of failed tests are in pytest's last lines alone, which nobody sees of a pytest that was killed.
-Tests that ended in an earlier attempt are not repeated, nor are those that began in one and did not end, and those of
-kernel families that failed `smoke`. What an earlier attempt is, is settled before pytest starts: processes that xdist
-starts later, for one that died, must find the same tests.
+Tests that ended in an earlier attempt are not repeated, nor are those of kernel families that failed `smoke`. What an
+earlier attempt is, is settled before pytest starts: processes that xdist starts later, for one that died, must find the
+same tests.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from sliderquant_kernels import LowBitLayout, QuantizedActivations, WeightLayout, factor_hadamard, reference
+from sliderquant_kernels.launch_plan import PlanCache
 from sliderquant_kernels.tiles import Choice
+from sliderquant_kernels.tune_measure import chosen
 
 __all__ = ["CASES", "Case", "Check"]
 
@@ -78,17 +80,6 @@ def _weight(device: torch.device, bits: int, n: int, k: int, groups: int, symmet
     return tuple(None if part is None else part.to(device) for part in (codes, scale, zero))
 
 
-@contextmanager
-def _chosen(module: Any, choose: Callable[..., Choice] | None) -> Iterator[None]:
-    """Launches within it take the tile that `choose` returns; None: what the rules say."""
-    rules = module.choose
-    module.choose = choose or rules
-    try:
-        yield
-    finally:
-        module.choose = rules
-
-
 def _weight_only(bits: int, variant: str | None, choice: Choice | None, invariant: bool = False) -> Callable:
     def make(device: torch.device) -> Check:
         from sliderquant_kernels import weight_only_triton as launch
@@ -98,12 +89,11 @@ def _weight_only(bits: int, variant: str | None, choice: Choice | None, invarian
         weight = _weight(device, bits, n, k, k // 128, False)
         packed, x = layout.pack(*weight), _random(device, M, k)
 
-        # One function for all calls: what it chose is kept by it.
-        forced = None if choice is None else lambda *_: choice
+        plans = PlanCache()  # which keep what is chosen at the first call
 
         def call() -> Tensor:
-            with _chosen(launch, forced):
-                return launch.weight_only_linear(x, *packed[:2], None, None, layout, variant, invariant)
+            with nullcontext() if choice is None else chosen(choice):
+                return launch.weight_only_linear(x, *packed[:2], None, None, layout, variant, invariant, plans)
 
         rules = launch.choose(launch.problem_of(layout, M, DTYPE), launch.device_of(x), variant, invariant)
         return Check(call, lambda y: y, reference.weight_only_linear(x, *weight, bits), note=str(choice or rules))

@@ -38,7 +38,7 @@ def problems(state: State) -> list[str]:
         if row["status"] in ("wrong", "error")
     ]
     found += [f"test: {row['key']}" for row in state.rows("tests") if row.get("outcome") == "failed"]
-    if state.outcome("tests").status != "waiting":
+    if not state.outcome("tests").is_left:  # otherwise their turn comes again
         found += [f"test: {row['key']}: it began, and did not end"
                   for row in state.rows("tests") if row.get("outcome") == "begun"]  # fmt: skip
     found += [

@@ -15,7 +15,8 @@ import torch
 import triton
 
 from benchmarks.kernels import machine
-from sliderquant_kernels import tiles, tuned
+from benchmarks.kernels.weight_only.providers.ours import tile_text
+from sliderquant_kernels import tuned
 from sliderquant_kernels.tiles import Choice, Device, Problem
 from sliderquant_kernels.tune import tune
 from sliderquant_kernels.tune_measure import DeviceLost, Failure, GpuMeasurer, Measurer
@@ -67,14 +68,14 @@ def run(context: Context) -> None:
              **place.about)  # fmt: skip
     except DeviceLost as error:
         # The log names the tile, and a process with a new context leaves it out.
-        print(f"{tiles_text(error.choice)} broke the GPU's state: {error}", flush=True)
+        print(f"{tile_text(error.choice)} broke the GPU's state: {error}", flush=True)
         if context.left > KEPT + 10:
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu.worker", *sys.argv[1:]])
         raise
     finally:
         for outcome in place.outcomes():
             if outcome.best is not None:
-                best = tiles_text(outcome.best)
+                best = tile_text(outcome.best)
                 context.add(name_of(outcome.problem), {"ratio": outcome.ratio, "us": outcome.best_us, "best": best,
                                                        "candidates": len(outcome.measured),
                                                        "failed": len(outcome.failed)})  # fmt: skip
@@ -86,15 +87,6 @@ def run(context: Context) -> None:
 def name_of(problem: Problem) -> str:
     """What rows call a problem."""
     return f"{problem.n}x{problem.k} W{problem.bits} M={problem.m}"
-
-
-def tiles_text(choice: Choice) -> str:
-    """A choice in a few words."""
-    if choice.variant == "dense":
-        return "dense"
-    rows = tiles.ROWS * choice.row_blocks
-    return (f"{choice.variant} {choice.block_m} x {rows}, {choice.num_warps} warps, {choice.num_stages} stages, split "
-            f"{choice.split}")  # fmt: skip
 
 
 class StubMeasurer:

@@ -174,7 +174,10 @@ def interleave(plans: Iterable[list[Task]]) -> list[Task]:
     placed: list[tuple[float, list[Task]]] = []
     for tasks in plans:
         groups = [list(group) for _, group in groupby(tasks, lambda task: OPS[task.case.op].operands_key(task.case))]
-        placed += [((index + 0.5) / len(groups), group) for index, group in enumerate(groups)]
+        before = 0
+        for group in groups:
+            placed.append(((before + len(group) / 2) / len(tasks), group))
+            before += len(group)
     placed.sort(key=lambda each: each[0])
     return [task for _, group in placed for task in group]
 

@@ -20,7 +20,7 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["pin_ptxas"]
+__all__ = ["own_ptxas", "pin_ptxas"]
 
 VARIABLE = "TRITON_PTXAS_PATH"
 _INDUCTOR = "torch._inductor.runtime.compile_tasks"
@@ -29,7 +29,7 @@ _COMPILER = "triton.backends.nvidia.compiler"
 
 def pin_ptxas() -> None:
     """Let Triton run its own `ptxas` from now on, unless the user named another one."""
-    own = _own_ptxas()
+    own = own_ptxas()
     if own is None:
         return
     if VARIABLE not in os.environ or _is_inductors(os.environ[VARIABLE]):
@@ -43,7 +43,7 @@ def pin_ptxas() -> None:
             clear()
 
 
-def _own_ptxas() -> Path | None:
+def own_ptxas() -> Path | None:
     """Triton's; None without Triton, and with releases that have none for newer GPUs: torch's may be the only one."""
     try:
         spec = find_spec("triton")

@@ -24,7 +24,7 @@ from .layout import PackedWeight, WeightLayout
 from .problems import Case
 from .tiles import Choice, Device, Problem
 
-__all__ = ["DeviceLost", "Failure", "GpuMeasurer", "Measurer"]
+__all__ = ["DeviceLost", "Failure", "GpuMeasurer", "Measurer", "chosen"]
 
 SETTINGS = timing.Settings(graph_us=1000.0, warm_us=10_000.0, budget_us=9000.0, fewest_samples=7, most_samples=15)
 # Seconds for compiling one candidate; they take about one, and several when all cores compile.
@@ -167,7 +167,7 @@ class GpuMeasurer:
             return weight_only_linear(operands.x, weight, scale, None, None, operands.layout, plans=plans)
 
         operands.poison(choice)
-        with _chosen(choice):  # by the plan, which later calls find
+        with chosen(choice):  # by the plan, which later calls find
             y = call(*operands.copies[0])
         wrong = operands.wrong(y, choice)
         if wrong:
@@ -267,7 +267,7 @@ class _Operands(NamedTuple):
 
 
 @contextmanager
-def _chosen(choice: Choice) -> Iterator[None]:
+def chosen(choice: Choice) -> Iterator[None]:
     """Launch by `choice` whatever the rules say."""
     from . import weight_only_triton as launch
 

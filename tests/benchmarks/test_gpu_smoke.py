@@ -147,7 +147,7 @@ def test_what_follows_from_a_family_that_failed(tmp_path):
 
     state = State(tmp_path / "four")
     fail(state, "weight_only_linear warp_k W4", "hadamard row")
-    assert failures.skipped_ops(state) == {"weight_only_linear": [4], "hadamard": []}
+    assert failures.skipped_ops(state) == {"weight_only_linear": [4]}  # the rotation is not timed there
     reasons = {
         name: failures.reason_to_skip(name, state) for name in ("tune", "retime", "decode", "sanitizer", "goals")
     }

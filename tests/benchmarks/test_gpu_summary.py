@@ -67,6 +67,17 @@ def test_what_is_wrong_comes_first_and_what_is_left_last(state: State) -> None:
     assert found[-2:] == ["left: decode, sanitizer. To go on:", f"  {RESUME}"]
 
 
+def test_a_test_that_the_time_cut_off_is_no_failure_while_its_turn_comes_again(
+    state: State,
+) -> None:
+    finish(state, "tests")
+    state.add("tests", {"key": "tests/a.py::test_b", "outcome": "begun", "seconds": 0.0})
+    state.keep("tests", Outcome("partial", 1.0, 1))
+    assert summary.problems(state) == []
+    state.keep("tests", Outcome("done", 1.0, 2))
+    assert summary.problems(state) == ["test: tests/a.py::test_b: it began, and did not end"]
+
+
 def test_figures(state: State) -> None:
     finish(state)
     state.add("roofline", {"key": "floors", "copy_gbps": 4000.0, "read_gbps": 4200.0, "matmul_tflops": 800.0,

@@ -150,7 +150,7 @@ def test_another_choice_is_in_force_only_inside():
     before = weight_only_triton.choose
 
     def fail():
-        with tune_measure._chosen(_CHOICES[0]):
+        with tune_measure.chosen(_CHOICES[0]):
             assert weight_only_triton.choose(_PROBLEM, _DEVICE, None, False) == _CHOICES[0]
             raise RuntimeError("inside")
 

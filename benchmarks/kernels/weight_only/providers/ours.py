@@ -62,11 +62,16 @@ def arithmetic(chosen: tiles.Choice) -> Arithmetic:
     return dense.ARITHMETIC if chosen.variant == "dense" else Arithmetic()
 
 
-def describe(chosen: tiles.Choice) -> str:
-    """The kernel, its tile, and the reason."""
+def tile_text(chosen: tiles.Choice) -> str:
+    """The kernel and its tile."""
     tile = f" {chosen.block_m} x {16 * chosen.row_blocks}, {chosen.num_warps} warps, {chosen.num_stages} stages"
     split = f", split {chosen.split}" if chosen.split > 1 else ""
-    return f"{chosen.variant}{tile if chosen.num_warps else ''}{split}: {chosen.reason}"
+    return f"{chosen.variant}{tile if chosen.num_warps else ''}{split}"
+
+
+def describe(chosen: tiles.Choice) -> str:
+    """The kernel, its tile, and the reason."""
+    return f"{tile_text(chosen)}: {chosen.reason}"
 
 
 def release() -> None:
