@@ -269,6 +269,8 @@ def absent_gpu(note: Callable[[Any, Any, Any], None], largest: int = 1 << 26) ->
             replace(torch._C, name, value)
         replace(torch, "compile", lambda model=None, **_: (lambda given: given) if model is None else model)
         replace(torch, "Generator", _Generator)
+        # Wrappers count versions, which tensors of the inference mode have none of.
+        replace(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else torch.enable_grad())
         active = driver._active
         driver.set_active(_Driver())
         stack.callback(driver.set_active, active)  # type: ignore[arg-type]
