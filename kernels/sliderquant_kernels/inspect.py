@@ -1,12 +1,16 @@
 """Compile the kernels for GPUs that are not there, and report what the compiler made of them.
 
-    python -m sliderquant_kernels.inspect [--arch sm_90 ...] [--op weight_only_linear ...] [--match M=1] [--full]
+    python -m sliderquant_kernels.inspect [--arch sm_90 ...] [--op weight_only_linear ...] [--match M=1]
+                                          [--full | --models [Llama-3-8B ...]] [--keep FILE]
 
 For every problem of a grid it takes the tile that a launch would take, compiles it for each architecture, disassembles,
 and prints a row: registers, spilled bytes, shared memory, the programs that a multiprocessor holds, the matrix
 instruction, where it takes the weight from and how it is waited for, instructions, those of the main loop per 16 packed
 bytes, and the packed bytes that a multiprocessor has in flight. The exit status is 1 if anything fails to compile,
 spills, does not fit, or exceeds `budgets.json`.
+
+Launches that differ in sizes alone are mostly the same code, which is compiled once. `--keep` writes what was compiled
+to a file, from where the next call takes whatever has not changed since, and what an interrupted one had done.
 """
 
 from __future__ import annotations
@@ -16,14 +20,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from . import tiles
-from .launches import compile_launch, describe_launch
+from .launches import Launch, compile_launch, describe_launch, launch_key
+from .model_problems import MODELS, model_cases
 from .problems import GRIDS, Case
 from .sass import disassemble
 from .tiles import Choice
@@ -83,9 +88,74 @@ def cases(ops: tuple[str, ...], full: bool = False) -> Iterator[Case]:
 
 def inspect(case: Case, arch: str, choice: Choice | None = None) -> Row:
     """Compile one case for one architecture such as `sm_90`; `choice` as for `describe_launch`."""
-    number = int(arch.removeprefix("sm_"))
-    launch = describe_launch(case, number, choice)
-    row = Row(arch, case.op, case.describe(), launch.choice)
+    launch = describe_launch(case, int(arch.removeprefix("sm_")), choice)
+    return _compiled(Row(arch, case.op, case.describe(), launch.choice), launch)
+
+
+def inspect_grid(grid: Sequence[tuple[Case, str]], keep: Path | None = None) -> list[Row]:
+    """Compile pairs of a case and an architecture, in parallel, those that compile to the same once.
+
+    Args:
+        keep: a file of rows that are not compiled again, to which new ones are added as they come.
+
+    Raises:
+        ValueError: `keep` is no such file.
+    """
+    known = {} if keep is None else _read_kept(keep)
+    launches = [describe_launch(case, int(arch.removeprefix("sm_"))) for case, arch in grid]
+    rows = [
+        Row(arch, case.op, case.describe(), launch.choice) for (case, arch), launch in zip(grid, launches, strict=True)
+    ]
+    keys = [
+        launch_key(launch, int(row.arch.removeprefix("sm_"))) if launch.function else ""
+        for row, launch in zip(rows, launches, strict=True)
+    ]
+    missing = {key: i for i, key in enumerate(keys) if key and key not in known}
+    # ptxas and the disassembler are processes of their own.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        tasks = {pool.submit(_compiled, rows[i], launches[i]): key for key, i in missing.items()}
+        for count, task in enumerate(as_completed(tasks), 1):
+            made = {name: value for name, value in asdict(task.result()).items() if name not in _OF_THE_CASE}
+            known[tasks[task]] = made
+            if keep is not None:
+                with keep.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": tasks[task], **made}) + "\n")
+            if count % 100 == 0:
+                print(f"{count} of {len(tasks)} compiled", file=sys.stderr, flush=True)
+    return [
+        replace(row, **known[key]) if key else _compiled(row, launch)
+        for row, launch, key in zip(rows, launches, keys, strict=True)
+    ]
+
+
+# What launches that compile to the same may differ in.
+_OF_THE_CASE = ("arch", "op", "shape", "choice")
+
+
+def _read_kept(path: Path) -> dict[str, dict[str, Any]]:
+    names = {field.name for field in fields(Row)} - set(_OF_THE_CASE)
+    known = {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    for line in whole.splitlines():
+        try:
+            row = json.loads(line)
+            key = row.pop("key")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            row = {}
+        if set(row) != names:
+            raise ValueError(f"keep: expected rows that inspect has written, got {line[:80]!r} in {path}; remove it")
+        known[key] = row
+    if text and not whole:
+        raise ValueError(f"keep: expected rows that inspect has written, got {text[:80]!r} in {path}; remove it")
+    if whole != text:  # one that was interrupted left a part of a line
+        path.write_text(whole, encoding="utf-8")
+    return known
+
+
+def _compiled(row: Row, launch: Launch) -> Row:
+    """The row with what the compiler made of the launch."""
+    number = int(row.arch.removeprefix("sm_"))
     if launch.function is None:
         return replace(row, matrix_instruction="cuBLAS", weights_from="-")
     try:
@@ -183,21 +253,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="repeatable; default: all of them")
     parser.add_argument("--op", action="append", choices=OPS, help="repeatable; default: all of them")
     parser.add_argument("--match", type=re.compile, help="only cases whose shape this regular expression finds")
-    parser.add_argument("--full", action="store_true", help="every combination instead of a quick selection")
+    grids = parser.add_mutually_exclusive_group()
+    grids.add_argument("--full", action="store_true", help="every combination instead of a quick selection")
+    grids.add_argument("--models", nargs="*", choices=MODELS, metavar="MODEL",
+                       help=f"what the layers of known models launch, of all or some: {', '.join(MODELS)}")  # fmt: skip
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="rows to take, and to add to, instead of compiling")
     parser.add_argument("--json", action="store_true", help="one JSON array instead of a table")
     parser.add_argument("--write-budgets", action="store_true", help="lower budgets.json to what was found")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled; unset it")
-    grid = [
-        (case, arch)
-        for arch in options.arch or ARCHITECTURES
-        for case in cases(tuple(options.op or OPS), options.full)
-        if options.match is None or options.match.search(case.describe())
-    ]
-    # ptxas and the disassembler are processes of their own.
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        rows = list(pool.map(lambda item: inspect(*item), grid))
+    ops = tuple(options.op or OPS)
+    found = cases(ops, options.full) if options.models is None else model_cases(tuple(options.models or MODELS), ops)
+    chosen = [case for case in found if options.match is None or options.match.search(case.describe())]
+    try:
+        rows = inspect_grid([(case, arch) for arch in options.arch or ARCHITECTURES for case in chosen], options.keep)
+    except ValueError as error:
+        parser.error(str(error))
     if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:

@@ -5,6 +5,7 @@ For compiling it without a GPU; everything is taken from where the launch itself
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -67,6 +68,21 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     """Compile for an architecture such as 90. Raises whatever the compiler throws."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    return triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def launch_key(launch: Launch, arch: int) -> str:
+    """The same for launches that `compile_launch` makes the same code of: by the kernels' source, the types, constants
+    and options, the architecture, and Triton's release."""
+    import triton
+
+    text = f"{triton.__version__} {arch} {_source(launch).hash()} {sorted(launch.options.items())}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _source(launch: Launch) -> Any:
+    import triton
     from triton.compiler import ASTSource
 
     if not isinstance(launch.function, triton.JITFunction):
@@ -92,8 +108,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
             constants.setdefault(name, launch.sizes.get(name))
             if triton_release() >= _ENTRIES_OF_CONSTANTS:
                 attributes[(position,)] = []
-    source = ASTSource(fn=launch.function, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return ASTSource(fn=launch.function, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _weight_only(case: Case, device: Device, choice: Choice | None = None) -> Launch:
@@ -164,18 +179,19 @@ def _low_bit(case: Case, device: Device) -> Launch:
         "rows": kernels.low_bit_rows_kernel,
         "tiles": kernels.int8_tiles_kernel,
     }
+    constants = host.matmul_constants(layout, choice, device.arch)
     if choice.variant == "tiles":
         sizes["NP"] = sizes.pop("row_blocks") * int8_fragments.ROWS
         packed_bytes = 0
     else:
-        shares = choice.num_warps if choice.variant == "warp_k" else 1
-        packed_bytes = choice.row_blocks * shares * int8_fragments.BYTES
+        blocks = constants["W"] if choice.variant == "warp_k" else max(constants["JOINED"], 1)
+        packed_bytes = choice.row_blocks * blocks * int8_fragments.BYTES
     return Launch(
         choice,
         functions[choice.variant],
         types | {"weight_ptr": "*i8" if choice.variant == "tiles" else "*u8"},
         sizes,
-        host.matmul_constants(layout, choice),
+        constants,
         host.matmul_options(choice),
         packed_bytes=packed_bytes,
     )

@@ -18,7 +18,7 @@ from .launch_plan import Dtypes, Grid, Launcher, PlanCache, dtype_of, launcher_f
 from .layout import PackedWeight
 from .low_bit_layout import LowBitLayout
 from .low_bit_tiles import choose_low_bit
-from .tiles import Choice
+from .tiles import Choice, family
 from .weight_only_triton import FEWEST_TOKENS, INTERPRETED, device_of, launch_options, requires_grad
 
 EXPAND_OPTIONS = launch_options(num_warps=4, num_stages=1)
@@ -27,8 +27,8 @@ TILE_K = 128
 _BAND = 8
 
 
-def matmul_constants(layout: LowBitLayout, choice: Choice) -> dict[str, Any]:
-    """The compile-time arguments of the chosen kernel; shared by the launch and by `inspect`."""
+def matmul_constants(layout: LowBitLayout, choice: Choice, arch: int) -> dict[str, Any]:
+    """The compile-time arguments of the chosen kernel; shared by the launch and by `inspect`. arch: such as 90."""
     if choice.variant == "tiles":
         return {
             "EVEN_K": layout.k % TILE_K == 0,
@@ -51,7 +51,10 @@ def matmul_constants(layout: LowBitLayout, choice: Choice) -> dict[str, Any]:
         "ASM": not INTERPRETED,
     }
     if choice.variant == "warp_k":
-        constants["W"] = choice.num_warps
+        return constants | {"W": choice.num_warps}
+    constants["JOINED"] = 0
+    if family(arch) == 90 and layout.group_size is None:
+        constants |= {"JOINED": TILE_K // inputs, "K_EDGE": 2 if layout.k % TILE_K else 0}
     return constants
 
 
@@ -147,7 +150,8 @@ def _plan(
     variant: str | None,
 ) -> LowBitPlan:
     n, k = layout.n, layout.k
-    choice = choose_low_bit(max(m, FEWEST_TOKENS), n, k, layout.bits, layout.group_size, device_of(x), variant)
+    device = device_of(x)
+    choice = choose_low_bit(max(m, FEWEST_TOKENS), n, k, layout.bits, layout.group_size, device, variant)
     row_blocks, k_blocks = weight.shape[:2]
     tiles_m = triton.cdiv(m, choice.block_m)
     expands = choice.variant == "tiles"
@@ -162,7 +166,7 @@ def _plan(
     dtypes = (torch.int8, torch.float32, dtype_of(x_zero), torch.int32, torch.int8 if expands else weight.dtype,
               torch.float32, torch.int32, dtype_of(bias), dtype_of(residual), dtype)  # fmt: skip
     launcher = launcher_for(
-        kernel, matmul_constants(layout, choice), matmul_options(choice), x.get_device(), dtypes, numbers
+        kernel, matmul_constants(layout, choice, device.arch), matmul_options(choice), x.get_device(), dtypes, numbers
     )
     return LowBitPlan(launcher, (tiles, 1, 1), dtypes, numbers, expands)
 

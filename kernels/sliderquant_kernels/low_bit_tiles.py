@@ -9,17 +9,19 @@ from .releases import triton_release
 from .tiles import SHARED_LIMIT, Choice, Device, family
 
 VARIANTS = ("warp_k", "rows", "tiles")
-# On these the int8 instruction reads both operands from shared memory at full speed, and Triton feeds it without
-# detours; elsewhere the packed weight as left operand in registers compiles to less. Rows of expanded codes that are no
-# multiple of 16 bytes apart cannot be copied 16 bytes at a time, and spill.
-_WITH_TILES = (90, 100)
-TILES_FROM = 512
 
 
-def _has_wide_products(device: Device) -> bool:
-    """Whether both operands of the widest int8 product come from shared memory; on sm_100 see `releases`."""
+def _tiles_from(device: Device) -> int | None:
+    """Tokens from which weights are expanded to int8 before the product; None: never.
+
+    Expanding moves 12 bits of every weight. On sm_90 `rows` multiplies packed ones at 12.1 instead of 8.8 thread
+    instructions per 1000 products, of 31 that there are slots for, and waits as often: below, expanding cost more than
+    5% of the launch on an H200. tcgen05 takes no left operand from registers; which releases have it: `releases`.
+    """
     arch = family(device.arch)
-    return arch in _WITH_TILES and (arch != 100 or triton_release() >= (3, 8))
+    if arch == 100 and triton_release() >= (3, 8):
+        return 512
+    return 4096 if arch == 90 else None
 
 
 @lru_cache(maxsize=4096)
@@ -43,7 +45,8 @@ def choose_low_bit(
         variant, reason = "rows", "some tokens, or many where packed weights multiply best"
         if m <= 16:
             variant, reason = "warp_k", "up to 16 tokens: the weights' bytes decide"
-        elif m >= TILES_FROM and group_size is None and k % 16 == 0 and _has_wide_products(device):
+        # Rows of expanded codes that are no multiple of 16 bytes apart cannot be copied 16 bytes at a time, and spill.
+        elif group_size is None and k % 16 == 0 and m >= (_tiles_from(device) or m + 1):
             variant, reason = "tiles", "many tokens: weights are expanded to int8 once"
     if variant == "warp_k":
         return _warp_k(m, n, k, bits, group_size, device, reason)
@@ -88,6 +91,9 @@ def _tall(n: int, device: Device) -> tuple[int, int, int]:
 
 def _rows(m: int, n: int, group_size: int | None, device: Device, reason: str) -> Choice:
     block_m = 32 if m <= 32 else 64 if m <= 64 or group_size is not None else 128
+    # Tiles of 128 x 128 read least through the L2 cache, but a third of the multiprocessors has to have one.
+    if block_m == 128 and 3 * -(-m // 128) * -(-n // (ROWS * 8)) < device.sm_count:
+        block_m = 64
     row_blocks, warps = 8, 8 if block_m == 128 else 4
     if block_m < 128 and -(-m // block_m) * -(-n // (ROWS * row_blocks)) < device.sm_count:
         row_blocks = 4

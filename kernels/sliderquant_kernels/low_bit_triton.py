@@ -67,6 +67,25 @@ def _plane(stored, zero, i: tl.constexpr, BITS: tl.constexpr, SUBTRACT: tl.const
 
 
 @triton.jit
+def _joined(stored, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Stored bytes `[W, rows, 32]` -> codes of W consecutive blocks, int8 `[rows, inputs]`, in the same threads."""
+    PLANES: tl.constexpr = 8 // BITS
+    W: tl.constexpr = stored.shape[0]
+    ROWS: tl.constexpr = stored.shape[1]
+    values = ()
+    for i in tl.static_range(PLANES):
+        values = values + (_plane(stored, stored, i, BITS, False, ASM),)
+    if PLANES == 1:
+        joined = tl.reshape(values[0], (W, ROWS, 32, 1))
+    elif PLANES == 2:
+        joined = tl.join(values[0], values[1])
+    else:
+        joined = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
+        joined = tl.reshape(joined, (W, ROWS, 32, 4))
+    return tl.reshape(tl.permute(joined, (1, 0, 3, 2)), (ROWS, W * 32 * PLANES))
+
+
+@triton.jit
 def _scaled(acc, x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, offs_n, offs_m, M, NP, groups,
             GROUPED: tl.constexpr):  # fmt: skip
     """The sum over K (int32, or fp32 with GROUPED) -> y fp32 `[rows, tokens]`, by the formula at the top."""
@@ -188,22 +207,16 @@ def low_bit_warp_k_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr,
     store_tile(y, y_ptr, bias_ptr, residual_ptr, offs_n, offs_m, M, N)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def low_bit_rows_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr, scale_ptr, constant_ptr, bias_ptr,
-                        residual_ptr, y_ptr, M, N, K, row_blocks, k_blocks, groups,
-                        BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC: tl.constexpr, K_EDGE: tl.constexpr,
-                        BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr, STAGES: tl.constexpr,
-                        ASM: tl.constexpr):  # fmt: skip
-    """As `low_bit_warp_k_kernel`, for more tokens: the warps lie side by side along N."""
+@triton.jit
+def _sum_of_planes(acc, x_rows, weight_ptr, scale_ptr, constant_ptr, offs_m, row_block, K, NP, k_blocks,
+                   BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC: tl.constexpr, K_EDGE: tl.constexpr,
+                   ROW_BLOCKS: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr):  # fmt: skip
+    """The sum over K of `low_bit_rows_kernel`, plane by plane."""
     PLANES: tl.constexpr = 8 // BITS
     BLOCK_K: tl.constexpr = 32 * PLANES
     ROWS: tl.constexpr = ROW_BLOCKS * 16
     GROUPED: tl.constexpr = GROUP_SIZE != 0
-    offs_m, offs_n, row_block = tile_of(M, BLOCK_M, ROW_BLOCKS, row_blocks)
-    NP = row_blocks * 16
-    x_rows = x_ptr + tl.minimum(offs_m, M - 1)[None, :].to(tl.int64) * K
     inside = tl.arange(0, 32)[:, None]
-    acc = tl.zeros((ROWS, BLOCK_M), tl.float32 if GROUPED else tl.int32)
     for k_block in tl.range(0, k_blocks, num_stages=STAGES):
         block = k_block + tl.arange(0, 1)
         stored = _load_bytes(weight_ptr, row_block, block, k_blocks, 1, ROW_BLOCKS)
@@ -217,7 +230,7 @@ def low_bit_rows_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr, s
             if GROUPED:
                 group = (block * BLOCK_K + i * 32) // GROUP_SIZE
                 if i == 0 or i * 32 % GROUP_SIZE == 0:
-                    part = tl.zeros((ROWS, BLOCK_M), tl.int32)
+                    part = tl.zeros((ROWS, acc.shape[1]), tl.int32)
                     if not SYMMETRIC or BITS != 8:
                         zero = _group_zero(constant_ptr, group, row_block, NP, 1, ROW_BLOCKS)
                 plane = tl.reshape(_plane(stored, zero, i, BITS, True, ASM), (ROWS, 32))
@@ -228,6 +241,44 @@ def low_bit_rows_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr, s
             else:
                 plane = tl.reshape(_plane(stored, zero, i, BITS, False, ASM), (ROWS, 32))
                 acc = tl.dot(plane, x, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def low_bit_rows_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr, scale_ptr, constant_ptr, bias_ptr,
+                        residual_ptr, y_ptr, M, N, K, row_blocks, k_blocks, groups,
+                        BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC: tl.constexpr, K_EDGE: tl.constexpr,
+                        BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr, JOINED: tl.constexpr, STAGES: tl.constexpr,
+                        ASM: tl.constexpr):  # fmt: skip
+    """As `low_bit_warp_k_kernel`, for more tokens: the warps lie side by side along N.
+
+    JOINED: blocks along K whose codes are one left operand, per channel; 0: every plane of a block is one. A warp-group
+    instruction that takes it from registers has to end before these are written again: one wait in a step, not one for
+    every 32 inputs. Where a warp multiplies, the planes' columns of x come in fewer instructions. K_EDGE with JOINED: 0
+    where the blocks of a step divide K, else 2.
+    """
+    BLOCK_K: tl.constexpr = 32 * (8 // BITS)
+    ROWS: tl.constexpr = ROW_BLOCKS * 16
+    GROUPED: tl.constexpr = GROUP_SIZE != 0
+    offs_m, offs_n, row_block = tile_of(M, BLOCK_M, ROW_BLOCKS, row_blocks)
+    NP = row_blocks * 16
+    x_rows = x_ptr + tl.minimum(offs_m, M - 1)[None, :].to(tl.int64) * K
+    acc = tl.zeros((ROWS, BLOCK_M), tl.float32 if GROUPED else tl.int32)
+    if JOINED:
+        STEP: tl.constexpr = JOINED * BLOCK_K
+        within = tl.arange(0, STEP)[:, None]
+        for step in tl.range(0, tl.cdiv(k_blocks, JOINED), num_stages=STAGES):
+            block = step * JOINED + tl.arange(0, JOINED)
+            if K_EDGE == 2:
+                block = tl.minimum(block, k_blocks - 1)
+                x = tl.load(x_rows + step * STEP + within, (within < K - step * STEP) & (offs_m[None, :] >= 0), 0)
+            else:
+                x = tl.load(x_rows + step * STEP + within)
+            stored = _load_bytes(weight_ptr, row_block, block, k_blocks, JOINED, ROW_BLOCKS)
+            acc = tl.dot(_joined(stored, BITS, ASM), x, acc, out_dtype=tl.int32)
+    else:
+        acc = _sum_of_planes(acc, x_rows, weight_ptr, scale_ptr, constant_ptr, offs_m, row_block, K, NP, k_blocks,
+                             BITS, GROUP_SIZE, SYMMETRIC, K_EDGE, ROW_BLOCKS, STAGES, ASM)  # fmt: skip
     first_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M  # as in `tile_of`
     _store_in_parts(acc, x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, constant_ptr, bias_ptr, residual_ptr, y_ptr,
                     offs_n, first_m, M, N, NP, groups, GROUPED, BLOCK_M)  # fmt: skip
@@ -269,8 +320,7 @@ def int8_tiles_kernel(x_ptr, x_scale_ptr, x_zero_ptr, x_sum_ptr, weight_ptr, sca
 def expand_kernel(weight_ptr, out_ptr, N, K, row_blocks, k_blocks, BITS: tl.constexpr, W: tl.constexpr,
                   ROW_BLOCKS: tl.constexpr):  # fmt: skip
     """Packed codes -> int8 `[N, K]`, as they are stored. Grid: tiles of N and of W blocks of K."""
-    PLANES: tl.constexpr = 8 // BITS
-    BLOCK_K: tl.constexpr = 32 * PLANES
+    BLOCK_K: tl.constexpr = 32 * (8 // BITS)
     ROWS: tl.constexpr = ROW_BLOCKS * 16
     k_tiles = tl.cdiv(k_blocks, W)
     tile_n = tl.program_id(0) // k_tiles
@@ -278,17 +328,7 @@ def expand_kernel(weight_ptr, out_ptr, N, K, row_blocks, k_blocks, BITS: tl.cons
     row_block = tl.minimum(tile_n * ROW_BLOCKS + tl.arange(0, ROW_BLOCKS), row_blocks - 1).to(tl.int64)
     k_block = (tl.program_id(0) % k_tiles) * W + tl.arange(0, W)
     stored = _load_bytes(weight_ptr, row_block, tl.minimum(k_block, k_blocks - 1), k_blocks, W, ROW_BLOCKS)
-    values = ()
-    for i in tl.static_range(PLANES):
-        values = values + (_plane(stored, stored, i, BITS, False, False),)
-    if PLANES == 1:
-        joined = tl.reshape(values[0], (W, ROWS, 32, 1))
-    elif PLANES == 2:
-        joined = tl.join(values[0], values[1])
-    else:
-        joined = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
-        joined = tl.reshape(joined, (W, ROWS, 32, 4))
-    out = tl.reshape(tl.permute(joined, (1, 0, 3, 2)), (ROWS, W * BLOCK_K))
+    out = _joined(stored, BITS, False)
     offs_k = (tl.program_id(0) % k_tiles) * (W * BLOCK_K) + tl.arange(0, W * BLOCK_K)
     mask = (offs_n[:, None] < N) & (offs_k[None, :] < K)
     tl.store(out_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :], out, mask)

@@ -15,6 +15,8 @@ from .tiles import Problem
 LARGE, SMALL, UNEVEN, ODD = (28672, 4096), (4096, 4096), (4096, 11008), (4096, 4100)
 _SHAPES = {LARGE: "large", SMALL: "small", UNEVEN: "uneven-K", ODD: "odd-K"}
 _BITS = (2, 3, 4, 8)
+# Rotations of more take two launches, of those sizes that are listed here and in `model_problems`.
+TWO_LAUNCHES_FROM = 20000
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -146,7 +148,7 @@ def hadamard_quantize_cases(full: bool) -> Iterator[Case]:
     """Cases of rotating and quantizing."""
     if full:
         for k, dtype, symmetric in itertools.product(_ROTATED, (_BF16, _FP16, _FP32), (True, False)):
-            for variant in (None, "silu_mul", "signs", "second" if k > 20000 else "clipped"):
+            for variant in (None, "silu_mul", "signs", "second" if k > TWO_LAUNCHES_FROM else "clipped"):
                 yield Case("hadamard_quantize", Problem(1, 0, k, 8, None, symmetric, dtype), variant)
         return
     for k in (4096, 8192, 14336, 11008, 18944):

@@ -4,13 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.random_model import SHAPES
 from sliderquant_kernels import estimate, inspect, sass
-from sliderquant_kernels.tiles import Choice
+from sliderquant_kernels.model_problems import MODELS, model_cases
+from sliderquant_kernels.problems import Case
+from sliderquant_kernels.tiles import Choice, Problem
 
 # What may multiply, by op and kernel: warps that split K stay on the instruction of a warp; the others take the widest
 # there is.
@@ -95,6 +100,65 @@ def _check_waits(row):
         assert row["waits"] == "-", row
     if row["op"] == "low_bit_linear" and row["choice"]["block_m"] == 128:
         assert row["programs"] == 2, row
+
+
+def test_what_was_kept_is_not_compiled_again(tmp_path):
+    """The layers of two models, which share most of their code; then without a compiler."""
+    keep = tmp_path / "rows.jsonl"
+    arguments = ("--models", "SmolLM2-135M", "Qwen2.5-0.5B", "--arch=sm_80", "--op=rotary", "--op=decode_attention",
+                 "--json", f"--keep={keep}")  # fmt: skip
+    first = _run(tmp_path / "first", *arguments)
+    assert first.returncode == 0, first.stderr
+    rows = json.loads(first.stdout)
+    assert [(row["op"], row["shape"]) for row in rows] == [
+        ("rotary", "bfloat16 K=64"), ("decode_attention", "bfloat16 K=64 groups=3"),
+        ("decode_attention", "bfloat16 K=64 join"), ("decode_attention", "bfloat16 K=64 groups=7"),
+    ]  # fmt: skip
+    lines = keep.read_text(encoding="utf-8").splitlines()
+    keep.write_text("\n".join([*lines, lines[0][:50]]), encoding="utf-8")
+    again = _run(tmp_path / "second", *arguments, TRITON_PTXAS_PATH="/nowhere")
+    assert (again.returncode, json.loads(again.stdout)) == (0, rows), again.stderr
+    assert keep.read_text(encoding="utf-8").splitlines() == lines
+    keep.write_text("something else\n", encoding="utf-8")
+    refused = _run(tmp_path / "third", *arguments)
+    assert refused.returncode == 2
+    assert f"'something else' in {keep}; remove it" in refused.stderr
+    assert keep.read_text(encoding="utf-8") == "something else\n"
+
+
+def test_launches_that_compile_to_the_same_do_so_once(monkeypatch):
+    def row(m, n, arch="sm_90"):
+        return Case("weight_only_linear", Problem(m, n, 4096, 4, 128, False, torch.bfloat16)), arch
+
+    compiled = []
+    monkeypatch.setattr(inspect, "launch_key", lambda launch, arch: f"{arch} {launch.constants} {launch.options}")
+    monkeypatch.setattr(inspect, "_compiled", lambda row, _: compiled.append(row.arch) or replace(row, registers=100))
+    rows = inspect.inspect_grid([row(1, 28672), row(2, 28672), row(1, 57344), row(1, 28672, "sm_80"), row(32, 28672)])
+    assert sorted(compiled) == ["sm_80", "sm_90", "sm_90"]
+    assert {found.registers for found in rows} == {100}
+    assert [found.shape.split()[2:] for found in rows] == [
+        ["M=1", "large"], ["M=2", "large"], ["M=1", "57344x4096"], ["M=1", "large"], ["M=32", "large"]
+    ]  # fmt: skip
+    assert rows[4].choice.block_m == 32
+
+
+def test_the_problems_of_models():
+    llama = MODELS["Llama-3-8B"]
+    shape = SHAPES["llama-3-8b"]
+    assert (llama.hidden, llama.intermediate, llama.heads, llama.kv_heads) == tuple(
+        shape[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    )
+    assert llama.linears() == {
+        "qkv_proj": (6144, 4096), "o_proj": (4096, 4096), "gate_up_proj": (28672, 4096), "down_proj": (4096, 14336)
+    }  # fmt: skip
+    both = list(model_cases(("Llama-3-8B", "Qwen3-30B-A3B"), inspect.OPS))
+    assert len(both) == len(set(both))
+    # Their attention's output is rounded alike, and their heads are of one size.
+    assert sum(case.describe() == "A4-asym bfloat16 K=4096" for case in both) == 1
+    assert {case.problem.group_size for case in model_cases(("SmolLM2-135M",), ("dequantize",))} == {64, 128, 32}
+    assert {case.op for case in model_cases(("Qwen2.5-7B",), ("rotary", "silu_mul"))} == {"rotary", "silu_mul"}
+    assert "second" in {case.variant for case in model_cases(("Qwen2.5-32B",), ("hadamard_quantize",))}
+    assert "second" not in {case.variant for case in model_cases(("Qwen2.5-7B",), ("hadamard_quantize",))}
 
 
 def test_budgets_may_only_shrink(tmp_path):

@@ -27,6 +27,7 @@ _CHOICES = {
     "warp_k": Choice("warp_k", 8, 1, 2, 2),
     "warp_k-wide": Choice("warp_k", 16, 2, 4, 2),
     "rows": Choice("rows", 16, 4, 4, 2),
+    "rows-joined": Choice("rows", 16, 4, 4, 2),
     "tiles": Choice("tiles", 16, 2, 4, 2),
 }
 # N and K below, at and beyond a tile, an odd number of blocks along K, and a K that fills no block.
@@ -50,6 +51,7 @@ def test_low_bit_linear(name, shape, monkeypatch, make_weight, make_x):
             choose_low_bit(600, n, k, 4, group_size, Device.typical(90), "tiles")
         return
     monkeypatch.setattr(launch, "choose_low_bit", lambda *_: _CHOICES[name])
+    monkeypatch.setattr(launch, "device_of", lambda _: Device.typical(90 if name == "rows-joined" else 80))
     schemes = itertools.product((2, 4, 8), (True, False), (True, False))
     for index, (bits, symmetric, x_symmetric) in enumerate(schemes):
         if bits == 8 and group_size is not None and not symmetric:
@@ -121,6 +123,24 @@ def test_rows_that_are_not_copied_16_bytes_at_a_time_take_no_tiles():
     for arch in (90, 100):
         found = [choose_low_bit(4096, 4096, k, 4, None, Device.typical(arch)).variant for k in (4096, 4112, 4100)]
         assert found == ["tiles", "tiles", "rows"]
+
+
+def test_where_weights_are_expanded():
+    def variants(arch):
+        found = [choose_low_bit(m, 4096, 4096, 4, None, Device.typical(arch)).variant for m in (17, 512, 4095, 4096)]
+        return "".join(name[0] for name in found)
+
+    assert variants(90) == "rrrt"
+    assert variants(80) == variants(120) == "rrrr"
+
+
+def test_few_tokens_and_rows_take_smaller_tiles():
+    def tile(m, n):
+        found = choose_low_bit(m, n, 4096, 4, None, Device.typical(90), "rows")
+        return found.block_m, found.row_blocks
+
+    assert [tile(m, 4096) for m in (32, 64, 128, 256, 2048)] == [(32, 4), (64, 4), (64, 4), (128, 8), (128, 8)]
+    assert tile(128, 28672) == (128, 8)
 
 
 def test_16_tokens_take_the_tallest_tile_that_leaves_multiprocessors_busy():
