@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .matmul_triton import NOT_SPECIALIZED, store_tile, tile_of
+from .unpack_triton import join_planes
 
 
 def plane_ptx(bits: int, i: int, subtract: bool) -> str:
@@ -69,20 +70,10 @@ def _plane(stored, zero, i: tl.constexpr, BITS: tl.constexpr, SUBTRACT: tl.const
 @triton.jit
 def _joined(stored, BITS: tl.constexpr, ASM: tl.constexpr):
     """Stored bytes `[W, rows, 32]` -> codes of W consecutive blocks, int8 `[rows, inputs]`, in the same threads."""
-    PLANES: tl.constexpr = 8 // BITS
-    W: tl.constexpr = stored.shape[0]
-    ROWS: tl.constexpr = stored.shape[1]
-    values = ()
-    for i in tl.static_range(PLANES):
-        values = values + (_plane(stored, stored, i, BITS, False, ASM),)
-    if PLANES == 1:
-        joined = tl.reshape(values[0], (W, ROWS, 32, 1))
-    elif PLANES == 2:
-        joined = tl.join(values[0], values[1])
-    else:
-        joined = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
-        joined = tl.reshape(joined, (W, ROWS, 32, 4))
-    return tl.reshape(tl.permute(joined, (1, 0, 3, 2)), (ROWS, W * 32 * PLANES))
+    planes = ()
+    for i in tl.static_range(8 // BITS):
+        planes = planes + (_plane(stored, stored, i, BITS, False, ASM),)
+    return join_planes(planes)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .unpack_triton import unpack_planes
+from .unpack_triton import join_planes, unpack_planes
 
 # One compilation serves every number of tokens; these sizes have nothing to gain from what they are divisible by.
 NOT_SPECIALIZED = ["M", "row_blocks", "k_blocks"]
@@ -216,10 +216,14 @@ def rows_kernel(x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, par
                 M, N, K, row_blocks, k_blocks,
                 BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC: tl.constexpr, ZERO_BIAS: tl.constexpr,
                 K_EDGE: tl.constexpr, BLOCK_M: tl.constexpr, ROW_BLOCKS: tl.constexpr,
-                SPLIT: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, BF16: tl.constexpr,
-                ARCH: tl.constexpr):  # fmt: skip
-    """As `warp_k_kernel`, for more tokens: the warps lie side by side along N, and all walk the same blocks of K. On
-    sm_90 the matrix instruction is that of a warp group, with the weight in registers."""
+                JOINED: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr,
+                BF16: tl.constexpr, ARCH: tl.constexpr):  # fmt: skip
+    """As `warp_k_kernel`, for more tokens: the warps lie side by side along N, and all walk the same blocks of K.
+
+    JOINED: planes of a group that are one left operand, if there are so many. On sm_90 the matrix instruction is that
+    of a warp group, which has to end before the registers of its weight are written again: the more inputs, the fewer
+    waits. A warp's own instruction takes fewer registers of x with one plane.
+    """
     PLANES: tl.constexpr = 16 // (2 if BITS == 3 else BITS)
     BLOCK_K: tl.constexpr = 32 * PLANES
     ROWS: tl.constexpr = ROW_BLOCKS * 16
@@ -227,7 +231,6 @@ def rows_kernel(x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, par
     offs_m, offs_n, row_block = tile_of(M, BLOCK_M, ROW_BLOCKS, row_blocks)
     # Tokens beyond the end are computed from the last one and not stored.
     x_rows = x_ptr + tl.minimum(offs_m, M - 1)[None, :].to(tl.int64) * K
-    inside = tl.arange(0, 32)[:, None]
     steps = tl.cdiv(k_blocks, SPLIT)
     first = tl.program_id(1) * steps
     last = tl.minimum(first + steps, k_blocks)
@@ -245,16 +248,19 @@ def rows_kernel(x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, par
         planes = unpack_planes(words, beside, zeros, BITS, SYMMETRIC, OPERAND, BF16, ZERO_BIAS, ARCH)
         GROUPS: tl.constexpr = len(scales)
         SHARE: tl.constexpr = PLANES // GROUPS
+        SPAN: tl.constexpr = JOINED if JOINED < SHARE else SHARE
         for group in tl.static_range(GROUPS):
             part = acc if GROUP_SIZE == 0 else tl.zeros((ROWS, BLOCK_M), tl.float32)
-            for i in tl.static_range(SHARE):
-                offs_k = k_block * BLOCK_K + (group * SHARE + i) * 32 + inside
+            for i in tl.static_range(0, SHARE, SPAN):
+                offs_k = k_block * BLOCK_K + (group * SHARE + i) * 32 + tl.arange(0, SPAN * 32)[:, None]
                 if K_EDGE >= 2:
                     x = tl.load(x_rows + offs_k, (offs_k < K) & (offs_m[None, :] >= 0), 0.0).to(OPERAND)
                 else:
                     x = tl.load(x_rows + offs_k).to(OPERAND)
-                plane = tl.reshape(planes[group * SHARE + i], (ROWS, 32))
-                part = tl.dot(plane, x, part, input_precision="ieee")
+                beside_each_other = ()
+                for plane in tl.static_range(SPAN):
+                    beside_each_other = beside_each_other + (planes[group * SHARE + i + plane],)
+                part = tl.dot(join_planes(beside_each_other), x, part, input_precision="ieee")
             if GROUP_SIZE == 0:
                 acc = part
             else:
@@ -291,17 +297,7 @@ def dequantize_kernel(weight_ptr, scale_ptr, out_ptr, N, K, row_blocks, k_blocks
     values = ()
     for i in tl.static_range(PLANES):
         values = values + ((planes[i] * scales[i // SHARE][:, :, None]).to(out_ptr.dtype.element_ty),)
-    # Planes side by side: whole lines of the output are written at once.
-    if PLANES == 2:
-        joined = tl.join(values[0], values[1])
-    elif PLANES == 4:
-        joined = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
-        joined = tl.reshape(joined, (W, ROWS, 32, 4))
-    else:
-        even = tl.join(tl.join(values[0], values[4]), tl.join(values[2], values[6]))
-        odd = tl.join(tl.join(values[1], values[5]), tl.join(values[3], values[7]))
-        joined = tl.reshape(tl.join(even, odd), (W, ROWS, 32, 8))
-    out = tl.reshape(tl.permute(joined, (1, 0, 3, 2)), (ROWS, W * BLOCK_K))
+    out = join_planes(values)  # whole lines of the output are written at once
     offs_k = (tl.program_id(0) % k_tiles) * (W * BLOCK_K) + tl.arange(0, W * BLOCK_K)
     mask = (offs_n[:, None] < N) & (offs_k[None, :] < K)
     tl.store(out_ptr + offs_n[:, None].to(tl.int64) * K + offs_k[None, :], out, mask)

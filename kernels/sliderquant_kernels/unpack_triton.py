@@ -234,3 +234,22 @@ def unpack_planes(words, beside, zeros, BITS: tl.constexpr, SYMMETRIC: tl.conste
                                              (like.dtype, like.dtype, like.dtype, like.dtype,
                                               like.dtype, like.dtype, like.dtype, like.dtype), True, 2)  # fmt: skip
     return out
+
+
+@triton.jit
+def join_planes(planes):
+    """A tuple of P planes `[W, rows, 32]` -> `[rows, W * P * 32]`, in the order of K and in the same threads."""
+    P: tl.constexpr = len(planes)
+    W: tl.constexpr = planes[0].shape[0]
+    ROWS: tl.constexpr = planes[0].shape[1]
+    if P == 1:
+        joined = planes[0]
+    elif P == 2:
+        joined = tl.join(planes[0], planes[1])
+    elif P == 4:
+        joined = tl.join(tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3]))
+    else:
+        even = tl.join(tl.join(planes[0], planes[4]), tl.join(planes[2], planes[6]))
+        odd = tl.join(tl.join(planes[1], planes[5]), tl.join(planes[3], planes[7]))
+        joined = tl.join(even, odd)
+    return tl.reshape(tl.permute(tl.reshape(joined, (W, ROWS, 32, P)), (1, 0, 3, 2)), (ROWS, W * P * 32))

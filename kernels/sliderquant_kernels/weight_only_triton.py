@@ -20,7 +20,8 @@ from . import matmul_triton as kernels
 from .fragments import PLANE, block_inputs, zero_bias
 from .launch_plan import Dtypes, Grid, Launcher, PlanCache, dtype_of, launcher_for
 from .layout import WeightLayout
-from .tiles import Choice, Device, Problem
+from .releases import triton_release
+from .tiles import Choice, Device, Problem, family
 from .tuned import choose
 from .workspace import split_counters
 
@@ -79,6 +80,8 @@ def matmul_constants(problem: Problem, choice: Choice, arch: int) -> dict[str, A
     }
     if choice.variant == "warp_k":
         constants["W"] = choice.num_warps
+    else:
+        constants["JOINED"] = 4 if family(arch) == 90 else 1
     return constants
 
 
@@ -96,6 +99,17 @@ def _scheme_constants(bits: int, group_size: int | None, symmetric: bool, dtype:
 def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
     """Triton's options. FP fusion is named because its default differs between Triton versions."""
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+def matmul_options(choice: Choice) -> dict[str, Any]:
+    """Triton's options for the chosen kernel.
+
+    ptxas of Triton 3.9 spills a register or two of `warp_k` for a further program on a multiprocessor, which has no
+    shared memory for it. With a limit that says nothing it does not.
+    """
+    options = launch_options(choice.num_warps, choice.num_stages)
+    alone = choice.variant == "warp_k" and choice.num_warps <= 4 and triton_release() >= (3, 8)
+    return options | {"maxnreg": 255} if alone else options
 
 
 DEQUANTIZE_OPTIONS = launch_options(num_warps=4, num_stages=1)
@@ -232,7 +246,7 @@ def _plan(
     launcher = launcher_for(
         kernels.warp_k_kernel if choice.variant == "warp_k" else kernels.rows_kernel,
         matmul_constants(problem, choice, device.arch),
-        launch_options(choice.num_warps, choice.num_stages),
+        matmul_options(choice),
         x.get_device(),
         dtypes,
         numbers,

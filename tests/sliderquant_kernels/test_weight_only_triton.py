@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from sliderquant_kernels import WeightLayout, reference
 from sliderquant_kernels import weight_only_triton as launch
-from sliderquant_kernels.tiles import Choice
+from sliderquant_kernels.tiles import Choice, Device
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the kernels were imported without TRITON_INTERPRET=1")
 
@@ -20,6 +20,7 @@ _CHOICES = {
     "warp_k": Choice("warp_k", 8, 1, 2, 2),
     "warp_k-split": Choice("warp_k", 16, 2, 1, 2, split=2),
     "rows": Choice("rows", 16, 4, 4, 2),
+    "rows-sm_80": Choice("rows", 16, 4, 4, 2),  # a plane of 32 inputs after the other, not up to four together
     "rows-split": Choice("rows", 32, 1, 4, 2, split=3),
     "dense": Choice("dense"),
 }
@@ -37,10 +38,11 @@ def _pack(weight, group_size):
 
 @pytest.fixture
 def take(monkeypatch):
-    """`take(choice)`: whatever is launched next takes this choice."""
+    """`take(name)`: whatever is launched next takes this choice, and what it compiles to where it was made for."""
 
-    def use(choice):
-        monkeypatch.setattr(launch, "choose", lambda *_: choice)
+    def use(name):
+        monkeypatch.setattr(launch, "choose", lambda *_: _CHOICES[name])
+        monkeypatch.setattr(launch, "device_of", lambda _: Device.typical(80 if name.endswith("sm_80") else 90))
 
     return use
 
@@ -50,7 +52,7 @@ def take(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_weight_only_linear(dtype, name, shape, take, make_weight, make_x, assert_matmul_close):
     n, k, group_size = shape
-    take(_CHOICES[name])
+    take(name)
     for index, (bits, symmetric) in enumerate(_SCHEMES):
         weight = make_weight(bits, n, k, group_size, symmetric, dtype)
         layout, packed = _pack(weight, group_size)
@@ -85,7 +87,7 @@ def test_float32_activations(make_weight, make_x, assert_matmul_close):
 
 @pytest.mark.parametrize("name", _CHOICES)
 def test_strided_and_batched_operands(name, take, make_weight, make_x, assert_matmul_close):
-    take(_CHOICES[name])
+    take(name)
     weight = make_weight(4, 33, 64, 64, False, torch.float16)
     layout, packed = _pack(weight, 64)
     x = make_x((64, 3, 2), torch.float16).permute(2, 1, 0)
@@ -99,7 +101,7 @@ def test_strided_and_batched_operands(name, take, make_weight, make_x, assert_ma
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_what_lies_beyond_the_edges_never_counts(bits, name, take, make_weight, make_x):
     """K = 77, N = 5: garbage in the rest of the blocks and beyond x must be multiplied by nothing."""
-    take(_CHOICES[name])
+    take(name)
     weight = make_weight(bits, 5, 77, None, False, torch.float16)
     layout, (codes, scale) = _pack(weight, None)
     beyond = torch.full((7, 2 * 77), float("nan"), dtype=torch.float16)
@@ -136,7 +138,7 @@ def test_dequantize(bits, shape, symmetric, make_weight):
 
 @pytest.mark.parametrize("name", [name for name in _CHOICES if name != "dense"])
 def test_runs_are_bitwise_equal(name, take, make_weight, make_x):
-    take(_CHOICES[name])
+    take(name)
     weight = make_weight(2, 40, 768, 32, False, torch.float16)
     layout, packed = _pack(weight, 32)
     x = make_x((5, 768), torch.float16)
@@ -169,7 +171,7 @@ def test_split_counters_are_left_at_zero(take, make_weight, make_x, monkeypatch)
         return taken[-1]
 
     monkeypatch.setattr(launch, "split_counters", counters)
-    take(_CHOICES["rows-split"])
+    take("rows-split")
     weight = make_weight(4, 70, 512, 128, True, torch.float16)
     layout, packed = _pack(weight, 128)
     launch.weight_only_linear(make_x((40, 512), torch.float16), *packed, None, None, layout)
