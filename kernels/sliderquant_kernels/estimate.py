@@ -17,10 +17,10 @@ and others that are close to the least slow it further: its inverse is the norm 
 - issue: its four schedulers at `ISSUE` of their slots, by the instructions of the main loop per 16 packed bytes.
 
 What a program takes of a multiprocessor comes from `resources.json`, which `--write-resources` compiles. The constants
-but `UNTIMED` are fitted to what `python -m benchmarks kernels --subset quick` measured on an H200 in two runs
+are fitted to what `python -m benchmarks kernels --subset quick` measured on an H200 in two runs
 (benchmarks/results/nvidia-h200): least squares of logarithms over the rows of 4 and 2 bits, where all rows of a tile
 and a shape with up to 4 tokens count as one, and so do those with more. tests/sliderquant_kernels/test_estimate.py
-compares each row with its estimate.
+compares each row with its estimate. `UNTIMED` is not fitted.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ SPLIT_OVERHEAD = 1.5
 MAX_TOKENS = 64
 MAX_SPLIT = 8
 # The loop of `rows` takes 5 to 20% fewer instructions than when it was timed, and waits once instead of four times.
-# Until it is timed anew, that has to be worth this much before it takes the place of tiles that were fast.
+# With this factor its estimates are on average what it took then.
 UNTIMED = 1.04
+# Up to 8 tokens, where most of what was timed is `warp_k`, `rows` has to be faster by this much.
+FEW, AHEAD = 8, 1.04
 # Estimates that are nearer to each other than this tell nothing apart.
 TIE = 1.01
 
@@ -104,6 +106,7 @@ def estimate(problem: Problem, choice: Choice, device: Device) -> Estimate:
     # What passes the L2 cache per byte of weight: `warp_k` leaves out the tokens that are not there.
     tokens = min(problem.m, choice.block_m) if choice.variant == "warp_k" else choice.block_m
     through_l2 = 1 + tokens * 2 * block_inputs(problem.bits) / (choice.row_blocks * block_bytes(problem.bits))
+    untimed = UNTIMED if choice.variant == "rows" else 1.0
     total, rounds, left = START, 0, -(-grid // device.sm_count)
     if choice.split > 1:  # fp32 sums are written and read again, most of them in the L2 cache
         total += SPLIT_OVERHEAD + 2 * choice.split * problem.m * problem.n * 4 / L2
@@ -120,7 +123,7 @@ def estimate(problem: Problem, choice: Choice, device: Device) -> Estimate:
         }
         bound = min(rates, key=lambda name: rates[name])
         slowed = sum((rates[bound] / rate) ** SHARPNESS for rate in rates.values()) ** (1 / SHARPNESS)
-        streaming = held * streamed / rates[bound] * slowed * (UNTIMED if choice.variant == "rows" else 1)
+        streaming = held * streamed / rates[bound] * slowed * untimed
         spent[bound] = spent.get(bound, 0.0) + streaming
         total += _overhead(choice) + streaming
         rounds, left = rounds + 1, left - held
@@ -176,8 +179,12 @@ def _fastest(problem: Problem, device: Device, variants: tuple[str, ...]) -> Cho
     found = [(estimate(problem, choice, device), choice) for choice in candidates(problem, device, variants)]
     if not found:
         return None
-    least = min(taken.microseconds for taken, _ in found)
-    near = [pair for pair in found if pair[0].microseconds <= least * TIE]
+
+    def counted(taken: Estimate, choice: Choice) -> float:
+        return taken.microseconds * (AHEAD if choice.variant == "rows" and problem.m <= FEW else 1.0)
+
+    least = min(counted(*pair) for pair in found)
+    near = [pair for pair in found if counted(*pair) <= least * TIE]
     # Of equals the one whose tiles the fewest programs and warps share, then that which a longer latency hurts least.
     best, choice = min(near, key=lambda pair: (pair[1].split, pair[1].num_warps, -pair[0].in_flight))
     return replace(choice, reason=f"best of {len(found)} estimates: {best.microseconds:.1f} us, by {best.bound}")
@@ -221,12 +228,11 @@ class _Resources(NamedTuple):
 
 
 def _resources(problem: Problem) -> dict[_Tile, _Resources]:
-    """Of every tile that compiles without spilling; of groups smaller than were compiled, those with registers to
-    spare; with another release of Triton than the one that compiled them not those at the limit."""
+    """Of every tile that compiles without spilling; with another release of Triton than the one that compiled them not
+    of those that take all registers."""
     table, release = _table()
-    groups = _groups(problem)
-    most = 192 if groups > 4 else 255 if triton_release() == release else 248
-    found = table.get((problem.bits, min(groups, 4)), {})
+    found = table.get((problem.bits, _groups(problem)), {})
+    most = 255 if triton_release() == release else 248
     return {tile: taken for tile, taken in found.items() if taken.registers <= most}
 
 
@@ -272,7 +278,7 @@ def write_resources() -> None:
 
     jobs = [
         (bits, groups, choice)
-        for bits, groups in itertools.product((2, 3, 4, 8), (1, 2, 4))
+        for bits, groups in itertools.product((2, 3, 4, 8), (1, 2, 4, 8))
         if block_inputs(bits) // groups >= 32
         for choice in _tiles_to_compile(bits)
     ]

@@ -129,9 +129,13 @@ def test_the_least_of_all_candidates_is_taken(problem, sm_count):
     found = candidates(rounded, device)
     assert found
     best = fastest(problem, device, BOTH)
-    least = min(estimate.estimate(rounded, choice, device).microseconds for choice in found)
+
+    def ahead(choice):
+        return estimate.AHEAD if choice.variant == "rows" and rounded.m <= 8 else 1.0
+
+    least = min(estimate.estimate(rounded, choice, device).microseconds * ahead(choice) for choice in found)
     got = estimate.estimate(rounded, replace(best, reason=""), device)
-    assert least <= got.microseconds <= estimate.TIE * least
+    assert least <= got.microseconds * ahead(best) <= estimate.TIE * least
     assert best.block_m >= min(problem.m, 64)
     assert f"{got.microseconds:.1f} us, by {got.bound}" in best.reason
     for choice in found:

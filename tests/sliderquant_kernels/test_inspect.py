@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -92,10 +93,18 @@ def _check_estimate(arch, row):
 
 
 def _check_waits(row):
-    """Triton waits for all wgmma products in every step, of int8 always and of 16 bits where the weight comes from
-    registers: what runs meanwhile is another program, of which the largest tiles must leave room for one."""
-    if "GMMA" in row["matrix_instruction"]:
-        assert set(row["waits"].split(",")) == {"0"}, row
+    """Triton waits for all wgmma products in every step, of int8 always and of 16 bits in groups, whose sums it scales:
+    what runs meanwhile is another program, of which the largest tiles must leave room for one. It waits once for every
+    128 inputs of a group."""
+    if "HGMMA" in row["matrix_instruction"] and "-channel-" in row["shape"]:
+        assert row["waits"] != "-", row
+    elif "GMMA" in row["matrix_instruction"]:
+        bits, group_size = re.match(r"W(\d)-(?:g(\d+)|channel)", row["shape"]).groups()
+        inputs = {2: 256, 3: 256, 4: 128, 8: 64}[int(bits)] if row["op"] == "weight_only_linear" else 128
+        joined = min(int(group_size or 128), 128, inputs)
+        waits = ["0"] * (inputs // joined)
+        if row["op"] == "weight_only_linear" or group_size is None:
+            assert row["waits"].split(",") == waits, row
     else:
         assert row["waits"] == "-", row
     if row["op"] == "low_bit_linear" and row["choice"]["block_m"] == 128:
