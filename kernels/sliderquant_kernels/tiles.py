@@ -186,13 +186,17 @@ def _rows_block_m(problem: Problem, device: Device) -> int:
         return 32
     if problem.group_size == 32 and family(device.arch) == 90:
         return 64  # with four groups in a step the sums of 128 tokens spill
+    if family(device.arch) == 80 and (
+        problem.group_size == 64 or -(-problem.m // 128) * -(-problem.n // 128) < device.sm_count
+    ):
+        return 64  # smaller groups, and a tile that several programs share, have no registers for 128 tokens
     return 128 if problem.m >= 128 and family(device.arch) in (80, 90) else 64
 
 
 def _rows(problem: Problem, device: Device, block_m: int, tiles_m: int, reason: str) -> Choice:
     arch, wide = family(device.arch), block_inputs(problem.bits) > 128
     row_blocks, warps = 8, _rows_warps(problem, arch, block_m)
-    if (wide and arch == 90 and problem.group_size in (32, 64)) or (
+    if (wide and arch in (80, 90) and problem.group_size in (32, 64)) or (
         problem.group_size == 32 and problem.bits == 3 and arch != 100
     ):
         row_blocks = 4  # four or eight groups in a step: the scales of 128 rows spill

@@ -101,15 +101,15 @@ def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
-def matmul_options(choice: Choice) -> dict[str, Any]:
-    """Triton's options for the chosen kernel.
+def matmul_options(choice: Choice, arch: int) -> dict[str, Any]:
+    """Triton's options for the chosen kernel. arch: such as 90.
 
-    ptxas of Triton 3.9 spills a register or two of `warp_k` for a further program on a multiprocessor, which has no
-    shared memory for it. With a limit that says nothing it does not.
+    ptxas of Triton 3.9 spills a register or two for a further program on a multiprocessor, for which there mostly is no
+    shared memory. With a limit that says nothing it does not. `rows` on sm_90 has other registers to count with.
     """
     options = launch_options(choice.num_warps, choice.num_stages)
-    alone = choice.variant == "warp_k" and choice.num_warps <= 4 and triton_release() >= (3, 8)
-    return options | {"maxnreg": 255} if alone else options
+    limited = choice.num_warps <= 4 and (choice.variant == "warp_k" or family(arch) != 90)
+    return options | {"maxnreg": 255} if limited and triton_release() >= (3, 8) else options
 
 
 DEQUANTIZE_OPTIONS = launch_options(num_warps=4, num_stages=1)
@@ -246,7 +246,7 @@ def _plan(
     launcher = launcher_for(
         kernels.warp_k_kernel if choice.variant == "warp_k" else kernels.rows_kernel,
         matmul_constants(problem, choice, device.arch),
-        matmul_options(choice),
+        matmul_options(choice, device.arch),
         x.get_device(),
         dtypes,
         numbers,

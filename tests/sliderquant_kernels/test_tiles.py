@@ -133,6 +133,16 @@ def test_a_table_of_another_version_is_refused(tmp_path):
         tuned.read(path)
 
 
+def test_sm_80_takes_128_tokens_only_where_their_sums_fit():
+    def tokens(n, group_size, m=256):
+        return tiles.choose(_problem(m, n, group_size=group_size), Device.typical(80)).block_m
+
+    assert (tokens(28672, 128), tokens(28672, None)) == (128, 128)
+    assert tokens(28672, 64) == 64
+    # 2 x 32 tiles of 128 x 128 for 108 multiprocessors: several programs would share one.
+    assert (tokens(4096, 128), tokens(4096, 128, 512)) == (64, 128)
+
+
 def test_groups_of_32_have_smaller_tiles():
     """Every group of a step has sums and scales of its own in registers."""
     found = tiles.choose(_problem(512, 28672, group_size=32), Device.typical(90))

@@ -177,3 +177,15 @@ def test_split_counters_are_left_at_zero(take, make_weight, make_x, monkeypatch)
     launch.weight_only_linear(make_x((40, 512), torch.float16), *packed, None, None, layout)
     assert [len(counter) for counter in taken] == [2 * 5]
     assert not taken[0].any()
+
+
+def test_registers_are_limited_where_ptxas_would_spill_for_a_further_program(monkeypatch):
+    warp_k, rows, wide = Choice("warp_k", 8, 4, 4, 4), Choice("rows", 32, 8, 4, 4), Choice("rows", 64, 16, 8, 5)
+
+    def limits(arch):
+        return [launch.matmul_options(choice, arch).get("maxnreg") for choice in (warp_k, rows, wide)]
+
+    monkeypatch.setattr(launch, "triton_release", lambda: (3, 9))
+    assert (limits(80), limits(90)) == ([255, 255, None], [255, None, None])
+    monkeypatch.setattr(launch, "triton_release", lambda: (3, 6))
+    assert (limits(80), limits(90)) == ([None] * 3, [None] * 3)
