@@ -46,7 +46,7 @@ __all__ = ["Estimate", "candidates", "estimate", "fastest"]
 
 RESOURCES = Path(__file__).parent / "resources.json"
 _FIELDS = ("variant", "bits", "groups in a block of inputs", "block_m", "row_blocks", "warps", "registers",
-           "instructions per 16 packed bytes", "may be split")  # fmt: skip
+           "registers where programs share a tile", "instructions per 16 packed bytes")  # fmt: skip
 _Tile = tuple[str, int, int, int]
 # Of one multiprocessor of sm_90: shared memory, of which a program reserves 1 KB, registers, warps, programs.
 SHARED, RESERVED, REGISTERS, WARPS, PROGRAMS = 233472, 1024, 65536, 64, 32
@@ -93,7 +93,7 @@ def estimate(problem: Problem, choice: Choice, device: Device) -> Estimate:
         ValueError: no multiprocessor holds a program of it.
     """
     taken = _resources(problem)[_key(choice)]
-    programs = _programs(problem, choice, taken.registers)
+    programs = _programs(problem, choice, taken)
     if programs == 0:
         raise ValueError(f"choice: expected a tile that fits on a multiprocessor, got {choice}; take fewer stages")
     tiles_m, tiles_n = -(-problem.m // choice.block_m), -(-problem.n // (ROWS * choice.row_blocks))
@@ -145,7 +145,15 @@ def _scale_share(problem: Problem) -> float:
     return (2 if problem.symmetric else 4) * 8 / (problem.group_size * problem.bits)
 
 
-def _programs(problem: Problem, choice: Choice, registers: int) -> int:
+def register_limit(problem: Problem, choice: Choice) -> int | None:
+    """The most registers of a thread with which a multiprocessor holds as many programs as the estimate counts on; None
+    for a tile that `resources.json` does not know."""
+    taken = _resources(problem).get(_key(choice))
+    programs = 0 if taken is None else _programs(problem, choice, taken)
+    return min(REGISTERS // (programs * 32 * choice.num_warps) // 8 * 8, 255) if programs else None
+
+
+def _programs(problem: Problem, choice: Choice, taken: _Resources) -> int:
     """Programs that a multiprocessor holds at a time."""
     rows, inputs = ROWS * choice.row_blocks, block_inputs(problem.bits)
     weight, x = choice.row_blocks * block_bytes(problem.bits), inputs * choice.block_m * 2
@@ -158,6 +166,7 @@ def _programs(problem: Problem, choice: Choice, registers: int) -> int:
         # Of more than four groups Triton 3.6 keeps a step more, and 3.9 does not.
         ahead = stages if _groups(problem) > 4 and triton_release() < (3, 8) else stages - 1
         shared = ahead * (weight + scales * max(rows, 128)) + stages * x
+    registers = taken.registers if choice.split == 1 else taken.shared_registers
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * choice.num_warps)
     return min(SHARED // (shared + RESERVED), by_registers, WARPS // choice.num_warps, PROGRAMS)
 
@@ -200,10 +209,10 @@ def candidates(problem: Problem, device: Device, variants: tuple[str, ...] = ("w
         # Two warps hide too little of the latency, except where a sixth or more of four warps' steps would be empty.
         if variant == "warp_k" and warps == 2 and (k_blocks % 4 not in (1, 2) or k_blocks > 10):
             continue
-        for stages, split in itertools.product((3, 4, 5), (1, 2, 4, MAX_SPLIT) if taken.may_split else (1,)):
+        for stages, split in itertools.product((3, 4, 5), (1, 2, 4, MAX_SPLIT) if taken.shared_registers else (1,)):
             choice = Choice(variant, block_m, row_blocks, warps, stages, split)
             steps = k_blocks // (split * (warps if variant == "warp_k" else 1))
-            if (steps >= 2 or split == 1) and steps >= 1 and _programs(problem, choice, taken.registers) > 0:
+            if (steps >= 2 or split == 1) and steps >= 1 and _programs(problem, choice, taken) > 0:
                 found.append(choice)
     return found
 
@@ -219,12 +228,12 @@ def _key(choice: Choice) -> _Tile:
 
 
 class _Resources(NamedTuple):
-    """What a tile takes: registers of a thread, instructions per 16 packed bytes; and whether it compiles without
-    spilling where several programs share the K of a tile."""
+    """What a tile takes: registers of a thread, those where several programs share the K of a tile (0: it spills then),
+    instructions per 16 packed bytes."""
 
     registers: int
+    shared_registers: int
     per_16_bytes: float
-    may_split: bool
 
 
 def _resources(problem: Problem) -> dict[_Tile, _Resources]:
@@ -233,7 +242,11 @@ def _resources(problem: Problem) -> dict[_Tile, _Resources]:
     table, release = _table()
     found = table.get((problem.bits, _groups(problem)), {})
     most = 255 if triton_release() == release else 248
-    return {tile: taken for tile, taken in found.items() if taken.registers <= most}
+    return {
+        tile: taken if taken.shared_registers <= most else taken._replace(shared_registers=0)
+        for tile, taken in found.items()
+        if taken.registers <= most
+    }
 
 
 @lru_cache(maxsize=1)
@@ -269,7 +282,8 @@ def _compiled(job: tuple[int, int, Choice]) -> list[Any] | None:
     if not whole.passed:
         return None
     tile = (choice.block_m, choice.row_blocks, choice.num_warps)
-    return [choice.variant, bits, groups, *tile, whole.registers, whole.per_16_bytes, split.passed]
+    shared = split.registers if split.passed else 0
+    return [choice.variant, bits, groups, *tile, whole.registers, shared, whole.per_16_bytes]
 
 
 def write_resources() -> None:
