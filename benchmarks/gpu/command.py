@@ -92,17 +92,16 @@ def _checked(arguments: argparse.Namespace) -> list[Phase]:
         raise SystemExit(f"--only {' '.join(sorted(unknown))}: expected some of {', '.join(known)}")
     if not LEAST_BUDGET <= arguments.budget < math.inf:
         raise SystemExit(f"--budget {arguments.budget:g}: expected seconds, at least {LEAST_BUDGET:g}")
-    if not arguments.rehearse and not torch.cuda.is_available():
-        raise SystemExit(
-            "gpu needs a CUDA GPU, and torch finds none (torch "
-            f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}); --rehearse runs it without one"
-        )
     if arguments.fault and not arguments.rehearse:
         raise SystemExit("--fault is for rehearsals: give --rehearse too, or leave it out")
     if arguments.cache is not None and not arguments.cache.is_file():
         raise SystemExit(
             f"--cache {arguments.cache}: there is no such file; `python -m benchmarks gpu-cache build` makes it"
         )
+    if arguments.resume and not begun(arguments.state):
+        raise SystemExit(f"--state {arguments.state} holds no run to go on with; leave --resume out for a new one")
+    if not arguments.rehearse:
+        _check_gpu()
     if begun(arguments.state):
         if not arguments.resume:
             raise SystemExit(
@@ -114,6 +113,20 @@ def _checked(arguments: argparse.Namespace) -> list[Phase]:
                 f"--state {arguments.state} holds a run on {device}, this is {_device(arguments)}: name another folder"
             )
     return [phase for phase in PHASES if not arguments.only or phase.name in {"env", *arguments.only}]
+
+
+def _check_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"gpu needs a CUDA GPU, and torch finds none (torch {torch.__version__}, CUDA "
+            f"{torch.version.cuda or 'not built in: install a CUDA build of torch'}); --rehearse runs it without one"
+        )
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip or capability < (8, 0):
+        raise SystemExit(
+            f"gpu needs an NVIDIA GPU of compute capability 8.0 or newer; {torch.cuda.get_device_name()} has "
+            f"{capability[0]}.{capability[1]}; choose another one with CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _device(arguments: argparse.Namespace) -> str:
@@ -134,8 +147,6 @@ def _check_writable(name: str, folder: Path) -> None:
 def _begin(arguments: argparse.Namespace, state: State, out: Path) -> None:
     """Note what the run is on, and take away the files of an earlier one; have `smoke` try again what failed once."""
     if not begun(arguments.state):
-        if arguments.resume:
-            print(f"{arguments.state} holds no run to go on with: this is a new one")
         state.device = _device(arguments)
         for path in [out / name for name in FILES] + list(out.glob("tuned-*.json")) + list(out.glob("kernels-*.json")):
             path.unlink(missing_ok=True)
@@ -184,13 +195,22 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
         found[faults.VARIABLE] = " ".join(arguments.fault)
     if arguments.cache is not None:
         try:
-            reason = cache.mismatch(cache.manifest(arguments.cache))
+            manifest = cache.manifest(arguments.cache)
+            reason = cache.mismatch(manifest)
             if reason is None:
                 found |= cache.environment(cache.unpack(arguments.cache))
         except cache.CacheError as error:
             raise SystemExit(f"--cache {error}") from error
-        found["SLIDERQUANT_GPU_CACHE"] = f"{arguments.cache}: " + ("hit" if reason is None else f"miss: {reason}")
+        found["SLIDERQUANT_GPU_CACHE"] = f"{arguments.cache}, {manifest.kernels} kernels: " + _hit(manifest, reason)
     return found
+
+
+def _hit(manifest: cache.Manifest, reason: str | None) -> str:
+    """`hit`, or why kernels have to be compiled all the same."""
+    if reason is not None:
+        return f"miss: {reason}"
+    names = cache.changed(manifest)
+    return f"in part: changed since it was built: {', '.join(sorted(names))}" if names else "hit"
 
 
 def _default_out(rehearsal: bool, state: Path) -> Path:

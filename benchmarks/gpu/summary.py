@@ -15,7 +15,8 @@ from benchmarks.kernels.command import describe_goal
 from benchmarks.kernels.weight_only.providers.ours import CHOSEN
 
 from . import goals
-from .phases import Phase
+from .failures import skipped_ops
+from .phases import PHASES, Phase
 from .state import State, write_whole
 
 __all__ = ["FILES", "LONGEST", "last_lines", "problems", "write_files"]
@@ -54,6 +55,22 @@ def problems(state: State) -> list[str]:
     return found
 
 
+def cautions(state: State) -> list[str]:
+    """What right results do not say, one line each: goals, what was left out, checks that gave no answer."""
+    found = []
+    measured = [goal for goal in kernel_results(state).get("goals", []) if goal["measured"] is not None]
+    missed = sum(not goal["passed"] for goal in measured)
+    if missed:
+        found.append(f"{missed} of {len(measured)} goals are missed")
+    for op, widths in skipped_ops(state).items():
+        found.append(f"goals left out {op}" + (f" of {', '.join(map(str, widths))} bits" if widths else "")
+                     + ", which failed smoke")  # fmt: skip
+    for row in state.rows("sanitizer"):
+        if row["hazards"] is None and row["status"] != "rehearsed":
+            found.append("the sanitizer gave no answer, see below")
+    return found
+
+
 def kernel_results(state: State) -> dict[str, Any]:
     """The file of `benchmarks kernels`; empty if there is none yet."""
     files = sorted((state.folder / goals.FOLDER).glob("*/kernels-*.json"))
@@ -70,6 +87,7 @@ def last_lines(state: State, phases: Sequence[Phase], out: Path, resume: str) ->
     for name, outcome in state.outcomes().items():
         if outcome.status == "failed":
             lines += [f"  {name}: {line[:160]}" for line in outcome.detail.splitlines()[1:][-6:]]
+    lines += [f"but: {line}" for line in cautions(state)]
     lines += [*_smoke(state), *_roofs(state), *_tests(state), *_goals(state), *_tuned(state), *_decode(state)]
     lines += [f"sanitizer: {row['status'].strip()[-200:]}" for row in state.rows("sanitizer")]
     skipped = {phase.name: state.outcome(phase.name).detail for phase in phases
@@ -77,7 +95,8 @@ def last_lines(state: State, phases: Sequence[Phase], out: Path, resume: str) ->
     lines += [f"skipped: {name}: {reason}" for name, reason in skipped.items()]
     left = [phase.name for phase in phases if state.outcome(phase.name).is_left and phase.name not in skipped]
     lines += [f"files: {out}"]
-    lines += [f"left: {', '.join(left)}. To go on:\n  {resume}"] if left else ["all phases are through"]
+    through = "all phases are" if len(phases) == len(PHASES) else f"{', '.join(phase.name for phase in phases)}:"
+    lines += [f"left: {', '.join(left)}. To go on:\n  {resume}"] if left else [f"{through} through"]
     text = "\n".join(lines)
     if len(text) > LONGEST:
         end = "\n".join(lines[-3:])
@@ -138,7 +157,12 @@ def _tests(state: State) -> list[str]:
 def _goals(state: State) -> list[str]:
     content = kernel_results(state)
     rows = content.get("rows", [])
-    lines = [describe_goal(_as_goal(goal)) for goal in content.get("goals", []) if goal["measured"] is not None]
+    wanted = content.get("goals", [])
+    lines = [describe_goal(_as_goal(goal)) for goal in wanted if goal["measured"] is not None]
+    more = [f"... and {len(lines) - MOST_LINES} more in the file"] if len(lines) > MOST_LINES else []
+    unmeasured = len(wanted) - len(lines)
+    more += [f"{unmeasured} goals have nothing measured for them yet"] if unmeasured else []
+    lines = lines[:MOST_LINES] + more
     foreseen = {(row["shape"], row["scheme"], row["m"]): row["us"] for row in state.rows("env") if "us" in row}
     ratios = [
         row["q50_us"] / foreseen[key]
@@ -150,7 +174,7 @@ def _goals(state: State) -> list[str]:
         near = sum(abs(ratio - 1) <= 0.1 for ratio in ratios)
         lines.append(f"estimates: {near} of {len(ratios)} within 10%; took / foreseen from {min(ratios):.2f} to "
                      f"{max(ratios):.2f}")  # fmt: skip
-    return ["goals:", *(f"  {line}" for line in lines[:MOST_LINES])] if lines else []
+    return ["goals:", *(f"  {line}" for line in lines)] if lines else []
 
 
 def _as_goal(fields: dict[str, Any]) -> Goal:
@@ -192,7 +216,9 @@ def write_files(state: State, out: Path) -> None:
         "smoke": state.rows("smoke"),
         "decode": state.rows("decode"),
         "summary": {
+            "device": state.device,
             "problems": problems(state),
+            "cautions": cautions(state),
             "outcomes": {name: vars(outcome) for name, outcome in state.outcomes().items()},
             "tune": state.rows("tune"),
             "retime": state.rows("retime"),

@@ -145,14 +145,6 @@ def _scale_share(problem: Problem) -> float:
     return (2 if problem.symmetric else 4) * 8 / (problem.group_size * problem.bits)
 
 
-def register_limit(problem: Problem, choice: Choice) -> int | None:
-    """The most registers of a thread with which a multiprocessor holds as many programs as the estimate counts on; None
-    for a tile that `resources.json` does not know."""
-    taken = _resources(problem).get(_key(choice))
-    programs = 0 if taken is None else _programs(problem, choice, taken)
-    return min(REGISTERS // (programs * 32 * choice.num_warps) // 8 * 8, 255) if programs else None
-
-
 def _programs(problem: Problem, choice: Choice, taken: _Resources) -> int:
     """Programs that a multiprocessor holds at a time."""
     rows, inputs = ROWS * choice.row_blocks, block_inputs(problem.bits)
@@ -238,14 +230,16 @@ class _Resources(NamedTuple):
 
 def _resources(problem: Problem) -> dict[_Tile, _Resources]:
     """Of every tile that compiles without spilling; with another release of Triton than the one that compiled them not
-    of those that take all registers."""
+    of those that take nearly all registers, nor of 128 rows of `warp_k` with four groups, which spill with 3.8."""
     table, release = _table()
-    found = table.get((problem.bits, _groups(problem)), {})
-    most = 255 if triton_release() == release else 248
+    groups = _groups(problem)
+    found = table.get((problem.bits, groups), {})
+    if triton_release() == release:
+        return found
     return {
-        tile: taken if taken.shared_registers <= most else taken._replace(shared_registers=0)
+        tile: taken if taken.shared_registers <= 248 else taken._replace(shared_registers=0)
         for tile, taken in found.items()
-        if taken.registers <= most
+        if taken.registers <= 248 and not (tile[0] == "warp_k" and tile[2] == 8 and groups >= 4)
     }
 
 
@@ -307,14 +301,24 @@ def write_resources() -> None:
     temporary.replace(RESOURCES)
 
 
+def _shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    if not (n.isdigit() and k.isdigit() and int(n) > 0 and int(k) > 0) or int(k) % 128:
+        raise argparse.ArgumentTypeError(f"expected NxK such as 14336x4096, K a multiple of 128, got {text!r}")
+    return int(n), int(k)
+
+
 def main() -> None:
     """Print the estimate of what the rules choose."""
     from .tiles import choose
 
     parser = argparse.ArgumentParser(prog="python -m sliderquant_kernels.estimate", description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", nargs="+", default=["8192x28672", "28672x4096", "14336x4096", "4096x4096"])
-    parser.add_argument("--bits", nargs="+", type=int, default=[4])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16, 32, 64])
+    shapes = ["8192x28672", "28672x4096", "14336x4096", "4096x4096"]
+    parser.add_argument("--shape", nargs="+", type=_shape, default=list(map(_shape, shapes)), metavar="NxK",
+                        help=f"of weights, K a multiple of 128 (default: {' '.join(shapes)})")  # fmt: skip
+    parser.add_argument("--bits", nargs="+", type=int, choices=(2, 3, 4, 8), default=[4], help="default: 4")
+    parser.add_argument("--tokens", nargs="+", type=int, choices=range(1, MAX_TOKENS + 1), metavar="M",
+                        default=[1, 8, 16, 32, 64], help=f"1 to {MAX_TOKENS} (default: 1 8 16 32 64)")  # fmt: skip
     parser.add_argument("--write-resources", action="store_true", help="compile all tiles anew; takes minutes")
     arguments = parser.parse_args()
     if arguments.write_resources:
@@ -324,15 +328,14 @@ def main() -> None:
         return
     device = Device.typical(90)
     print(f"groups of 128, bf16, 132 multiprocessors, memory of an H200; share of {MEMORY / 1e6:.2f} TB/s")
-    for shape, bits, m in itertools.product(arguments.shape, arguments.bits, arguments.tokens):
-        n, k = (int(size) for size in shape.split("x"))
+    for (n, k), bits, m in itertools.product(arguments.shape, arguments.bits, arguments.tokens):
         problem = Problem(m, n, k, bits, 128, False, torch.bfloat16)
         choice = choose(problem, device)
         found = estimate(problem, replace(choice, reason=""), device)
         share = n * k * bits / 8 * (1 + _scale_share(problem)) / MEMORY / found.microseconds
         tile = f"{choice.variant} {choice.block_m} x {choice.row_blocks * ROWS}, {choice.num_warps} warps"
         print(
-            f"{shape:>12} W{bits} M={m:<3} {found.microseconds:7.1f} us {share:5.0%}  {tile}, "
+            f"{f'{n}x{k}':>12} W{bits} M={m:<3} {found.microseconds:7.1f} us {share:5.0%}  {tile}, "
             f"{choice.num_stages} stages, split {choice.split}, {found.programs} a multiprocessor, "
             f"{found.rounds} rounds, {found.bound}"
         )

@@ -144,10 +144,14 @@ def _read_kept(path: Path) -> dict[str, dict[str, Any]]:
         except (ValueError, KeyError, AttributeError, TypeError):
             row = {}
         if set(row) != names:
-            raise ValueError(f"keep: expected rows that inspect has written, got {line[:80]!r} in {path}; remove it")
+            raise ValueError(
+                f"keep: expected rows that inspect has written, got {line[:80]!r} in {path}; name another file"
+            )
         known[key] = row
     if text and not whole:
-        raise ValueError(f"keep: expected rows that inspect has written, got {text[:80]!r} in {path}; remove it")
+        raise ValueError(
+            f"keep: expected rows that inspect has written, got {text[:80]!r} in {path}; name another file"
+        )
     if whole != text:  # one that was interrupted left a part of a line
         path.write_text(whole, encoding="utf-8")
     return known
@@ -247,12 +251,19 @@ def _print_table(rows: list[Row]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+def _expression(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m sliderquant_kernels.inspect", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="repeatable; default: all of them")
     parser.add_argument("--op", action="append", choices=OPS, help="repeatable; default: all of them")
-    parser.add_argument("--match", type=re.compile, help="only cases whose shape this regular expression finds")
+    parser.add_argument("--match", type=_expression, help="only cases whose shape this regular expression finds")
     grids = parser.add_mutually_exclusive_group()
     grids.add_argument("--full", action="store_true", help="every combination instead of a quick selection")
     grids.add_argument("--models", nargs="*", choices=MODELS, metavar="MODEL",
@@ -266,9 +277,13 @@ def main(arguments: list[str] | None = None) -> int:
     ops = tuple(options.op or OPS)
     found = cases(ops, options.full) if options.models is None else model_cases(tuple(options.models or MODELS), ops)
     chosen = [case for case in found if options.match is None or options.match.search(case.describe())]
+    if not chosen:
+        parser.error("nothing fits --op and --match; leave --match out to see the shapes")
+    if options.keep is not None and not options.keep.resolve().parent.is_dir():
+        parser.error(f"--keep {options.keep}: expected a file in a folder that is there")
     try:
         rows = inspect_grid([(case, arch) for arch in options.arch or ARCHITECTURES for case in chosen], options.keep)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))

@@ -133,7 +133,7 @@ def _weight_only(case: Case, device: Device, choice: Choice | None = None) -> La
         types,
         _sizes(case),
         host.matmul_constants(problem, choice, device.arch),
-        host.matmul_options(problem, choice, device.arch),
+        host.matmul_options(choice, device.arch),
         packed_bytes=choice.row_blocks * (choice.num_warps if warp_k else 1) * block_bytes(problem.bits),
     )
 

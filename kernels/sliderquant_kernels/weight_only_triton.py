@@ -17,7 +17,6 @@ from torch.nn.functional import linear
 
 from . import devices
 from . import matmul_triton as kernels
-from .estimate import register_limit
 from .fragments import PLANE, block_inputs, zero_bias
 from .launch_plan import Dtypes, Grid, Launcher, PlanCache, dtype_of, launcher_for
 from .layout import WeightLayout
@@ -102,18 +101,16 @@ def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
-def matmul_options(problem: Problem, choice: Choice, arch: int) -> dict[str, Any]:
+def matmul_options(choice: Choice, arch: int) -> dict[str, Any]:
     """Triton's options for the chosen kernel. arch: such as 90.
 
     From Triton 3.8 on, ptxas spills a register or two for one more program on a multiprocessor, which mostly has no
-    shared memory for it. With a limit on registers it does not: on sm_90 the one that leaves as many programs as the
-    estimate counts on, on sm_80 to 89 one that says nothing. On sm_100 and 120 it only takes more instructions.
+    shared memory for it. With a limit on registers that says nothing it does not. Where it would not have spilled, on
+    sm_100 and 120 and with `rows` on sm_90, it only takes more instructions or registers.
     """
     options = launch_options(choice.num_warps, choice.num_stages)
-    if triton_release() < (3, 8) or choice.num_warps > 4 or family(arch) > 90:
-        return options
-    limit = register_limit(problem, choice) if family(arch) == 90 else 255
-    return options if limit is None else options | {"maxnreg": limit}
+    spills = family(arch) < 90 or (family(arch) == 90 and choice.variant == "warp_k")
+    return options | {"maxnreg": 255} if spills and choice.num_warps <= 4 and triton_release() >= (3, 8) else options
 
 
 DEQUANTIZE_OPTIONS = launch_options(num_warps=4, num_stages=1)
@@ -250,7 +247,7 @@ def _plan(
     launcher = launcher_for(
         kernels.warp_k_kernel if choice.variant == "warp_k" else kernels.rows_kernel,
         matmul_constants(problem, choice, device.arch),
-        matmul_options(problem, choice, device.arch),
+        matmul_options(choice, device.arch),
         x.get_device(),
         dtypes,
         numbers,

@@ -35,6 +35,9 @@ def parse(*words: str) -> argparse.Namespace:
         (("--rehearse", "--state", "{begun}"), "holds a run: --resume goes on with it"),
         (("--rehearse", "--out", "{file}"), "--out .*file: nothing can be written there"),
         (("--rehearse", "--state", "{file}"), "--state .*file: nothing can be written there"),
+        (("--rehearse", "--resume"), "holds no run to go on with; leave --resume out"),
+        (("--cache", "nowhere.tar.xz"), "--cache nowhere.tar.xz: there is no such file"),
+        (("--fault", "crash:env"), "--fault is for rehearsals"),
         (("--rehearse", "--state", "{begun}", "--resume"), "holds a run on nvidia-test, this is a rehearsal"),
     ],
 )
@@ -60,10 +63,21 @@ def test_faults_that_there_are_not(fault: str, capsys: pytest.CaptureFixture) ->
     assert f"{fault!r}: expected" in capsys.readouterr().err
 
 
-def test_faults_are_for_rehearsals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpus_that_are_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with pytest.raises(SystemExit, match="--fault is for rehearsals"):
-        command.run(parse("--fault", "crash:env", "--state", str(tmp_path / "state")))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    with pytest.raises(SystemExit, match=r"compute capability 8.0 or newer; Tesla T4 has 7.5"):
+        command.run(parse("--state", str(tmp_path / "state")))
+    assert not begun(tmp_path / "state")
+
+
+def test_what_the_cache_of_compiled_kernels_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command.cache, "changed", lambda _: ["b.kernel", "a.kernel"])
+    assert command._hit(None, "built for another") == "miss: built for another"
+    assert command._hit(None, None) == "in part: changed since it was built: a.kernel, b.kernel"
+    monkeypatch.setattr(command.cache, "changed", lambda _: [])
+    assert command._hit(None, None) == "hit"
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

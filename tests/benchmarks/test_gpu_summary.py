@@ -47,7 +47,16 @@ def test_a_run_in_which_nothing_is_wrong(state: State) -> None:
 
 def test_what_is_wrong_comes_first_and_what_is_left_last(state: State) -> None:
     finish(state, "retime", "decode", "sanitizer")
-    state.add("smoke", {"key": "elementwise rotary", "status": "error", "error": "no answer in time"})
+    state.add(
+        "smoke",
+        {
+            "key": "elementwise rotary",
+            "family": "elementwise",
+            "bits": None,
+            "status": "error",
+            "error": "no answer in time",
+        },
+    )
     state.add("tests", {"key": "tests/a.py::test_b", "outcome": "failed", "seconds": 1, "text": "x"})
     state.add("tests", {"key": "tests/a.py::test_c", "outcome": "passed", "seconds": 1})
     state.add("sanitizer", {"key": "racecheck", "status": "bad", "hazards": 2})
@@ -65,6 +74,37 @@ def test_what_is_wrong_comes_first_and_what_is_left_last(state: State) -> None:
     assert "tests: 1 passed, 1 failed, 0 skipped" in found
     assert "skipped: retime: nothing was tuned" in found
     assert found[-2:] == ["left: decode, sanitizer. To go on:", f"  {RESUME}"]
+
+
+def test_what_right_results_do_not_say(state: State) -> None:
+    finish(state)
+    state.device = "nvidia-test"
+    wrong = {"family": "weight_only_linear", "bits": 4, "status": "wrong", "error": "far off", "tries": 2}
+    state.add("smoke", {"key": "weight_only_linear rows W4", **wrong})
+    state.add("sanitizer", {"key": "racecheck", "status": "compute-sanitizer is not installed", "hazards": None})
+    goal = {"text": "of copy", "target": 0.75, "measured": 0.7, "at_least": True, "where": "here", "passed": False}
+    goals = [goal] * 16 + [{**goal, "measured": 0.8, "passed": True}, {**goal, "measured": None, "passed": None}]
+    folder = state.folder / "goals" / "nvidia-test"
+    folder.mkdir(parents=True)
+    (folder / "kernels-quick.json").write_text(json.dumps({"rows": [], "goals": goals}))
+    found = lines(state)
+    start = found.index("WRONG: 1")
+    assert found[start + 2 : start + 5] == [
+        "but: 16 of 17 goals are missed",
+        "but: goals left out weight_only_linear of 4 bits, which failed smoke",
+        "but: the sanitizer gave no answer, see below",
+    ]
+    assert "  ... and 3 more in the file" in found
+    assert "  1 goals have nothing measured for them yet" in found
+    summary.write_files(state, state.folder / "out")
+    written = json.loads((state.folder / "out" / "summary.json").read_text())
+    assert (written["device"], len(written["cautions"])) == ("nvidia-test", 3)
+
+
+def test_some_of_the_phases_only(state: State) -> None:
+    finish(state)
+    text = summary.last_lines(state, PHASES[:2], Path("out"), RESUME)
+    assert text.splitlines()[-1] == "env, smoke: through"
 
 
 def test_a_test_that_the_time_cut_off_is_no_failure_while_its_turn_comes_again(

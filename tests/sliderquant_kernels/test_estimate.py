@@ -175,3 +175,19 @@ def test_fewer_bits_are_faster_for_one_token(n, k):
         for problem in (_problem(1, n, k, bits) for bits in (2, 3, 4))
     )
     assert two < three < four
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--shape", "4096"], "expected NxK such as 14336x4096"),
+        (["--shape", "4096x4100"], "K a multiple of 128, got '4096x4100'"),
+        (["--bits", "5"], "invalid choice: 5"),
+        (["--tokens", "128"], "invalid choice: 128"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(words, error, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["estimate", *words])
+    with pytest.raises(SystemExit):
+        estimate.main()
+    assert error in capsys.readouterr().err

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from sliderquant_kernels import WeightLayout, reference
 from sliderquant_kernels import weight_only_triton as launch
-from sliderquant_kernels.tiles import Choice, Device, Problem
+from sliderquant_kernels.tiles import Choice, Device
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the kernels were imported without TRITON_INTERPRET=1")
 
@@ -180,17 +180,12 @@ def test_split_counters_are_left_at_zero(take, make_weight, make_x, monkeypatch)
 
 
 def test_registers_are_limited_where_ptxas_would_spill_for_a_further_program(monkeypatch):
-    problem = Problem(1, 28672, 4096, 4, 128, False, torch.bfloat16)
-    few, several, wide = Choice("warp_k", 8, 4, 4, 4), Choice("warp_k", 8, 4, 4, 3), Choice("rows", 64, 16, 8, 5)
+    warp_k, rows, wide = Choice("warp_k", 8, 4, 4, 4), Choice("rows", 32, 8, 4, 4), Choice("rows", 64, 16, 8, 5)
 
     def limits(arch):
-        return [launch.matmul_options(problem, choice, arch).get("maxnreg") for choice in (few, several, wide)]
+        return [launch.matmul_options(choice, arch).get("maxnreg") for choice in (warp_k, rows, wide)]
 
     monkeypatch.setattr(launch, "triton_release", lambda: (3, 9))
-    # Shared memory for 3 and for 4 programs of 128 threads.
-    assert limits(90) == [65536 // (3 * 128) // 8 * 8, 128, None]
-    assert limits(80) == [255, 255, None]
-    assert limits(100) == [None] * 3
-    assert launch.matmul_options(problem, Choice("warp_k", 8, 16, 4, 4), 90).get("maxnreg") is None  # not in the table
+    assert (limits(80), limits(90), limits(100)) == ([255, 255, None], [255, None, None], [None] * 3)
     monkeypatch.setattr(launch, "triton_release", lambda: (3, 6))
-    assert (limits(80), limits(90)) == ([None] * 3, [None] * 3)
+    assert limits(80) == limits(90) == [None] * 3
