@@ -104,13 +104,13 @@ def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
 def matmul_options(choice: Choice, arch: int) -> dict[str, Any]:
     """Triton's options for the chosen kernel. arch: such as 90.
 
-    From Triton 3.8 on, ptxas spills a register or two for one more program on a multiprocessor, which mostly has no
-    shared memory for it. With a limit on registers that says nothing it does not. Where it would not have spilled, on
-    sm_100 and 120 and with `rows` on sm_90, it only takes more instructions or registers.
+    ptxas spills a register or two for one more program on a multiprocessor, which mostly has no shared memory for it:
+    on sm_80 to 89, and `warp_k` on sm_90 from Triton 3.8 on. With a limit on registers that says nothing it does not.
+    Elsewhere that only takes more instructions or registers.
     """
     options = launch_options(choice.num_warps, choice.num_stages)
-    spills = family(arch) < 90 or (family(arch) == 90 and choice.variant == "warp_k")
-    return options | {"maxnreg": 255} if spills and choice.num_warps <= 4 and triton_release() >= (3, 8) else options
+    late = family(arch) == 90 and choice.variant == "warp_k" and triton_release() >= (3, 8)
+    return options | {"maxnreg": 255} if choice.num_warps <= 4 and (family(arch) < 90 or late) else options
 
 
 DEQUANTIZE_OPTIONS = launch_options(num_warps=4, num_stages=1)
