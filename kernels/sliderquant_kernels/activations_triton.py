@@ -105,8 +105,8 @@ INTERPRETED = not isinstance(quantize_kernel, triton.JITFunction)
 def quantize_options(k: int) -> dict[str, Any]:
     """Triton's options for rows of `k` values: 32 a thread, up to 16384 of them.
 
-    64 values of each of 512 threads do not fit in registers with Triton 3.9. 128 of each of 256 do, which are as many
-    bytes on their way.
+    64 values of each of 512 threads do not fit in registers with Triton 3.9. 128 of each of 256 do, if they have 16
+    bits, and are as many bytes on their way.
     """
     block = triton.next_power_of_2(k)
     warps = 8 if block == 1 << 15 else min(max(block // (32 * 32), 1), 16)

@@ -10,7 +10,7 @@ bytes, and the packed bytes that a multiprocessor has in flight. The exit status
 spills, does not fit, or exceeds `budgets.json`.
 
 Launches that differ in sizes alone are mostly the same code, which is compiled once. `--keep` writes what was compiled
-to a file, from where the next call takes whatever has not changed since, and what an interrupted one had done.
+to a file, from where the next call takes what an interrupted one had done, and kernels that have not changed since.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,32 +96,34 @@ def inspect_grid(grid: Sequence[tuple[Case, str]], keep: Path | None = None) -> 
     """Compile pairs of a case and an architecture, in parallel, those that compile to the same once.
 
     Args:
-        keep: a file of rows that are not compiled again, to which new ones are added as they come.
+        keep: a file of rows that are not compiled again, to which new ones are added as they come, but for failures.
 
     Raises:
-        ValueError: `keep` is no such file.
+        ValueError: `keep` is no such file. OSError: it cannot be written. Both before anything is compiled.
     """
     known = {} if keep is None else _read_kept(keep)
     launches = [describe_launch(case, int(arch.removeprefix("sm_"))) for case, arch in grid]
     rows = [
         Row(arch, case.op, case.describe(), launch.choice) for (case, arch), launch in zip(grid, launches, strict=True)
     ]
-    keys = [
-        launch_key(launch, int(row.arch.removeprefix("sm_"))) if launch.function else ""
-        for row, launch in zip(rows, launches, strict=True)
-    ]
+    keys = [_key(row.arch, launch) for row, launch in zip(rows, launches, strict=True)]
     missing = {key: i for i, key in enumerate(keys) if key and key not in known}
     # ptxas and the disassembler are processes of their own.
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        tasks = {pool.submit(_compiled, rows[i], launches[i]): key for key, i in missing.items()}
-        for count, task in enumerate(as_completed(tasks), 1):
-            made = {name: value for name, value in asdict(task.result()).items() if name not in _OF_THE_CASE}
-            known[tasks[task]] = made
-            if keep is not None:
-                with keep.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": tasks[task], **made}) + "\n")
-            if count % 100 == 0:
-                print(f"{count} of {len(tasks)} compiled", file=sys.stderr, flush=True)
+    with open(os.devnull if keep is None else keep, "a", encoding="utf-8") as file:  # noqa: SIM117
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            tasks = {pool.submit(_compiled, rows[i], launches[i]): key for key, i in missing.items()}
+            try:
+                for count, task in enumerate(as_completed(tasks), 1):
+                    made = {name: value for name, value in asdict(task.result()).items() if name not in _OF_THE_CASE}
+                    known[tasks[task]] = made
+                    if not made["error"]:
+                        file.write(json.dumps({"key": tasks[task], **made}) + "\n")
+                        file.flush()
+                    if count % 100 == 0:
+                        print(f"{count} of {len(tasks)} compiled", file=sys.stderr, flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return [
         replace(row, **known[key]) if key else _compiled(row, launch)
         for row, launch, key in zip(rows, launches, keys, strict=True)
@@ -132,29 +134,39 @@ def inspect_grid(grid: Sequence[tuple[Case, str]], keep: Path | None = None) -> 
 _OF_THE_CASE = ("arch", "op", "shape", "choice")
 
 
+def _key(arch: str, launch: Launch) -> str:
+    """The same for launches whose rows are the same but for `_OF_THE_CASE`; empty where nothing is compiled."""
+    if launch.function is None:
+        return ""
+    key = launch_key(launch, int(arch.removeprefix("sm_")))
+    # What a program takes of x is no matter of the code, but of the figures of an element.
+    return f"{key}-{launch.elements}" if launch.elements else key
+
+
 def _read_kept(path: Path) -> dict[str, dict[str, Any]]:
-    names = {field.name for field in fields(Row)} - set(_OF_THE_CASE)
+    """Rows by their key. A line that an interruption has cut counts as missing."""
     known = {}
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    for line in whole.splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
         try:
             row = json.loads(line)
             key = row.pop("key")
-        except (ValueError, KeyError, AttributeError, TypeError):
-            row = {}
-        if set(row) != names:
-            raise ValueError(
-                f"keep: expected rows that inspect has written, got {line[:80]!r} in {path}; name another file"
-            )
-        known[key] = row
-    if text and not whole:
+            whole = isinstance(key, str) and {name: type(value) for name, value in row.items()} == _KEPT
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            whole = False
+        if whole:
+            known[key] = row
+    if lines and not known:
         raise ValueError(
-            f"keep: expected rows that inspect has written, got {text[:80]!r} in {path}; name another file"
+            f"keep: expected rows that inspect has written, got {lines[0][:80]!r} in {path}; name another file"
         )
-    if whole != text:  # one that was interrupted left a part of a line
-        path.write_text(whole, encoding="utf-8")
+    if lines and not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
     return known
+
+
+_KEPT = {name: type(value) for name, value in asdict(Row("", "", "", Choice(""))).items() if name not in _OF_THE_CASE}
 
 
 def _compiled(row: Row, launch: Launch) -> Row:
@@ -279,11 +291,11 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [case for case in found if options.match is None or options.match.search(case.describe())]
     if not chosen:
         parser.error("nothing fits --op and --match; leave --match out to see the shapes")
-    if options.keep is not None and not options.keep.resolve().parent.is_dir():
-        parser.error(f"--keep {options.keep}: expected a file in a folder that is there")
     try:
         rows = inspect_grid([(case, arch) for arch in options.arch or ARCHITECTURES for case in chosen], options.keep)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        parser.error(f"--keep {options.keep}: {error.strerror}; name a file that can be written")
+    except ValueError as error:
         parser.error(str(error))
     if options.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))

@@ -6,8 +6,10 @@ For compiling it without a GPU; everything is taken from where the launch itself
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from .layout import WeightLayout
 from .low_bit_layout import LowBitLayout
 from .low_bit_tiles import choose_low_bit
 from .problems import Case
+from .ptxas import own_ptxas
 from .releases import triton_release
 from .tiles import Choice, Device
 
@@ -74,10 +77,13 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 def launch_key(launch: Launch, arch: int) -> str:
     """The same for launches that `compile_launch` makes the same code of: by the kernels' source, the types, constants
-    and options, the architecture, and Triton's release."""
+    and options, the architecture, Triton's release, and the ptxas that takes the place of Triton's own."""
     import triton
 
     text = f"{triton.__version__} {arch} {_source(launch).hash()} {sorted(launch.options.items())}"
+    ptxas, own = os.environ.get("TRITON_PTXAS_PATH"), own_ptxas()
+    if ptxas and own is not None and Path(ptxas) != Path(own):
+        text += f" {ptxas}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

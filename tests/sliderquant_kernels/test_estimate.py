@@ -145,6 +145,19 @@ def test_the_least_of_all_candidates_is_taken(problem, sm_count):
         assert 0 < of.microseconds < math.inf
 
 
+def test_few_tokens_take_what_was_timed_unless_it_is_clearly_slower():
+    problem = _problem(1, 28672, bits=2)
+    found = {
+        variant: min(
+            estimate.estimate(problem, choice, H200).microseconds for choice in candidates(problem, H200, (variant,))
+        )
+        for variant in BOTH
+    }
+    assert 0.96 < found["rows"] / found["warp_k"] < 1
+    assert fastest(problem, H200, BOTH).variant == "warp_k"
+    assert fastest(_problem(16, 28672, bits=2), H200, BOTH).variant == "rows"
+
+
 def test_more_tokens_than_a_tile_holds_have_no_estimate():
     assert fastest(_problem(65), H200, BOTH) is None
     assert tiles.choose(_problem(65), H200).variant == "rows"

@@ -113,7 +113,7 @@ def _check_waits(row):
 
 
 def test_what_was_kept_is_not_compiled_again(tmp_path):
-    """The layers of two models, which share most of their code; then without a compiler."""
+    """The layers of two models, which share most of their code."""
     keep = tmp_path / "rows.jsonl"
     arguments = ("--models", "SmolLM2-135M", "Qwen2.5-0.5B", "--arch=sm_80", "--op=rotary", "--op=decode_attention",
                  "--json", f"--keep={keep}")  # fmt: skip
@@ -125,15 +125,71 @@ def test_what_was_kept_is_not_compiled_again(tmp_path):
         ("decode_attention", "bfloat16 K=64 join"), ("decode_attention", "bfloat16 K=64 groups=7"),
     ]  # fmt: skip
     lines = keep.read_text(encoding="utf-8").splitlines()
-    keep.write_text("\n".join([*lines, lines[0][:50]]), encoding="utf-8")
-    again = _run(tmp_path / "second", *arguments, TRITON_PTXAS_PATH="/nowhere")
+    again = _run(tmp_path / "second", *arguments)
     assert (again.returncode, json.loads(again.stdout)) == (0, rows), again.stderr
-    assert keep.read_text(encoding="utf-8").splitlines() == lines
-    keep.write_text("something else\n", encoding="utf-8")
-    refused = _run(tmp_path / "third", *arguments)
-    assert refused.returncode == 2
-    assert f"'something else' in {keep}; name another file" in refused.stderr
-    assert keep.read_text(encoding="utf-8") == "something else\n"
+    assert not list((tmp_path / "second").rglob("*.cubin"))
+    # One line is cut, and one is another's: these two are compiled once more.
+    damaged = [line if f'"key": "{json.loads(lines[0])["key"]}"' not in line else line[:50] for line in lines]
+    keep.write_text("\n".join([*damaged[:-1], damaged[-1].replace("registers", "x")]), encoding="utf-8")
+    mended = _run(tmp_path / "third", *arguments)
+    assert (mended.returncode, json.loads(mended.stdout)) == (0, rows), mended.stderr
+    assert len(list((tmp_path / "third").rglob("*.cubin"))) == 2
+    assert set(lines) < set(keep.read_text(encoding="utf-8").splitlines())
+
+
+def test_files_that_inspect_has_not_written_are_refused_before_anything_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect, "_compiled", lambda *_: pytest.fail("compiled"))
+    case = (Case("weight_only_linear", Problem(1, 4096, 4096, 4, 128, True, torch.bfloat16)), "sm_80")
+    for text in ("something else\n", '{"key": "a", "registers": null}\n', "[" * 100_000):
+        (tmp_path / "file").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="expected rows that inspect has written"):
+            inspect.inspect_grid([case], tmp_path / "file")
+        assert (tmp_path / "file").read_text(encoding="utf-8") == text
+    monkeypatch.setattr(inspect, "launch_key", lambda *_: "key")
+    for path in (tmp_path, tmp_path / "nowhere" / "file"):
+        with pytest.raises(OSError, match=r"file|directory"):
+            inspect.inspect_grid([case], path)
+
+
+def test_failures_are_not_kept(tmp_path, monkeypatch):
+    case = (Case("weight_only_linear", Problem(1, 4096, 4096, 4, 128, True, torch.bfloat16)), "sm_80")
+    monkeypatch.setattr(inspect, "launch_key", lambda *_: "key")
+    monkeypatch.setattr(inspect, "_compiled", lambda row, _: replace(row, error="no space left"))
+    assert inspect.inspect_grid([case], tmp_path / "file")[0].error == "no space left"
+    monkeypatch.setattr(inspect, "_compiled", lambda row, _: replace(row, registers=7))
+    assert inspect.inspect_grid([case], tmp_path / "file")[0].registers == 7
+    assert len((tmp_path / "file").read_text(encoding="utf-8").splitlines()) == 1
+
+
+KEYS = """
+from dataclasses import replace
+import torch
+from sliderquant_kernels.inspect import _key
+from sliderquant_kernels.launches import describe_launch, launch_key
+from sliderquant_kernels.problems import Case
+from sliderquant_kernels.tiles import Choice, Problem
+
+def launch(m=1, n=28672, bits=4, stages=3, warps=4):
+    problem = Problem(m, n, 4096, bits, 128, False, torch.bfloat16)
+    return describe_launch(Case("weight_only_linear", problem), 80, Choice("warp_k", 8, 4, warps, stages))
+
+one = launch_key(launch(), 80)
+assert one == launch_key(launch(m=5, n=57344), 80)
+limited = replace(launch(), options={**launch().options, "maxnreg": 9})
+others = [launch_key(launch(), 90), launch_key(launch(n=28673), 80), launch_key(launch(bits=8), 80),
+          launch_key(launch(stages=4), 80), launch_key(limited, 80)]
+assert len({one, *others}) == 6
+rounds = [describe_launch(Case("quantize_activations", Problem(1, 0, k, 4, None, False, torch.bfloat16)), 80)
+          for k in (3584, 4096)]
+assert launch_key(rounds[0], 80) == launch_key(rounds[1], 80) and _key("sm_80", rounds[0]) != _key("sm_80", rounds[1])
+print("fine")
+"""
+
+
+def test_what_compiles_to_the_same():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", KEYS], env=env, capture_output=True, text=True)
+    assert done.stdout == "fine\n", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -141,15 +197,16 @@ def test_what_was_kept_is_not_compiled_again(tmp_path):
     [
         (("--match", "("), "'(' is no regular expression"),
         (("--match", "M=7"), "nothing fits --op and --match"),
-        (("--keep", "/nowhere/rows.jsonl"), "--keep /nowhere/rows.jsonl: expected a file in a folder that is there"),
+        (("--keep", "/nowhere/rows.jsonl"), "--keep /nowhere/rows.jsonl: No such file or directory; name a file that"),
         (("--full", "--models"), "not allowed with argument"),
         (("--models", "GPT-5"), "invalid choice: 'GPT-5'"),
     ],
 )
 def test_arguments_that_cannot_be_meant(words, error, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(inspect, "launch_key", lambda *_: "key")
     with pytest.raises(SystemExit):
-        inspect.main(["--op", "rotary", *words])
+        inspect.main(["--op", "weight_only_linear", *words])
     assert error in capsys.readouterr().err
 
 

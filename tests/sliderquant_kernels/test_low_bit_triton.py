@@ -1,6 +1,9 @@
 """The Triton code of low-bit linears and of quantizing activations, in the interpreter; its PTX, by emulation."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -262,3 +265,50 @@ def test_tiles_where_their_product_is_the_widest(monkeypatch):
             choice = choose_low_bit.__wrapped__(4096, 28672, 4096, 4, None, Device.typical(arch))
             found.append((choice.variant, choice.block_m))
     assert found == [("tiles", 128), ("rows", 128), ("tiles", 128), ("tiles", 128)]
+
+
+def test_values_a_thread():
+    found = {k: quantizing.quantize_options(k)["num_warps"] for k in (64, 4096, 16384, 16385, 32768)}
+    assert found == {64: 1, 4096: 4, 16384: 16, 16385: 8, 32768: 8}
+
+
+GUARDED = """
+import ctypes, mmap
+import torch
+from sliderquant_kernels import LowBitLayout
+from sliderquant_kernels import low_bit_launch as launch
+from sliderquant_kernels.tiles import Choice, Device
+
+kept = []
+
+def at_the_end_of_memory(tensor):
+    used = tensor.numel() * tensor.element_size()
+    size = -(-used // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + size), mmap.PAGESIZE, 0) == 0
+    kept.append(memory)
+    place = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=size - used)
+    return place.copy_(tensor.flatten()).view(tensor.shape)
+
+n, k, m = 16, 320, 3
+codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+layout = LowBitLayout("triton_int8", 4, n, k, None, True)
+weight, scale, constants = layout.pack(codes, torch.ones(n, 1))
+x = torch.randint(-8, 8, (m, k), dtype=torch.int8)
+want = x.double() @ (codes.double() - 8).T
+for arch in (80, 90):
+    launch.device_of = lambda _: Device.typical(arch)
+    launch.choose_low_bit = lambda *_: Choice("rows", 16, 4, 4, 2)
+    got = launch.low_bit_linear(at_the_end_of_memory(x), torch.ones(m), None, x.int().sum(1).int(),
+                                at_the_end_of_memory(weight), scale, constants, None, None, layout, torch.float32)
+    assert torch.equal(got.double(), want), arch
+print("fine")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+def test_nothing_is_read_beyond_the_weight_and_the_tokens():
+    """5 blocks along K, of which a step takes 2."""
+    done = subprocess.run([sys.executable, "-c", GUARDED], env=os.environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
