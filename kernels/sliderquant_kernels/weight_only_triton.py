@@ -104,13 +104,14 @@ def launch_options(num_warps: int, num_stages: int) -> dict[str, Any]:
 def matmul_options(choice: Choice, arch: int) -> dict[str, Any]:
     """Triton's options for the chosen kernel. arch: such as 90.
 
-    ptxas spills a register or two for one more program on a multiprocessor, which mostly has no shared memory for it:
-    on sm_80 to 89, and `warp_k` on sm_90 from Triton 3.8 on. With a limit on registers that says nothing it does not.
-    Elsewhere that only takes more instructions or registers.
+    ptxas spills a register or two for one more program on a multiprocessor, which mostly has no shared memory for it.
+    With a limit on registers that says nothing it does not. It never did so on sm_100, nor `rows` on sm_90, nor on sm_90
+    before Triton 3.8: there the limit would only cost registers.
     """
     options = launch_options(choice.num_warps, choice.num_stages)
-    late = family(arch) == 90 and choice.variant == "warp_k" and triton_release() >= (3, 8)
-    return options | {"maxnreg": 255} if choice.num_warps <= 4 and (family(arch) < 90 or late) else options
+    never = family(arch) == 100
+    never |= family(arch) == 90 and (choice.variant == "rows" or triton_release() < (3, 8))
+    return options if never or choice.num_warps > 4 else options | {"maxnreg": 255}
 
 
 DEQUANTIZE_OPTIONS = launch_options(num_warps=4, num_stages=1)
