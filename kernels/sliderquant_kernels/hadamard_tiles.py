@@ -108,7 +108,8 @@ def _leading(orders: tuple[int, ...], device: Device, dtype: torch.dtype, plain:
     if len(orders) == 1:
         orders = (32, orders[0] // 32)
     rest = tuple(order for order in orders[1:] if order > 1)
-    if 1 < orders[0] <= 128 and rest:
+    most = 64 if family(device.arch) == 100 and triton_release() < (3, 8) else 128  # see `releases`
+    if 1 < orders[0] <= most and rest:
         inner = choose_hadamard(rest, device, dtype, plain)
         if inner.variant == "row" and inner.leading == 1:
             return replace(inner, leading=orders[0], reason="more than a program holds: two launches")

@@ -3,6 +3,7 @@
 What `inspect` found, which compiles with whatever Triton is installed:
 
 - 3.8 wants more registers than a thread has for 64 x 256 values of `hadamard_triton` on sm_100.
+- 3.6 does not compile products with a first order of more than 64 (27648 = 108 * 256) for sm_100.
 - Before 3.8 int8 products on sm_100 are plain IMMA and not tcgen05's: `tiles` spills there and has nothing to gain.
 - ptxas of 3.6 rather spills a register or two of some weight-only tiles than leave out a program. 3.7 was not compiled
   and is treated like it.

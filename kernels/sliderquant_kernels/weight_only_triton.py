@@ -105,12 +105,12 @@ def matmul_options(choice: Choice, arch: int) -> dict[str, Any]:
     """Triton's options for the chosen kernel. arch: such as 90.
 
     ptxas spills a register or two for one more program on a multiprocessor, which mostly has no shared memory for it.
-    With a limit on registers that says nothing it does not. It never did so on sm_100, nor `rows` on sm_90, nor on sm_90
-    before Triton 3.8: there the limit would only cost registers.
+    With a limit on registers that says nothing it does not. It never did so with `rows` on sm_90, with `warp_k` on
+    sm_90 before Triton 3.8, and on sm_100 since: there the limit would only cost registers.
     """
     options = launch_options(choice.num_warps, choice.num_stages)
-    never = family(arch) == 100
-    never |= family(arch) == 90 and (choice.variant == "rows" or triton_release() < (3, 8))
+    late = triton_release() >= (3, 8)
+    never = late if family(arch) == 100 else family(arch) == 90 and (choice.variant == "rows" or not late)
     return options if never or choice.num_warps > 4 else options | {"maxnreg": 255}
 
 

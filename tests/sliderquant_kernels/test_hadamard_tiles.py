@@ -77,3 +77,15 @@ def test_orders_without_tiles():
 def test_padded(size, want):
     assert padded(size) == want
     assert math.log2(want).is_integer()
+
+
+def test_what_an_older_triton_does_not_compile_for_sm_100(monkeypatch):
+    """A first order of 108, which the second launch pads to 128."""
+    device = Device.typical(100)
+    for release, want in (((3, 9), ("row", 108)), ((3, 6), ("matmul", 1))):
+        choose_hadamard.cache_clear()
+        monkeypatch.setattr(hadamard_tiles, "triton_release", lambda release=release: release)
+        found = choose_hadamard(factor_hadamard(27648).orders, device)
+        assert (found.variant, found.leading) == want
+        assert choose_hadamard(factor_hadamard(28672).orders, device).leading == 28
+    choose_hadamard.cache_clear()

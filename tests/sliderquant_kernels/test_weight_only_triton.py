@@ -189,4 +189,4 @@ def test_registers_are_limited_where_ptxas_would_spill_for_a_further_program(mon
     assert (limits(80), limits(90), limits(100)) == ([255, 255, None], [255, None, None], [None] * 3)
     assert limits(120) == limits(80)
     monkeypatch.setattr(launch, "triton_release", lambda: (3, 6))
-    assert (limits(80), limits(90)) == ([255, 255, None], [None] * 3)
+    assert (limits(80), limits(90), limits(100)) == ([255, 255, None], [None] * 3, [255, 255, None])
