@@ -36,7 +36,7 @@ __all__ = ["FOLDER", "CacheError", "Manifest", "changed", "describe", "environme
 # Where the cache is made and used, unless told otherwise: every machine can have it.
 FOLDER = Path("/tmp/tc")
 _MANIFEST, _KERNELS, _ENTRIES = "manifest.json", "kernels.jsonl", "cache"
-_AGAIN = "build it again with `python -m benchmarks gpu-cache build`"
+_AGAIN = "`make gpu-cache` builds it"
 
 
 class CacheError(Exception):

@@ -95,9 +95,7 @@ def _checked(arguments: argparse.Namespace) -> list[Phase]:
     if arguments.fault and not arguments.rehearse:
         raise SystemExit("--fault is for rehearsals: give --rehearse too, or leave it out")
     if arguments.cache is not None and not arguments.cache.is_file():
-        raise SystemExit(
-            f"--cache {arguments.cache}: there is no such file; `python -m benchmarks gpu-cache build` makes it"
-        )
+        raise SystemExit(f"--cache {arguments.cache}: there is no such file; `make gpu-cache` builds it")
     if arguments.resume and not begun(arguments.state):
         raise SystemExit(f"--state {arguments.state} holds no run to go on with; leave --resume out for a new one")
     if not arguments.rehearse:

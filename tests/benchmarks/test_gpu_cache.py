@@ -125,7 +125,7 @@ def test_a_file_that_is_not_whole(share: float, here: Manifest, tmp_path: Path) 
     cache.pack(file, here, [TEXT], [made])
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(CacheError, match=r"cache.tar.xz: .*build it again with `python -m benchmarks gpu-cache build`"):
+    with pytest.raises(CacheError, match=r"cache.tar.xz: .*`make gpu-cache` builds it"):
         cache.unpack(file)
     assert not Path(here.folder).exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
