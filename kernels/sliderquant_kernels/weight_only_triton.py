@@ -105,13 +105,13 @@ def matmul_options(choice: Choice, arch: int) -> dict[str, Any]:
     """Triton's options for the chosen kernel. arch: such as 90.
 
     ptxas spills a register or two for one more program on a multiprocessor, which mostly has no shared memory for it.
-    With a limit on registers that says nothing it does not. It never did so with `rows` on sm_90, with `warp_k` on
-    sm_90 before Triton 3.8, and on sm_100 since: there the limit would only cost registers.
+    With a limit on registers that says nothing it does not. It never did so with `rows` on sm_90, nor before Triton 3.8
+    with `warp_k` there and with tiles of fewer than 64 rows: there the limit would only cost registers.
     """
     options = launch_options(choice.num_warps, choice.num_stages)
     late = triton_release() >= (3, 8)
-    never = late if family(arch) == 100 else family(arch) == 90 and (choice.variant == "rows" or not late)
-    return options if never or choice.num_warps > 4 else options | {"maxnreg": 255}
+    limited = (late and choice.variant == "warp_k") if family(arch) == 90 else (late or choice.row_blocks >= 4)
+    return options | {"maxnreg": 255} if limited and choice.num_warps <= 4 else options
 
 
 DEQUANTIZE_OPTIONS = launch_options(num_warps=4, num_stages=1)

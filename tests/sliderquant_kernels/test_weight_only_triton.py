@@ -180,13 +180,15 @@ def test_split_counters_are_left_at_zero(take, make_weight, make_x, monkeypatch)
 
 
 def test_registers_are_limited_where_ptxas_would_spill_for_a_further_program(monkeypatch):
-    warp_k, rows, wide = Choice("warp_k", 8, 4, 4, 4), Choice("rows", 32, 8, 4, 4), Choice("rows", 64, 16, 8, 5)
+    low, warp_k = Choice("warp_k", 8, 2, 4, 4), Choice("warp_k", 8, 4, 4, 4)
+    rows, wide = Choice("rows", 32, 8, 4, 4), Choice("rows", 64, 16, 8, 5)
 
     def limits(arch):
-        return [launch.matmul_options(choice, arch).get("maxnreg") for choice in (warp_k, rows, wide)]
+        return [launch.matmul_options(choice, arch).get("maxnreg") for choice in (low, warp_k, rows, wide)]
 
     monkeypatch.setattr(launch, "triton_release", lambda: (3, 9))
-    assert (limits(80), limits(90), limits(100)) == ([255, 255, None], [255, None, None], [None] * 3)
-    assert limits(120) == limits(80)
+    assert limits(90) == [255, 255, None, None]
+    assert limits(80) == limits(100) == limits(120) == [255, 255, 255, None]
     monkeypatch.setattr(launch, "triton_release", lambda: (3, 6))
-    assert (limits(80), limits(90), limits(100)) == ([255, 255, None], [None] * 3, [255, 255, None])
+    assert limits(90) == [None] * 4
+    assert limits(80) == limits(100) == [None, 255, 255, None]
