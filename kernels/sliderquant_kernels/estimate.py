@@ -95,7 +95,10 @@ def estimate(problem: Problem, choice: Choice, device: Device) -> Estimate:
     taken = _resources(problem)[_key(choice)]
     programs = _programs(problem, choice, taken)
     if programs == 0:
-        raise ValueError(f"choice: expected a tile that fits on a multiprocessor, got {choice}; take fewer stages")
+        raise ValueError(
+            f"choice: expected a tile that fits on a multiprocessor and spills no register, got {choice}; take fewer "
+            "stages or split 1"
+        )
     tiles_m, tiles_n = -(-problem.m // choice.block_m), -(-problem.n // (ROWS * choice.row_blocks))
     grid = tiles_m * tiles_n * choice.split
     k_blocks = -(-problem.k // block_inputs(problem.bits))
@@ -157,8 +160,11 @@ def _programs(problem: Problem, choice: Choice, taken: _Resources) -> int:
     else:
         # Of more than four groups Triton 3.6 keeps a step more, and 3.9 does not.
         ahead = stages if _groups(problem) > 4 and triton_release() < (3, 8) else stages - 1
-        shared = ahead * (weight + scales * max(rows, 128)) + stages * x
+        # Rows of x that do not begin at 16 bytes are not copied ahead.
+        shared = ahead * (weight + scales * max(rows, 128)) + (1 if problem.k % 8 else stages) * x
     registers = taken.registers if choice.split == 1 else taken.shared_registers
+    if registers == 0:
+        return 0
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * choice.num_warps)
     return min(SHARED // (shared + RESERVED), by_registers, WARPS // choice.num_warps, PROGRAMS)
 

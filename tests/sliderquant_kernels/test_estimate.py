@@ -158,6 +158,15 @@ def test_few_tokens_take_what_was_timed_unless_it_is_clearly_slower():
     assert fastest(_problem(16, 28672, bits=2), H200, BOTH).variant == "rows"
 
 
+def test_a_tile_that_spills_when_programs_share_it_has_no_estimate():
+    problem = _problem(64, 28672)
+    whole, split = (Choice("rows", 64, 16, 8, 5, split) for split in (1, 2))
+    assert estimate._resources(problem)[estimate._key(whole)].shared_registers == 0
+    assert estimate.estimate(problem, whole, H200).programs == 1
+    with pytest.raises(ValueError, match="spills no register"):
+        estimate.estimate(problem, split, H200)
+
+
 def test_more_tokens_than_a_tile_holds_have_no_estimate():
     assert fastest(_problem(65), H200, BOTH) is None
     assert tiles.choose(_problem(65), H200).variant == "rows"
