@@ -196,7 +196,7 @@ def _rows_block_m(problem: Problem, device: Device) -> int:
 def _rows(problem: Problem, device: Device, block_m: int, tiles_m: int, reason: str) -> Choice:
     arch, wide = family(device.arch), block_inputs(problem.bits) > 128
     row_blocks, warps = 8, _rows_warps(problem, arch, block_m)
-    if (wide and arch in (80, 90) and problem.group_size in (32, 64)) or (
+    if (wide and arch in (80, 90, 120) and problem.group_size in (32, 64)) or (
         problem.group_size == 32 and problem.bits == 3 and arch != 100
     ):
         row_blocks = 4  # four or eight groups in a step: the scales of 128 rows spill

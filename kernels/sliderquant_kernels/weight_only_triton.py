@@ -106,11 +106,12 @@ def matmul_options(choice: Choice, arch: int) -> dict[str, Any]:
 
     ptxas spills a register or two for one more program on a multiprocessor, which mostly has no shared memory for it.
     With a limit on registers that says nothing it does not. It never did so with `rows` on sm_90, nor before Triton 3.8
-    with `warp_k` there and with tiles of fewer than 64 rows: there the limit would only cost registers.
+    with `warp_k` there and with 16 tokens of fewer than 64 rows: there the limit would only cost registers.
     """
     options = launch_options(choice.num_warps, choice.num_stages)
     late = triton_release() >= (3, 8)
-    limited = (late and choice.variant == "warp_k") if family(arch) == 90 else (late or choice.row_blocks >= 4)
+    early = choice.row_blocks >= 4 or choice.block_m == 8
+    limited = (late and choice.variant == "warp_k") if family(arch) == 90 else late or early
     return options | {"maxnreg": 255} if limited and choice.num_warps <= 4 else options
 
 

@@ -180,7 +180,7 @@ def test_split_counters_are_left_at_zero(take, make_weight, make_x, monkeypatch)
 
 
 def test_registers_are_limited_where_ptxas_would_spill_for_a_further_program(monkeypatch):
-    low, warp_k = Choice("warp_k", 8, 2, 4, 4), Choice("warp_k", 8, 4, 4, 4)
+    low, warp_k = Choice("warp_k", 16, 2, 4, 4), Choice("warp_k", 8, 2, 4, 4)
     rows, wide = Choice("rows", 32, 8, 4, 4), Choice("rows", 64, 16, 8, 5)
 
     def limits(arch):
