@@ -161,7 +161,7 @@ def _goals(state: State) -> list[str]:
     lines = [describe_goal(_as_goal(goal)) for goal in wanted if goal["measured"] is not None]
     more = [f"... and {len(lines) - MOST_LINES} more in the file"] if len(lines) > MOST_LINES else []
     unmeasured = len(wanted) - len(lines)
-    more += [f"{unmeasured} goals have nothing measured for them yet"] if unmeasured else []
+    more += [f"goals with nothing measured yet: {unmeasured}"] if unmeasured else []
     lines = lines[:MOST_LINES] + more
     foreseen = {(row["shape"], row["scheme"], row["m"]): row["us"] for row in state.rows("env") if "us" in row}
     ratios = [

@@ -22,6 +22,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,21 +110,23 @@ def inspect_grid(grid: Sequence[tuple[Case, str]], keep: Path | None = None) -> 
     keys = [_key(row.arch, launch) for row, launch in zip(rows, launches, strict=True)]
     missing = {key: i for i, key in enumerate(keys) if key and key not in known}
     # ptxas and the disassembler are processes of their own.
-    with open(os.devnull if keep is None else keep, "a", encoding="utf-8") as file:  # noqa: SIM117
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            tasks = {pool.submit(_compiled, rows[i], launches[i]): key for key, i in missing.items()}
-            try:
-                for count, task in enumerate(as_completed(tasks), 1):
-                    made = {name: value for name, value in asdict(task.result()).items() if name not in _OF_THE_CASE}
-                    known[tasks[task]] = made
-                    if not made["error"]:
-                        file.write(json.dumps({"key": tasks[task], **made}) + "\n")
-                        file.flush()
-                    if count % 100 == 0:
-                        print(f"{count} of {len(tasks)} compiled", file=sys.stderr, flush=True)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    with (
+        nullcontext() if keep is None else keep.open("a", encoding="utf-8") as file,
+        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+    ):
+        tasks = {pool.submit(_compiled, rows[i], launches[i]): key for key, i in missing.items()}
+        try:
+            for count, task in enumerate(as_completed(tasks), 1):
+                made = {name: value for name, value in asdict(task.result()).items() if name not in _OF_THE_CASE}
+                known[tasks[task]] = made
+                if file is not None and not made["error"]:
+                    file.write(json.dumps({"key": tasks[task], **made}) + "\n")
+                    file.flush()
+                if count % 100 == 0:
+                    print(f"{count} of {len(tasks)} compiled", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [
         replace(row, **known[key]) if key else _compiled(row, launch)
         for row, launch, key in zip(rows, launches, keys, strict=True)

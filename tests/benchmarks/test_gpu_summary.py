@@ -95,7 +95,7 @@ def test_what_right_results_do_not_say(state: State) -> None:
         "but: the sanitizer gave no answer, see below",
     ]
     assert "  ... and 3 more in the file" in found
-    assert "  1 goals have nothing measured for them yet" in found
+    assert "  goals with nothing measured yet: 1" in found
     summary.write_files(state, state.folder / "out")
     written = json.loads((state.folder / "out" / "summary.json").read_text())
     assert (written["device"], len(written["cautions"])) == ("nvidia-test", 3)
