@@ -36,8 +36,9 @@ def weight_only_linear(
 ) -> Tensor:
     """x `[..., K]` -> `[..., N]`, contiguous. Arguments have been validated."""
     shape = x.shape[:-1]
-    if layout.kind == "cpu_vnni" and (batch_invariant or not prefers_torch(x.numel() // layout.k, rounded=False)):
-        return cpu_vnni.weight_only_linear(x, PackedWeight(weight, scale, zero_point), layout, bias, residual)
+    if layout.kind == "cpu_vnni" and (batch_invariant or not prefers_torch(x.numel() // layout.k)):
+        packed = PackedWeight(weight, scale, zero_point)
+        return cpu_vnni.weight_only_linear(x, packed, layout, bias, residual, batch_invariant)
     x = x.reshape(-1, layout.k).contiguous()
     if batch_invariant and x.shape[0] > 1:
         y = x.new_empty(x.shape[0], layout.n)
@@ -116,7 +117,7 @@ class DirectLinear:
         For many tokens: what reads a slice of one product, which is strided, takes up to twice as long.
         """
         rows = x.reshape(-1, self.layout.k).contiguous()
-        if self._loop is not None and not prefers_torch(rows.shape[0], rounded=False):
+        if self._loop is not None and not prefers_torch(rows.shape[0]):
             return self._loop.parts(x, sizes)
         found = [rows.new_empty(rows.shape[0], size) for size in sizes]
         starts = [sum(sizes[:index]) for index in range(len(sizes))]
@@ -133,7 +134,7 @@ class DirectLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x `[..., K]` -> `[..., N]`, contiguous."""
         layout = self.layout
-        if self._loop is not None and not prefers_torch(x.numel() // layout.k, rounded=False):
+        if self._loop is not None and not prefers_torch(x.numel() // layout.k):
             return self._loop(x)
         rows = x.reshape(-1, layout.k).contiguous()
         y = _matmul(rows, self.weight, self.scale, self.zero_point, layout)

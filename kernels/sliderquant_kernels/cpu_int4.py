@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu_int4_native, cpu_native
+from . import cpu_int4_native
 from .cpu_scratch import scratch
 
 BITS = (2, 3, 4)
@@ -58,12 +58,9 @@ def fits(bits: int, n: int, k: int, group_size: int | None) -> bool:
 def max_op_tokens() -> int:
     """Tokens beyond which dequantizing once and multiplying in bf16 is faster than the op, whose time grows with them.
 
-    Both take about the same time at these numbers, on AVX512 without AMX. AMX multiplies bf16 several times as fast;
-    where the two meet there is derived from that, not measured.
+    Both take about the same time at these numbers, on AVX512 without AMX; where there is AMX, `cpu_vnni` multiplies.
     """
-    if not cpu_int4_native.is_available():
-        return 48
-    return 16 if cpu_native.has_amx() else 32
+    return 32 if cpu_int4_native.is_available() else 48
 
 
 @lru_cache(maxsize=1)

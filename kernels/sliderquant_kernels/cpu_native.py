@@ -102,7 +102,9 @@ def _library(source: Path, flags: tuple[str, ...]) -> Path:
     compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if (found := _which(name))), None)
     if compiler is None:
         raise RuntimeError("no C compiler (CC, cc, gcc, clang)")
-    key = hashlib.sha256(repr((source.read_bytes(), compiler, _FLAGS, flags, _processor())).encode()).hexdigest()[:20]
+    key = hashlib.sha256(
+        repr((source.read_bytes(), _headers(source), compiler, _FLAGS, flags, _processor())).encode()
+    ).hexdigest()[:20]
     folder = _cache_folder()
     library, digest = folder / f"{source.stem}-{key}.so", folder / f"{source.stem}-{key}.sha256"
     if _is_whole(library, digest):
@@ -120,6 +122,11 @@ def _library(source: Path, flags: tuple[str, ...]) -> Path:
         made.replace(library)
         noted.replace(digest)
     return library
+
+
+def _headers(source: Path) -> list[bytes]:
+    """What the file may include: all headers beside it."""
+    return [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
 
 
 def _is_whole(library: Path, digest: Path) -> bool:

@@ -1,12 +1,14 @@
-"""Linears by a compiled loop of AVX512-VNNI instructions, `cpu_vnni.c`, which multiply integers of 8 bits.
+"""Linears by a compiled loop of AVX512-VNNI or AMX instructions, `cpu_vnni.c`, which multiply integers of 8 bits.
 
 With activations of 4 or 8 bits it rounds tokens as `activations.quantize` and multiplies as `low_bit_cpu`, to the same
-bits.
+bits, with AMX too.
 
 With weights alone quantized, tokens become integers of 16 bits with a scale for each token and group of inputs: x is
 rounded by at most 2^-16 of the largest |x| in its group, where bf16 itself is good for 2^-9 of each x. Products with
 the codes are exact, in two halves of 8 bits; their sums are scaled and added in fp32, once a group. Rows of the result
-do not depend on each other. Many tokens are multiplied by torch in bf16, after dequantizing a part of the weight.
+do not depend on each other. With AMX, 8 tokens and more stay bf16 and are multiplied with the integers q - z; rows do
+not depend on each other there either, but have other bits. Many tokens are multiplied by torch in bf16, after
+dequantizing a part of the weight.
 
 A direct linear does either in one call for a weight that was checked once: what torch's ops take to launch for one
 token is more than the product takes.
@@ -42,12 +44,11 @@ __all__ = [
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PLAIN, _GROUPED, _WIDE = range(3)
 _NO_LOOP = "there is no compiled loop on this machine; pack the weight here with choose_layout"
-# Tokens from which dequantizing to bf16 and torch's matmul take less time than the loop with integers of 16 bits.
+# Tokens from which AMX multiplies; from which dequantizing to bf16 and torch's matmul take less time than the loop with
+# integers of 16 bits; and than the one with AMX.
+_MIN_AMX_TOKENS = 8
 _MIN_BF16_TOKENS = 160
-# With AMX torch's matmuls are several times as fast as the loop, once there are tokens enough to pay for unpacking the
-# weight: derived from the two speeds, not measured.
-_MIN_AMX_BF16_TOKENS = 16
-_MIN_AMX_INT8_TOKENS = 128
+_MIN_AMX_BF16_TOKENS = 384
 # Less work than this takes less time than waking another thread does.
 _VALUES_PER_THREAD = 1 << 14
 _PRODUCTS_PER_THREAD = 1 << 18
@@ -61,11 +62,11 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero", "last", "bias", "residual", "out")),
         *((name, ctypes.c_int64) for name in ("m", "k", "x_stride", "code_stride", "first_block", "n", "scale_stride")),
         *((name, ctypes.c_int64) for name in ("k_blocks", "groups", "out_stride")),
-        *((name, ctypes.c_int64) for name in ("values_per_thread", "products_per_thread")),
+        *((name, ctypes.c_int64) for name in ("amx_tokens", "values_per_thread", "products_per_thread")),
         *((name, ctypes.c_float) for name in ("clip_low", "clip_high")),
         *((name, ctypes.c_int32) for name in ("x_type", "x_bits", "x_symmetric", "shift", "mode", "out_type")),
-        ("threads", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("parallel", "number", "count")),
+        *((name, ctypes.c_int32) for name in ("threads", "rounded")),
+        *((name, ctypes.c_void_p) for name in ("parallel", "number", "count", "tiles")),
     )
 
 
@@ -82,11 +83,9 @@ def takes(dtype: torch.dtype) -> bool:
     return dtype in _TYPES
 
 
-def prefers_torch(tokens: int, rounded: bool) -> bool:
-    """Whether torch's matmul is faster for so many tokens, int8 if they are `rounded` to 4 or 8 bits, else bf16."""
-    if rounded:
-        return tokens >= _MIN_AMX_INT8_TOKENS and cpu_native.has_amx()
-    return tokens >= _MIN_BF16_TOKENS or (tokens >= _MIN_AMX_BF16_TOKENS and cpu_native.has_amx())
+def prefers_torch(tokens: int) -> bool:
+    """Whether dequantizing and torch's matmul in bf16 are faster for so many tokens that are not rounded."""
+    return tokens >= (_MIN_AMX_BF16_TOKENS if cpu_native.has_amx() else _MIN_BF16_TOKENS)
 
 
 def quantize(
@@ -145,10 +144,16 @@ def low_bit_linear(
 
 
 def weight_only_linear(
-    x: Tensor, packed: PackedWeight, layout: WeightLayout, bias: Tensor | None = None, residual: Tensor | None = None
+    x: Tensor,
+    packed: PackedWeight,
+    layout: WeightLayout,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """x `[..., K]` bf16 -> `[..., N]` bf16, contiguous; the weight is of kind `cpu_vnni`."""
-    direct = DirectVnniLinear(packed, layout, torch.bfloat16, None if bias is None else bias.contiguous(), None)
+    bias = None if bias is None else bias.contiguous()
+    direct = DirectVnniLinear(packed, layout, torch.bfloat16, bias, None, amx=not batch_invariant)
     return direct(x) if residual is None else direct.parts(x, (layout.n,), residual.contiguous())[0]
 
 
@@ -174,7 +179,18 @@ class DirectVnniLinear:
     and its checks. It serves eager calls without gradients; tracing needs the ops.
     """
 
-    __slots__ = ("_function", "_places", "_prepared", "_tensors", "bias", "dtype", "layout", "packed", "rounding")
+    __slots__ = (
+        "_amx",
+        "_function",
+        "_places",
+        "_prepared",
+        "_tensors",
+        "bias",
+        "dtype",
+        "layout",
+        "packed",
+        "rounding",
+    )
 
     def __init__(
         self,
@@ -183,10 +199,12 @@ class DirectVnniLinear:
         dtype: torch.dtype,
         bias: Tensor | None,
         rounding: Rounding | None,
+        amx: bool = True,
     ) -> None:
         """packed, layout: of kind `cpu_vnni`, checked; dtype: of x and of the result, fp32 or bf16; bias: `[N]`,
-        contiguous."""
+        contiguous; amx: without it, a row of a weight-only result has the same bits alone as among others."""
         self.packed, self.layout, self.dtype, self.bias, self.rounding = packed, layout, dtype, bias, rounding
+        self._amx = amx
         self._function = cpu_native.vnni_linear(layout.bits)
         self._tensors = [t for t in (*packed, bias) if t is not None]
         self._places: list[int] = []
@@ -199,6 +217,7 @@ class DirectVnniLinear:
         prepared = self._prepared
         if prepared is None or places != self._places:
             job = _job_of(self.packed, self.layout, self.dtype)
+            job.amx_tokens = _MIN_AMX_TOKENS if self._amx else 0
             job.code_stride = self.packed.weight.shape[1] * vnni_blocks.block_inputs(self.layout.bits)
             job.bias, job.x_type = _at(self.bias), _TYPES[self.dtype]
             _set_rounding(job, self.rounding)
@@ -215,7 +234,6 @@ class DirectVnniLinear:
             and x.shape[-1] == self.layout.k
             and x.is_cpu
             and not (x.requires_grad and torch.is_grad_enabled())
-            and not (self.rounding is not None and prefers_torch(x.numel() // self.layout.k, rounded=True))
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -257,8 +275,7 @@ class DirectVnniLinear:
             if first and self.bias is not None:
                 job.bias = self.bias.data_ptr() + first * self.bias.element_size()
             _run(job, layout.bits)
-            # The other parts find the tokens rounded.
-            job.x = None
+            job.rounded = True
             found.append(y.view(*x.shape[:-1], size))
             first += size
         return found
@@ -272,6 +289,7 @@ def _new_job(**fields: int) -> _Job:
         number=number,
         count=count,
         threads=torch.get_num_threads(),
+        amx_tokens=_MIN_AMX_TOKENS,
         values_per_thread=_VALUES_PER_THREAD,
         products_per_thread=_PRODUCTS_PER_THREAD,
         **fields,

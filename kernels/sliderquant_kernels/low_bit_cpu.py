@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import cpu_vnni, int8_fragments, vnni_blocks
+from . import cpu_vnni
 from .activations import QuantizedActivations
 from .layout import PackedWeight
 from .low_bit_layout import LowBitLayout
@@ -29,14 +29,13 @@ def low_bit_linear(
 ) -> Tensor:
     """`[..., K]` -> `[..., N]` in `dtype`, rounded once. Arguments have been validated."""
     shape, n = (*codes.shape[:-1], layout.n), layout.n
-    x = codes.reshape(-1, layout.k).contiguous()
     if layout.kind == "cpu_vnni":
-        if not cpu_vnni.prefers_torch(x.shape[0], rounded=True):
-            activations = QuantizedActivations(codes, x_scale, x_zero, x_sum)
-            packed = PackedWeight(weight, scale, constants)
-            return cpu_vnni.low_bit_linear(activations, packed, layout, dtype, bias, residual)
-        rows = vnni_blocks.unpack_codes(weight, layout.bits, n, layout.k)
-        weight = (rows ^ int8_fragments.shift(layout.bits)).view(torch.int8)
+        activations, packed = (
+            QuantizedActivations(codes, x_scale, x_zero, x_sum),
+            PackedWeight(weight, scale, constants),
+        )
+        return cpu_vnni.low_bit_linear(activations, packed, layout, dtype, bias, residual)
+    x = codes.reshape(-1, layout.k).contiguous()
     if layout.group_size is None:
         total = int_mm(x, weight) - x_sum.reshape(-1, 1) * constants[0, :n]
         if x_zero is not None:

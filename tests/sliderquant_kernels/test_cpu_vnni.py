@@ -143,17 +143,6 @@ def test_many_tokens_and_many_inputs_in_several_passes():
     assert torch.equal(got, want)
 
 
-def test_with_amx_many_tokens_go_to_torch(monkeypatch):
-    packed, layout, direct = _direct()
-    x = torch.randn(130, 96).bfloat16()
-    want = direct(x)
-    monkeypatch.setattr(cpu_native, "has_amx", lambda: True)
-    assert not direct.fits(x)
-    assert direct.fits(x[:127])
-    monkeypatch.setattr(cpu_vnni, "low_bit_linear", None)
-    assert torch.equal(low_bit_linear(quantize_activations(x, 8, True), packed, layout, x.dtype), want)
-
-
 def test_what_does_not_fit():
     packed, layout, direct = _direct()
     x = torch.randn(2, 96).bfloat16()
@@ -200,6 +189,7 @@ def test_weight_only(scheme, n, units, m, exponent, extras, seed):
     added = ((None, None), (bias, None), (bias, residual))[extras]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_vnni, "_PRODUCTS_PER_THREAD", 1 << 10)
+        patch.setattr(cpu_vnni, "_MIN_AMX_TOKENS", 0)
         y = weight_only_linear(x, packed, layout, *added)
         direct = direct_linear(packed, layout, added[0])
         assert extras == 2 or torch.equal(direct(x), y)
@@ -255,11 +245,11 @@ def test_an_outlier_hurts_its_own_group_only():
 def test_many_tokens_go_to_torch(amx, monkeypatch):
     packed, layout = _weight_only(n=200)
     monkeypatch.setattr(cpu_native, "has_amx", lambda: amx)
-    least = 16 if amx else 160
-    assert not cpu_vnni.prefers_torch(least - 1, rounded=False)
-    assert cpu_vnni.prefers_torch(least, rounded=False)
+    least = 384 if amx else 160
+    assert not cpu_vnni.prefers_torch(least - 1)
+    assert cpu_vnni.prefers_torch(least)
     monkeypatch.setattr(cpu_vnni, "_CHUNK_WEIGHTS", 128 * 64)
-    x, bias = torch.randn(170, 128).bfloat16(), torch.randn(200).bfloat16()
+    x, bias = torch.randn(400, 128).bfloat16(), torch.randn(200).bfloat16()
     weight = dequantize(packed, layout, torch.bfloat16)
     want = torch.nn.functional.linear(x, weight).add_(bias).double()
     for y in (weight_only_linear(x, packed, layout, bias), direct_linear(packed, layout, bias)(x)):
