@@ -229,31 +229,41 @@ INLINE void add_tile(const Job *job, const char *sums, char *totals, int64_t tok
     }
 }
 
+INLINE void add_tiles(const Job *job, const char *sums, char *totals, int64_t block, int64_t blocks, int64_t token,
+                      int64_t group, int finished, const int mode) {
+    const int64_t left = job->m - token, at = (job->first_block + block) * LANES;
+    for (int64_t from = 0; from < 2 * TILE_ROWS && from < left; from += TILE_ROWS) {
+        const int64_t tokens = left - from < TILE_ROWS ? left - from : TILE_ROWS;
+        for (int64_t r = 0; r < blocks; r++) {
+            const int64_t place = (2 * (from / TILE_ROWS) + r) * TILE_BYTES;
+            add_tile(job, sums + place, totals + place, token + from, tokens, group, at + r * LANES, (block + r) * LANES,
+                     finished, mode);
+        }
+    }
+}
+
 /* Two blocks of 16 tokens (one, if it is the last) with the steps [begin, end). `totals` [2 (tokens), 2 (block), 16, 16]
  * are kept from one such range to the next: in fp32, or as they are where all inputs have one scale. */
 INLINE void multiply_panel(const Job *job, int64_t block, int64_t blocks, int64_t token, int64_t begin, int64_t end,
                            int64_t step, const uint8_t *panel, char *totals, const int mode) {
-    const int64_t groups = groups_of(job), bytes = row_bytes(job), all = bytes / step, of_group = all / groups;
-    const int64_t left = job->m - token, at = (job->first_block + block) * LANES;
-    const char *first = job->tiles + token * bytes + begin * TILE_ROWS * step;
-    const char *second = left > TILE_ROWS ? first + TILE_ROWS * bytes : NULL;
-    char own[4 * TILE_BYTES] __attribute__((aligned(64)));
-    char *sums = groups == 1 ? totals : own;
-    for (int64_t i = begin; i < end;) {
-        const int64_t steps = groups == 1 ? end - begin : of_group, done = i - begin;
-        multiply_steps(first + done * TILE_ROWS * step, second ? second + done * TILE_ROWS * step : NULL,
-                       panel + 2 * done * TILE_BYTES, steps, step, sums, groups == 1 && begin, mode);
-        i += steps;
-        if (groups == 1 && i < all) return;
-        for (int64_t from = 0; from < 2 * TILE_ROWS && from < left; from += TILE_ROWS) {
-            const int64_t tokens = left - from < TILE_ROWS ? left - from : TILE_ROWS;
-            for (int64_t r = 0; r < blocks; r++) {
-                const int64_t place = (2 * (from / TILE_ROWS) + r) * TILE_BYTES;
-                add_tile(job, sums + place, totals + place, token + from, tokens, i / of_group - 1, at + r * LANES,
-                         (block + r) * LANES, i == all, mode);
-            }
-        }
+    const int64_t groups = groups_of(job), bytes = row_bytes(job), all = bytes / step, size = TILE_ROWS * step;
+    const char *first = job->tiles + token * bytes + begin * size;
+    const char *second = job->m - token > TILE_ROWS ? first + TILE_ROWS * bytes : NULL;
+    if (groups == 1) {
+        multiply_steps(first, second, panel, end - begin, step, totals, begin > 0, mode);
+        if (end == all) add_tiles(job, totals, totals, block, blocks, token, 0, 1, mode);
+        return;
     }
+    /* The sums of a group are added while the next one is multiplied. */
+    char sums[8 * TILE_BYTES] __attribute__((aligned(64)));
+    const int64_t steps = all / groups, before = begin / steps, count = (end - begin) / steps;
+    for (int64_t i = 0; i < count; i++) {
+        multiply_steps(first + i * steps * size, second ? second + i * steps * size : NULL,
+                       panel + 2 * i * steps * TILE_BYTES, steps, step, sums + i % 2 * 4 * TILE_BYTES, 0, mode);
+        if (i) add_tiles(job, sums + (i - 1) % 2 * 4 * TILE_BYTES, totals, block, blocks, token, before + i - 1, 0, mode);
+    }
+    add_tiles(job, sums + (count - 1) % 2 * 4 * TILE_BYTES, totals, block, blocks, token, before + count - 1, end == all,
+              mode);
 }
 
 /* All tokens with the blocks [begin, end). `panel`: panel_bytes. */

@@ -129,32 +129,59 @@ static void multiply_part(const Job *job, int64_t part, int64_t parts) {
  * block, it would lie so far apart that it falls into few sets of the caches. */
 #define TILE 16
 
+/* 16 codes in the low bits of words, less their zero-point, times the scale: exact in fp32, as are both products. */
+INLINE __m512 dequantized(__m512i words, __m512 scale, __m512 offset) {
+    if (BITS == 8)
+        return _mm512_fmsub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(255))), scale, offset);
+    const float one = (1 << BITS) > 4 ? 4 : 0, two = (1 << BITS) > 8 ? 8 : 0;
+    const __m512 codes = _mm512_set_ps(3 + one + two, 2 + one + two, 1 + one + two, one + two, 3 + two, 2 + two, 1 + two,
+                                       two, 3 + one, 2 + one, 1 + one, one, 3, 2, 1, 0);
+    return _mm512_fmsub_ps(_mm512_permutexvar_ps(words, codes), scale, offset);
+}
+
+INLINE void store_pair(const Job *job, int64_t place, __m512 low, __m512 high) {
+    if (job->out_type == FLOAT) {
+        _mm512_storeu_ps((float *)job->out + place, low);
+        _mm512_storeu_ps((float *)job->out + place + LANES, high);
+        return;
+    }
+#ifdef __AVX512BF16__
+    /* It takes denormals for 0, as whatever multiplies in bf16 does with such a weight. */
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(low)), to_bf16(high), 1);
+#endif
+    _mm512_storeu_si512((uint16_t *)job->out + place, both);
+}
+
 static void dequantize_tile(const Job *job, int64_t begin, int64_t end) {
-    const int64_t blocks_of_group = job->k_blocks / job->groups;
-    const __m512i code = _mm512_set1_epi32((1 << BITS) - 1);
-    __m512i packed[TILE], zero[TILE];
-    __m512 scale[TILE];
+    const int64_t blocks_of_group = job->k_blocks / job->groups, count = end - begin;
+    __m512i packed[TILE];
+    __m512 scale[TILE], offset[TILE];
     for (int64_t i = 0; i < job->k_blocks; i++) {
-        for (int64_t block = begin; block < end; block++) {
-            const int64_t whole = job->first_block + block;
-            packed[block - begin] = _mm512_loadu_si512(job->weight + (whole * job->k_blocks + i) * 64);
+        for (int64_t block = 0; block < count; block++) {
+            const int64_t whole = job->first_block + begin + block;
+            packed[block] = _mm512_loadu_si512(job->weight + (whole * job->k_blocks + i) * 64);
             if (i % blocks_of_group) continue;
             const int64_t column = i / blocks_of_group * job->scale_stride + whole * LANES;
-            zero[block - begin] = zero_of(job, column, WIDE);
-            scale[block - begin] = scale_of(job, column, WIDE);
+            scale[block] = scale_of(job, column, WIDE);
+            offset[block] = _mm512_mul_ps(_mm512_cvtepi32_ps(zero_of(job, column, WIDE)), scale[block]);
         }
         for (int64_t input = 0; input < 4 * PLANES; input++) {
             const __m512i shift = _mm512_set1_epi32((int)(8 * (input % 4) + BITS * (input / 4)));
-            const int64_t place = (i * 4 * PLANES + input) * job->out_stride;
-            for (int64_t block = begin; block < end; block++) {
-                const __m512i whole = _mm512_and_si512(_mm512_srlv_epi32(packed[block - begin], shift), code);
-                const __m512i steps = _mm512_sub_epi32(whole, zero[block - begin]);
-                const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(steps), scale[block - begin]);
-                if (job->out_type == FLOAT)
-                    _mm512_storeu_ps((float *)job->out + place + block * LANES, value);
-                else
-                    _mm256_storeu_si256((__m256i *)((uint16_t *)job->out + place + block * LANES), to_bf16(value));
+            int64_t place = (i * 4 * PLANES + input) * job->out_stride + begin * LANES, block = 0;
+            for (; block + 1 < count; block += 2, place += 2 * LANES) {
+                const __m512i low = _mm512_srlv_epi32(packed[block], shift);
+                const __m512i high = _mm512_srlv_epi32(packed[block + 1], shift);
+                store_pair(job, place, dequantized(low, scale[block], offset[block]),
+                           dequantized(high, scale[block + 1], offset[block + 1]));
             }
+            if (block == count) continue;
+            const __m512 last = dequantized(_mm512_srlv_epi32(packed[block], shift), scale[block], offset[block]);
+            if (job->out_type == FLOAT)
+                _mm512_storeu_ps((float *)job->out + place, last);
+            else
+                _mm256_storeu_si256((__m256i *)((uint16_t *)job->out + place), to_bf16(last));
         }
     }
 }

@@ -48,7 +48,7 @@ _NO_LOOP = "there is no compiled loop on this machine; pack the weight here with
 # integers of 16 bits; and than the one with AMX.
 _MIN_AMX_TOKENS = 8
 _MIN_BF16_TOKENS = 160
-_MIN_AMX_BF16_TOKENS = 384
+_MIN_AMX_BF16_TOKENS = 192
 # Less work than this takes less time than waking another thread does.
 _VALUES_PER_THREAD = 1 << 14
 _PRODUCTS_PER_THREAD = 1 << 18

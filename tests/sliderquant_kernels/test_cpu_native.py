@@ -1,5 +1,6 @@
 """How compiled loops are made, and the one that dequantizes int4 weights, beside torch's ops: the same bits."""
 
+import ctypes
 import os
 import stat
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sliderquant_kernels import WeightLayout, cpu_int4, cpu_int4_native
+from sliderquant_kernels import WeightLayout, cpu_int4, cpu_int4_native, cpu_native
 
 if not cpu_int4.is_fast():
     pytest.skip(
@@ -74,6 +75,18 @@ def _probe(**environment: str) -> tuple[str, str]:
         [sys.executable, "-c", _PROBE], env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
     return done.stdout.strip(), done.stderr
+
+
+def test_a_header_that_changes_is_compiled_again(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source, header = tmp_path / "loop.c", tmp_path / "loop.h"
+    source.write_text('#include "loop.h"\nint value(void) { return VALUE; }\n')
+    found = []
+    for value in (1, 2, 1):
+        header.write_text(f"#define VALUE {value}\n")
+        found.append(cpu_native._library(source, ()))
+    assert [ctypes.CDLL(str(library)).value() for library in found] == [1, 2, 1]
+    assert found[0] == found[2]
 
 
 def test_the_library_is_compiled_once_into_the_cache(tmp_path: Path):

@@ -245,11 +245,11 @@ def test_an_outlier_hurts_its_own_group_only():
 def test_many_tokens_go_to_torch(amx, monkeypatch):
     packed, layout = _weight_only(n=200)
     monkeypatch.setattr(cpu_native, "has_amx", lambda: amx)
-    least = 384 if amx else 160
+    least = 192 if amx else 160
     assert not cpu_vnni.prefers_torch(least - 1)
     assert cpu_vnni.prefers_torch(least)
     monkeypatch.setattr(cpu_vnni, "_CHUNK_WEIGHTS", 128 * 64)
-    x, bias = torch.randn(400, 128).bfloat16(), torch.randn(200).bfloat16()
+    x, bias = torch.randn(200, 128).bfloat16(), torch.randn(200).bfloat16()
     weight = dequantize(packed, layout, torch.bfloat16)
     want = torch.nn.functional.linear(x, weight).add_(bias).double()
     for y in (weight_only_linear(x, packed, layout, bias), direct_linear(packed, layout, bias)(x)):
