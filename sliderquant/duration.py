@@ -40,7 +40,7 @@ class Speed:
     Attributes:
         learning: FLOP/s of matrix products in the dtype of learning.
         fp32: FLOP/s of matrix products in fp32.
-        updates: fp32 parameters that AdamW updates.
+        updates: fp32 parameters that AdamW updates, not fused: in passes over memory, as what is counted in them.
         calls: operations on a few values.
     """
 

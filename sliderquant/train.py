@@ -250,7 +250,7 @@ def _epochs(stage: Stage, rate_scale: float, on_epoch: Callable[[int, float], No
     if not groups:
         loss = _loss_without_learning(stage)
         return [loss] * stage.epochs if math.isfinite(loss) else None
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / total_steps, 0.0))
     hardening = Hardening(stage.window.linears() if settings.hardening else [], total_steps)
     order = generator_for(stage.seed, stage.label, "order")
