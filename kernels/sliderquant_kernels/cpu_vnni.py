@@ -52,8 +52,8 @@ _MIN_AMX_BF16_TOKENS = 192
 # Less work than this takes less time than waking another thread does.
 _VALUES_PER_THREAD = 1 << 14
 _PRODUCTS_PER_THREAD = 1 << 18
-# As in cpu_int4: smaller chunks pay torch's per-op cost, larger ones fall out of the cache.
-_CHUNK_WEIGHTS = 1 << 20
+# Two threads share a chunk of torch's matmul, which takes up to twice as long with few columns.
+_CHUNK_WEIGHTS = 1 << 22
 
 
 class _Job(ctypes.Structure):
