@@ -3,7 +3,7 @@
  *
  * Sums of codes are exact, and what becomes of them is computed as in cpu_vnni_multiply.h: both have the same bits. With
  * weights alone quantized (WIDE) tokens stay as they are here, and so do the integers q - z of the weight, which bf16
- * holds; the sum of a group of inputs is multiplied by its scale.
+ * holds; the sum of a group of inputs is multiplied by its scale. Sums beyond 3e38 before that are infinite.
  */
 #ifndef SLIDERQUANT_CPU_AMX_MULTIPLY_H
 #define SLIDERQUANT_CPU_AMX_MULTIPLY_H
@@ -45,7 +45,8 @@ static int64_t step_bytes(const Job *job) {
 
 /* Few inputs of a step would leave most of an instruction empty. */
 static int takes_amx(const Job *job) {
-    return job->amx_tokens && job->m >= job->amx_tokens && step_bytes(job) >= 32 && has_amx();
+    const int is_bf16 = job->mode != WIDE || job->x_type == BFLOAT16;
+    return is_bf16 && job->amx_tokens && job->m >= job->amx_tokens && step_bytes(job) >= 32 && has_amx();
 }
 
 static int64_t tiles_bytes(const Job *job) {
@@ -270,7 +271,7 @@ INLINE void multiply_panel(const Job *job, int64_t block, int64_t blocks, int64_
 INLINE void amx_multiply_blocks(const Job *job, int64_t begin, int64_t end, uint8_t *panel, const int mode) {
     const int64_t step = step_bytes(job), steps = row_bytes(job) / step, chunk = chunk_tokens(job);
     char *totals = (char *)panel + 2 * AMX_STEPS * TILE_BYTES;
-    /* Where the weight has a last block alone, or inputs end within a step, what is beyond them is multiplied too. */
+    /* A last block alone is multiplied with what lies in the other one's place. */
     memset(panel, 0, 2 * AMX_STEPS * TILE_BYTES);
     configure_tiles(step, job->m < TILE_ROWS ? job->m : TILE_ROWS);
     for (int64_t start = 0; start < job->m; start += chunk) {
@@ -290,6 +291,8 @@ INLINE void amx_multiply_blocks(const Job *job, int64_t begin, int64_t end, uint
 }
 
 #else
+
+static int has_amx(void) { return 0; }
 
 static int takes_amx(const Job *job) {
     (void)job;

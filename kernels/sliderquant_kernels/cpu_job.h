@@ -59,13 +59,15 @@ INLINE __m512 from_bf16(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-/* To nearest, ties to even. Not the instruction of AVX512-BF16, which takes denormals for 0. */
-INLINE __m256i to_bf16(__m512 value) {
+/* To nearest, ties to even, in the upper halves of words. Not the instruction of AVX512-BF16, which takes denormals for
+ * 0. */
+INLINE __m512i rounded_to_bf16(__m512 value) {
     const __m512i word = _mm512_castps_si512(value);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7fff)), odd);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    return _mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7fff)), odd);
 }
+
+INLINE __m256i to_bf16(__m512 value) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_to_bf16(value), 16)); }
 
 INLINE __m512 load(const void *from, int64_t at, int32_t type, __mmask16 mask) {
     if (type == FLOAT) return _mm512_maskz_loadu_ps(mask, (const float *)from + at);

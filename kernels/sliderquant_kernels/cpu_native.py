@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # -ffp-contract=off: a fused multiply-add would round otherwise than torch does.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
-_SECONDS = 60
+_SECONDS = 180
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
@@ -53,9 +53,10 @@ def vnni_linear(bits: int) -> Callable[..., int] | None:
 
 @lru_cache(maxsize=1)
 def has_amx() -> bool:
-    """Whether the processor multiplies matrices of bf16 and int8 by AMX, and torch uses it."""
-    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return asked is not None and bool(asked())
+    """Whether the loop of `cpu_vnni.c` multiplies by AMX: the processor has it, the compiler knows it, and the system
+    lets this process use it."""
+    function = _function("cpu_vnni.c", "sliderquant_has_amx", (), "-DBITS=4")
+    return function is not None and bool(function())
 
 
 def _function(source: str, name: str, arguments: tuple[type, ...], *flags: str) -> Callable[..., int] | None:

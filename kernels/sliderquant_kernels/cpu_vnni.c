@@ -1,7 +1,7 @@
 /* Linears on a CPU with AVX512-VNNI, see cpu_vnni.py: tokens are rounded to integers, and multiplied with unsigned codes
  * of the weight in int32, exactly. One instruction (vpdpbusd) multiplies four inputs of 16 rows with those of one row of
  * int8 codes. A token has one such row, or two where its integers have 16 bits: their upper and lower halves. Many tokens
- * are multiplied by AMX, where the processor has it, to the same bits.
+ * are multiplied by AMX, where the processor has it.
  *
  * Without AVX512-VNNI this file defines nothing, and torch's ops take its place.
  */
@@ -129,14 +129,17 @@ static void multiply_part(const Job *job, int64_t part, int64_t parts) {
  * block, it would lie so far apart that it falls into few sets of the caches. */
 #define TILE 16
 
-/* 16 codes in the low bits of words, less their zero-point, times the scale: exact in fp32, as are both products. */
-INLINE __m512 dequantized(__m512i words, __m512 scale, __m512 offset) {
-    if (BITS == 8)
-        return _mm512_fmsub_ps(_mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(255))), scale, offset);
-    const float one = (1 << BITS) > 4 ? 4 : 0, two = (1 << BITS) > 8 ? 8 : 0;
+/* 16 codes in the low bits of words, less their zero-point, times the scale: rounded once. */
+INLINE __m512 dequantized(__m512i words, __m512 zero, __m512 scale) {
+    if (BITS == 8) {
+        const __m512i codes = _mm512_and_si512(words, _mm512_set1_epi32(255));
+        return _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes), zero), scale);
+    }
+    /* What the four lowest bits of a word stand for: of a code of two bits, the two lowest. */
+    const float one = BITS == 2 ? 0 : 4, two = BITS == 2 ? 0 : 8;
     const __m512 codes = _mm512_set_ps(3 + one + two, 2 + one + two, 1 + one + two, one + two, 3 + two, 2 + two, 1 + two,
                                        two, 3 + one, 2 + one, 1 + one, one, 3, 2, 1, 0);
-    return _mm512_fmsub_ps(_mm512_permutexvar_ps(words, codes), scale, offset);
+    return _mm512_mul_ps(_mm512_sub_ps(_mm512_permutexvar_ps(words, codes), zero), scale);
 }
 
 INLINE void store_pair(const Job *job, int64_t place, __m512 low, __m512 high) {
@@ -145,19 +148,17 @@ INLINE void store_pair(const Job *job, int64_t place, __m512 low, __m512 high) {
         _mm512_storeu_ps((float *)job->out + place + LANES, high);
         return;
     }
-#ifdef __AVX512BF16__
-    /* It takes denormals for 0, as whatever multiplies in bf16 does with such a weight. */
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-#else
-    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(low)), to_bf16(high), 1);
-#endif
+    /* The upper halves of all words. */
+    uint16_t odd[2 * LANES];
+    for (int i = 0; i < 2 * LANES; i++) odd[i] = (uint16_t)(2 * i + 1);
+    const __m512i both = _mm512_permutex2var_epi16(rounded_to_bf16(low), _mm512_loadu_si512(odd), rounded_to_bf16(high));
     _mm512_storeu_si512((uint16_t *)job->out + place, both);
 }
 
 static void dequantize_tile(const Job *job, int64_t begin, int64_t end) {
     const int64_t blocks_of_group = job->k_blocks / job->groups, count = end - begin;
     __m512i packed[TILE];
-    __m512 scale[TILE], offset[TILE];
+    __m512 zero[TILE], scale[TILE];
     for (int64_t i = 0; i < job->k_blocks; i++) {
         for (int64_t block = 0; block < count; block++) {
             const int64_t whole = job->first_block + begin + block;
@@ -165,7 +166,7 @@ static void dequantize_tile(const Job *job, int64_t begin, int64_t end) {
             if (i % blocks_of_group) continue;
             const int64_t column = i / blocks_of_group * job->scale_stride + whole * LANES;
             scale[block] = scale_of(job, column, WIDE);
-            offset[block] = _mm512_mul_ps(_mm512_cvtepi32_ps(zero_of(job, column, WIDE)), scale[block]);
+            zero[block] = _mm512_cvtepi32_ps(zero_of(job, column, WIDE));
         }
         for (int64_t input = 0; input < 4 * PLANES; input++) {
             const __m512i shift = _mm512_set1_epi32((int)(8 * (input % 4) + BITS * (input / 4)));
@@ -173,11 +174,11 @@ static void dequantize_tile(const Job *job, int64_t begin, int64_t end) {
             for (; block + 1 < count; block += 2, place += 2 * LANES) {
                 const __m512i low = _mm512_srlv_epi32(packed[block], shift);
                 const __m512i high = _mm512_srlv_epi32(packed[block + 1], shift);
-                store_pair(job, place, dequantized(low, scale[block], offset[block]),
-                           dequantized(high, scale[block + 1], offset[block + 1]));
+                store_pair(job, place, dequantized(low, zero[block], scale[block]),
+                           dequantized(high, zero[block + 1], scale[block + 1]));
             }
             if (block == count) continue;
-            const __m512 last = dequantized(_mm512_srlv_epi32(packed[block], shift), scale[block], offset[block]);
+            const __m512 last = dequantized(_mm512_srlv_epi32(packed[block], shift), zero[block], scale[block]);
             if (job->out_type == FLOAT)
                 _mm512_storeu_ps((float *)job->out + place, last);
             else
@@ -226,6 +227,9 @@ int sliderquant_vnni(const Job *job) {
     free(own.tiles);
     return 0;
 }
+
+/* Whether AMX multiplies here: the processor has it, the compiler knows it, and the system lets this process use it. */
+int sliderquant_has_amx(void) { return has_amx(); }
 
 /* The job for m tokens x [m, k], rounded into memory that is needed no longer than that. Returns 1 without memory. */
 int sliderquant_vnni_linear(const Job *job, const void *x, int64_t m, void *out, int32_t threads) {

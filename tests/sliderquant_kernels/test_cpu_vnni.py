@@ -214,6 +214,20 @@ def _weight_only(n: int = 48, k: int = 128):
     return layout.pack(codes, (torch.rand(n, layout.groups) + 0.1).bfloat16(), zero), layout
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("scale", [1e-39, 1e38])
+def test_weights_of_any_scale_are_rounded_once(bits, scale):
+    """Denormals, and scales beside which a product of the code alone overflows; an odd number of blocks of rows."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2**bits, (48, 64), dtype=torch.uint8, generator=generator)
+    scales, zero = torch.full((48, 2), scale).bfloat16(), torch.full((48, 2), 2 ** (bits - 1), dtype=torch.uint8)
+    layout = WeightLayout("cpu_vnni", bits, 48, 64, 32, False)
+    packed = layout.pack(codes, scales, zero)
+    steps = (codes.float() - 2 ** (bits - 1)) * scales.float().repeat_interleave(32, 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(dequantize(packed, layout, dtype), steps.to(dtype))
+
+
 def test_what_is_not_finite_shows():
     packed, layout = _weight_only()
     x = torch.randn(4, 128).bfloat16()
