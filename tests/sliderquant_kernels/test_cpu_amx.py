@@ -1,8 +1,6 @@
 """The loop of AMX instructions: low-bit linears, which have the bits of the other loop, and weight-only ones, whose
 tokens and integers q - z are exact, so that sums in fp32 are all that rounds."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,27 +19,12 @@ from sliderquant_kernels import (
     weight_only_linear,
 )
 from sliderquant_kernels.cpu_vnni import Rounding
+from tests.sliderquant_kernels.cpu_weights import LOW_BIT, WEIGHT_ONLY, random_weight, weight_only_case
 
 if cpu_native.vnni(4) is None or not cpu_native.has_amx():
     pytest.skip("no AMX, or no C compiler, on this machine", allow_module_level=True)
 
 _NEVER, _ALWAYS = 0, 1
-_LOW_BIT = [
-    (bits, group_size, symmetric)
-    for bits, group_size, symmetric in itertools.product((2, 4, 8), (None, 32, 64, 128), (True, False))
-    if bits != 8 or group_size is None or symmetric
-]
-_WEIGHT_ONLY = list(itertools.product((2, 3, 4, 8), (None, 32, 64, 128), (True, False)))
-
-
-def _weight(scheme, n, k, generator):
-    """Codes `[n, k]`, fp32 scales and zero-points or None of a scheme (bits, group size, symmetric)."""
-    bits, group_size, symmetric = scheme
-    groups = k // group_size if group_size else 1
-    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=generator)
-    scale = torch.rand(n, groups, generator=generator) + 0.01
-    zero = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8, generator=generator)
-    return codes, scale, zero
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +41,7 @@ def _with(amx_tokens, function):
 
 @settings(deadline=None, max_examples=200)
 @given(
-    scheme=st.sampled_from(_LOW_BIT),
+    scheme=st.sampled_from(LOW_BIT),
     n=st.integers(1, 150),
     units=st.integers(1, 11),
     missing=st.sampled_from([0, 1, 3, 15]),
@@ -73,7 +56,7 @@ def test_products_of_codes_have_the_same_bits(scheme, n, units, missing, m, dtyp
     k = units * group_size if group_size else 32 * units - missing
     generator = torch.Generator().manual_seed(seed)
     layout = LowBitLayout("cpu_vnni", bits, n, k, group_size, symmetric)
-    packed = layout.pack(*_weight(scheme, n, k, generator))
+    packed = layout.pack(*random_weight(scheme, n, k, generator))
     x = torch.randn(m, k, generator=generator).to(dtype)
     bias, residual = torch.randn(n, generator=generator).to(dtype), torch.randn(m, n, generator=generator).to(dtype)
     added = ((None, None), (bias, None), (bias, residual))[extras]
@@ -90,7 +73,7 @@ def test_products_of_codes_have_the_same_bits(scheme, n, units, missing, m, dtyp
 
 @settings(deadline=None, max_examples=200)
 @given(
-    scheme=st.sampled_from(_WEIGHT_ONLY),
+    scheme=st.sampled_from(WEIGHT_ONLY),
     n=st.integers(1, 150),
     units=st.integers(1, 11),
     m=st.integers(1, 70),
@@ -100,16 +83,8 @@ def test_products_of_codes_have_the_same_bits(scheme, n, units, missing, m, dtyp
 )
 def test_weight_only(scheme, n, units, m, exponent, extras, seed):
     """Beside the product in fp64: products are exact, sums of k of them are rounded to fp32, the result to bf16."""
-    bits, group_size, symmetric = scheme
-    k = units * (group_size or 32)
-    generator = torch.Generator().manual_seed(seed)
-    codes, scale, zero = _weight(scheme, n, k, generator)
-    scale = scale.bfloat16()
-    layout = WeightLayout("cpu_vnni", bits, n, k, group_size, symmetric)
-    packed = layout.pack(codes, scale, zero)
-    x = (torch.randn(m, k, generator=generator) * torch.randn(k, generator=generator).exp() * 2.0**exponent).bfloat16()
-    bias, residual = torch.randn(n, generator=generator).bfloat16(), torch.randn(m, n, generator=generator).bfloat16()
-    added = ((None, None), (bias, None), (bias, residual))[extras]
+    x, layout, packed, (codes, scale, zero), added = weight_only_case(scheme, n, units, m, exponent, extras, seed)
+    bits, k = layout.bits, layout.k
     got = _with(_ALWAYS, lambda: weight_only_linear(x, packed, layout, *added)).double()
     want = reference.weight_only_linear(x, codes, scale, zero, bits, *added)
     weight = reference.dequantize(codes, scale, zero, bits)
@@ -128,7 +103,7 @@ def test_many_tokens_and_many_inputs_in_several_passes(bits, k, m):
     """More tokens, and more bytes of a row, than stay in a cache at a time."""
     generator = torch.Generator().manual_seed(0)
     n = 48
-    codes, scale, _ = _weight((bits, None, True), n, k, generator)
+    codes, scale, _ = random_weight((bits, None, True), n, k, generator)
     x = torch.randn(m, k, generator=generator)
     tokens = quantize_activations(x, 8, False)
     layout = LowBitLayout("cpu_vnni", bits, n, k, None, True)
@@ -137,7 +112,7 @@ def test_many_tokens_and_many_inputs_in_several_passes(bits, k, m):
     assert torch.equal(got, want)
     for group_size in (None, 128):
         scheme = (bits, group_size, False)
-        codes, scale, zero = _weight(scheme, n, k, generator)
+        codes, scale, zero = random_weight(scheme, n, k, generator)
         scale, layout = scale.bfloat16(), WeightLayout("cpu_vnni", bits, n, k, group_size, False)
         packed = layout.pack(codes, scale, zero)
         got = _with(_ALWAYS, lambda p=packed, u=layout: weight_only_linear(x.bfloat16(), p, u)).double()
@@ -148,7 +123,7 @@ def test_many_tokens_and_many_inputs_in_several_passes(bits, k, m):
 def test_rows_do_not_depend_on_each_other():
     generator = torch.Generator().manual_seed(0)
     layout = WeightLayout("cpu_vnni", 4, 80, 256, 64, False)
-    codes, scale, zero = _weight((4, 64, False), 80, 256, generator)
+    codes, scale, zero = random_weight((4, 64, False), 80, 256, generator)
     packed = layout.pack(codes, scale.bfloat16(), zero)
     x = torch.randn(50, 256, generator=generator).bfloat16()
     x[7, 3], x[40] = float("inf"), float("nan")
@@ -168,7 +143,7 @@ def test_the_loop_runs_where_it_is_meant_to(monkeypatch):
     """The bits of weight-only products tell the two loops apart."""
     generator = torch.Generator().manual_seed(0)
     layout = WeightLayout("cpu_vnni", 4, 512, 1024, 64, False)
-    codes, scale, zero = _weight((4, 64, False), 512, 1024, generator)
+    codes, scale, zero = random_weight((4, 64, False), 512, 1024, generator)
     packed = layout.pack(codes, scale.bfloat16(), zero)
     x = torch.randn(8, 1024, generator=generator).bfloat16()
     never, always = (_with(i, lambda: weight_only_linear(x, packed, layout)) for i in (_NEVER, _ALWAYS))

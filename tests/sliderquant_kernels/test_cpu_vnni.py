@@ -1,8 +1,6 @@
 """The compiled loop of AVX512-VNNI instructions: low-bit linears, which have the bits of torch's ops, and weight-only
 ones, which round tokens to 16 bits a group and are exact but for that."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,26 +23,12 @@ from sliderquant_kernels import (
     weight_only_linear,
 )
 from sliderquant_kernels.cpu_vnni import Rounding
+from tests.sliderquant_kernels.cpu_weights import LOW_BIT, WEIGHT_ONLY, random_weight, weight_only_case
 
 if cpu_native.vnni(4) is None:
     pytest.skip("no AVX512-VNNI, or no C compiler, on this machine", allow_module_level=True)
 
 _FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
-_SCHEMES = [
-    (bits, group_size, symmetric)
-    for bits, group_size, symmetric in itertools.product((2, 4, 8), (None, 32, 64, 128), (True, False))
-    if bits != 8 or group_size is None or symmetric
-]
-
-
-def _random_weight(scheme, n, k, generator):
-    """Codes `[n, k]`, fp32 scales and zero-points or None of a scheme (bits, group size, symmetric)."""
-    bits, group_size, symmetric = scheme
-    groups = k // group_size if group_size else 1
-    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=generator)
-    scale = torch.rand(n, groups, generator=generator) + 0.01
-    zero = None if symmetric else torch.randint(0, 2**bits, (n, groups), dtype=torch.uint8, generator=generator)
-    return codes, scale, zero
 
 
 @settings(deadline=None, max_examples=100)
@@ -73,7 +57,7 @@ def test_tokens_are_rounded_to_the_same_bits(m, k, dtype, bits, symmetric, clip,
 
 @settings(deadline=None, max_examples=150)
 @given(
-    scheme=st.sampled_from(_SCHEMES),
+    scheme=st.sampled_from(LOW_BIT),
     n=st.integers(1, 150),
     units=st.integers(1, 5),
     odd=st.integers(0, 31),
@@ -88,7 +72,7 @@ def test_products_have_the_same_bits(scheme, n, units, odd, m, dtype, x_bits, x_
     bits, group_size, symmetric = scheme
     k = units * group_size if group_size else 32 * units + odd
     generator = torch.Generator().manual_seed(seed)
-    codes, scale, zero = _random_weight(scheme, n, k, generator)
+    codes, scale, zero = random_weight(scheme, n, k, generator)
     rows, blocks = (LowBitLayout(kind, bits, n, k, group_size, symmetric) for kind in ("cpu_int8_rows", "cpu_vnni"))
     x = (torch.randn(m, k, generator=generator) + 0.3).to(dtype)
     bias, residual = torch.randn(n, generator=generator).to(dtype), torch.randn(m, n, generator=generator).to(dtype)
@@ -160,12 +144,9 @@ def test_what_does_not_fit():
         direct_low_bit_linear(packed, other, torch.bfloat16, None, Rounding(8, True, None))
 
 
-_WEIGHT_ONLY = list(itertools.product((2, 3, 4, 8), (None, 32, 64, 128), (True, False)))
-
-
 @settings(deadline=None, max_examples=150)
 @given(
-    scheme=st.sampled_from(_WEIGHT_ONLY),
+    scheme=st.sampled_from(WEIGHT_ONLY),
     n=st.integers(1, 150),
     units=st.integers(1, 7),
     m=st.integers(0, 21),
@@ -176,17 +157,9 @@ _WEIGHT_ONLY = list(itertools.product((2, 3, 4, 8), (None, 32, 64, 128), (True, 
 def test_weight_only(scheme, n, units, m, exponent, extras, seed):
     """Beside the product in fp64: tokens are rounded by half of 1 / 32512 of the largest of their group, the sum of a
     group to fp32 twice, those of all groups once each, and the result to bf16."""
-    bits, group_size, symmetric = scheme
-    k = units * (group_size or 32)
-    generator = torch.Generator().manual_seed(seed)
-    codes, scale, zero = _random_weight(scheme, n, k, generator)
-    scale = scale.bfloat16()
-    layout = WeightLayout("cpu_vnni", bits, n, k, group_size, symmetric)
-    packed = layout.pack(codes, scale, zero)
-    x = torch.randn(m, k, generator=generator) * torch.randn(k, generator=generator).exp() * 2.0**exponent
-    x = torch.where(torch.rand(m, 1, generator=generator) < 0.1, 0, x).bfloat16()
-    bias, residual = torch.randn(n, generator=generator).bfloat16(), torch.randn(m, n, generator=generator).bfloat16()
-    added = ((None, None), (bias, None), (bias, residual))[extras]
+    x, layout, packed, (codes, scale, zero), added = weight_only_case(scheme, n, units, m, exponent, extras, seed)
+    bits, k, group_size = layout.bits, layout.k, layout.group_size
+    x = torch.where(torch.rand(m, 1, generator=torch.Generator().manual_seed(seed)) < 0.1, 0, x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_vnni, "_PRODUCTS_PER_THREAD", 1 << 10)
         patch.setattr(cpu_vnni, "_MIN_AMX_TOKENS", 0)
