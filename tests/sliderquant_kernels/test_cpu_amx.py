@@ -139,7 +139,7 @@ def test_rows_do_not_depend_on_each_other():
     assert torch.equal(invariant[:1], first)
 
 
-def test_the_loop_runs_where_it_is_meant_to(monkeypatch):
+def test_the_loop_runs_where_it_is_meant_to():
     """The bits of weight-only products tell the two loops apart."""
     generator = torch.Generator().manual_seed(0)
     layout = WeightLayout("cpu_vnni", 4, 512, 1024, 64, False)
