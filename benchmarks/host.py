@@ -23,7 +23,6 @@ from sliderquant.modules.linear import PackedLinear
 from sliderquant.quantizer import QuantizedWeight
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import (
-    devices,
     factor_hadamard,
     hadamard,
     hadamard_quantize,
@@ -31,6 +30,7 @@ from sliderquant_kernels import (
     quantize_activations,
     weight_only_linear,
 )
+from sliderquant_kernels.common import devices
 
 SIZE = 256
 TOKENS = 1

@@ -20,8 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from sliderquant.modules import linear as modules
-from sliderquant_kernels import activations, cpu, devices, layout, low_bit_cpu, low_bit_layout
-from sliderquant_kernels.tiles import Device
+from sliderquant_kernels.activations import op as activations
+from sliderquant_kernels.common import devices
+from sliderquant_kernels.common.choices import Device
+from sliderquant_kernels.low_bit import cpu as low_bit_cpu
+from sliderquant_kernels.low_bit import layout as low_bit_layout
+from sliderquant_kernels.weight_only import cpu, layout
 
 __all__ = ["LAUNCHES", "stubbed_gpu"]
 
@@ -72,7 +76,10 @@ def stubbed_gpu() -> Iterator[None]:
     Raises:
         RuntimeError: TRITON_INTERPRET is set: kernels are interpreted and never launched.
     """
-    from sliderquant_kernels import activations_triton, hadamard_launch, low_bit_launch, weight_only_triton
+    from sliderquant_kernels.activations import kernels as activations_triton
+    from sliderquant_kernels.low_bit import launch as low_bit_launch
+    from sliderquant_kernels.rotation import launch as hadamard_launch
+    from sliderquant_kernels.weight_only import launch as weight_only_triton
 
     if not isinstance(activations_triton.quantize_kernel, triton.JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, and nothing is launched; unset it")
@@ -93,7 +100,7 @@ def stubbed_gpu() -> Iterator[None]:
         replace(cpu, "weight_only_linear", lambda x, w, s, z, bias, residual, of, invariant:
                 weight_only_triton.weight_only_linear(x, w, s, bias, residual, of, None, invariant))  # fmt: skip
         replace(low_bit_cpu, "low_bit_linear", low_bit_launch.low_bit_linear)
-        hadamard = importlib.import_module("sliderquant_kernels.hadamard")  # the package has a function of this name
+        hadamard = importlib.import_module("sliderquant_kernels.rotation.op")  # the package has a function of this name
         library = torch.library.Library("sliderquant_kernels", "IMPL")
         stack.callback(library._destroy)
         for name, function in (

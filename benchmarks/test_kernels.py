@@ -12,7 +12,7 @@ import torch
 from benchmarks.kernels.machine import installed
 from benchmarks.kernels.measure import setup
 from benchmarks.kernels.ops import OPS
-from sliderquant_kernels.timing import Cuda, Settings
+from sliderquant_kernels.tools.timing import Cuda, Settings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TASKS = [task for op in OPS.values() for task in op.plan("quick" if DEVICE == "cuda" else "tiny", DEVICE).timings]

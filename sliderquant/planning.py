@@ -11,13 +11,7 @@ from sliderquant.allocation import Allocation, bits_by_kind, check_average_bits
 from sliderquant.checkpoint.config import Entry
 from sliderquant.checkpoint.readers import Reader, readers
 from sliderquant.errors import InputError
-from sliderquant.memory import (
-    choosing_files,
-    choosing_memory,
-    optimizer_bytes,
-    refining_memory,
-    trying_memory,
-)
+from sliderquant.memory import choosing_files, choosing_memory, optimizer_bytes, refining_memory, trying_memory
 from sliderquant.methods import Method, check_scheme
 from sliderquant.models.source import ModelSource
 from sliderquant.one_shot_settings import OneShotSettings
@@ -26,7 +20,7 @@ from sliderquant.rotation_choice import RotationChoice, check_rotation_seeds
 from sliderquant.schemes import Scheme
 from sliderquant.settings import Settings
 from sliderquant.windows import Window, schedule
-from sliderquant_kernels.activations import MAX_K
+from sliderquant_kernels.activations.op import MAX_K
 
 __all__ = ["Plan", "make_plan"]
 

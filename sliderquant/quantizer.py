@@ -9,7 +9,7 @@ a group, `low <= 0 <= high`, and b bits:
     value        w^ = (q - z) * s
 
 Activations of 4 or 8 bits are rounded while the model runs, each token `[in]` to its own grid, with an fp32 scale and
-codes from -2^(b-1): by the formulas of `sliderquant_kernels.activations`.
+codes from -2^(b-1): by the formulas of `sliderquant_kernels.activations.op`.
 
 Invariant: the scale is rounded to the dtype in which it is stored *before* it is used and the zero-point is a code, so
 that what is trained is what is stored. `(q - z) * s` is exact in fp32: |q - z| < 2^8 and s has at most 11 bits of

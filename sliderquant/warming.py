@@ -57,7 +57,7 @@ def warm_up(
         InputError: an argument is not a positive number, or not a list of them.
     """
     # Not at the top: they import Triton, which a CPU does without.
-    from sliderquant_kernels.warming import compile_jobs, recorded_jobs
+    from sliderquant_kernels.tools.warming import compile_jobs, recorded_jobs
 
     for name, numbers in (
         ("tokens", tokens),

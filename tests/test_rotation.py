@@ -13,7 +13,7 @@ from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models.source import open_model
 from sliderquant.modules import insert_rotations, round_attention
 from sliderquant.rotation import ROTATIONS, RotatedSource, Rotation, Rotations, fold_linear, random_signs, rotate
-from sliderquant_kernels.hadamard_matrix import factor_hadamard
+from sliderquant_kernels.rotation.matrix import factor_hadamard
 
 CPU = torch.device("cpu")
 

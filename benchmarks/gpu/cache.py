@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
-from sliderquant_kernels.ptxas import own_ptxas
+from sliderquant_kernels.common.ptxas import own_ptxas
 
 from .cache_kernels import kernel_of, source_digests
 
@@ -71,7 +71,8 @@ class Manifest:
 def environment(folder: Path) -> dict[str, str]:
     """The variables of processes that use a cache, or build it.
 
-    The ptxas is the one that `sliderquant_kernels.ptxas` pins: here for processes too that import something else first.
+    The ptxas is the one that `common.ptxas` of the kernels pins: here for processes too that import something else
+    first.
     """
     variables = {"TRITON_CACHE_DIR": str(folder)}
     if (ptxas := own_ptxas()) is not None:

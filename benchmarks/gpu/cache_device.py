@@ -299,7 +299,7 @@ def absent_gpu(note: Callable[[Any, Any, Any], None], largest: int = 1 << 26) ->
 
 def _stand_in(replace: Callable[[Any, str, Any], None]) -> None:
     """What the kernels have taken from torch when they were imported; they must not see what stands for the GPU."""
-    from sliderquant_kernels import devices
+    from sliderquant_kernels.common import devices
 
     replace(devices, "current_device", lambda: 0)
     replace(devices, "raw_stream", lambda index: 0)

@@ -28,9 +28,9 @@ __all__ = ["SOURCES", "record"]
 ROOT = Path(__file__).resolve().parents[2]
 # Tests that launch kernels where there is a GPU, and mostly skip where there is none.
 TESTS = (
-    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "sliderquant_kernels").glob("test_gpu*.py"))),
-    "tests/sliderquant_kernels/test_decode_attention.py",
-    "tests/sliderquant_kernels/test_elementwise.py",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests" / "sliderquant_kernels").rglob("test_gpu*.py"))),
+    "tests/sliderquant_kernels/attention/test_op.py",
+    "tests/sliderquant_kernels/elementwise/test_op.py",
     "tests/decoding/test_gpu_decoding.py",
     "tests/modules/test_linear.py::test_a_move_to_a_gpu_packs_again",
     "tests/checkpoint/test_loaded_models.py::test_load_on_a_gpu",
@@ -91,10 +91,11 @@ def benchmark() -> Iterator[Line]:
 def tune() -> Iterator[Line]:
     """The candidates of the phase `tune`."""
     from benchmarks.gpu.tune import TOKENS, WEIGHTS
-    from sliderquant_kernels.launches import compile_launch, describe_launch
-    from sliderquant_kernels.problems import Case
-    from sliderquant_kernels.tiles import Device, Problem
-    from sliderquant_kernels.tune import candidates
+    from sliderquant_kernels.common.choices import Device, Problem
+    from sliderquant_kernels.common.compiling import compile_launch
+    from sliderquant_kernels.tools.launches import describe_launch
+    from sliderquant_kernels.tools.problems import Case
+    from sliderquant_kernels.tools.tune import candidates
 
     kernels: set[str] = set()
     with absent_gpu(lambda *compiled: kernels.add(text_of(*compiled))):

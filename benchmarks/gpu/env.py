@@ -16,8 +16,9 @@ from benchmarks.kernels.case import DTYPES
 from benchmarks.kernels.weight_only.operands import WeightScheme
 from benchmarks.kernels.weight_only.plan import plan
 from benchmarks.kernels.weight_only.providers.ours import CHOSEN
-from sliderquant_kernels.estimate import MAX_TOKENS, estimate
-from sliderquant_kernels.tiles import Device, Problem, choose, family
+from sliderquant_kernels.common.choices import Device, Problem, family
+from sliderquant_kernels.weight_only.estimate import MAX_TOKENS, estimate
+from sliderquant_kernels.weight_only.tiles import choose
 
 from .context import Context
 

@@ -19,12 +19,12 @@ __all__ = [
 
 # The tests that need a GPU, and the families without which a file tells nothing.
 TEST_FILES = {
-    "tests/sliderquant_kernels/test_gpu.py": ("weight_only_linear",),
-    "tests/sliderquant_kernels/test_gpu_low_bit.py": ("low_bit_linear", "quantize_activations"),
-    "tests/sliderquant_kernels/test_gpu_hadamard.py": ("hadamard",),
-    "tests/sliderquant_kernels/test_gpu_launches.py": ("graphs",),
-    "tests/sliderquant_kernels/test_elementwise.py": ("elementwise",),
-    "tests/sliderquant_kernels/test_decode_attention.py": ("decode_attention",),
+    "tests/sliderquant_kernels/weight_only/test_gpu.py": ("weight_only_linear",),
+    "tests/sliderquant_kernels/low_bit/test_gpu.py": ("low_bit_linear", "quantize_activations"),
+    "tests/sliderquant_kernels/rotation/test_gpu.py": ("hadamard",),
+    "tests/sliderquant_kernels/common/test_gpu_launches.py": ("graphs",),
+    "tests/sliderquant_kernels/elementwise/test_op.py": ("elementwise",),
+    "tests/sliderquant_kernels/attention/test_op.py": ("decode_attention",),
     "tests/decoding/test_gpu_decoding.py": ("graphs", "elementwise", "decode_attention"),
     # Of these files the others need none.
     "tests/modules/test_linear.py::test_a_move_to_a_gpu_packs_again": ("weight_only_linear", "low_bit_linear"),

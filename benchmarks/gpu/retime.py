@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sliderquant_kernels.tune import retime
-from sliderquant_kernels.tune_candidates import bare
+from sliderquant_kernels.tools.tune import retime
+from sliderquant_kernels.tools.tune_candidates import bare
 
 from .context import Context, OutOfTime
 from .tune import Place, name_of

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from benchmarks.kernels import floors
-from sliderquant_kernels import timing
-from sliderquant_kernels.timing import Settings, in_graphs, in_turns, quantiles
+from sliderquant_kernels.tools import timing
+from sliderquant_kernels.tools.timing import Settings, in_graphs, in_turns, quantiles
 
 from .context import Context
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sliderquant_kernels import LowBitLayout, QuantizedActivations, WeightLayout, factor_hadamard, reference
-from sliderquant_kernels.launch_plan import PlanCache
-from sliderquant_kernels.tiles import Choice
-from sliderquant_kernels.tune_measure import chosen
+from sliderquant_kernels.common.choices import Choice
+from sliderquant_kernels.common.launch_plan import PlanCache
+from sliderquant_kernels.tools.tune_measure import chosen
 
 __all__ = ["CASES", "Case", "Check"]
 
@@ -82,7 +82,7 @@ def _weight(device: torch.device, bits: int, n: int, k: int, groups: int, symmet
 
 def _weight_only(bits: int, variant: str | None, choice: Choice | None, invariant: bool = False) -> Callable:
     def make(device: torch.device) -> Check:
-        from sliderquant_kernels import weight_only_triton as launch
+        from sliderquant_kernels.weight_only import launch
 
         n, k = _sizes(device)
         layout = WeightLayout("triton", bits, n, k, 128, False)
@@ -103,7 +103,7 @@ def _weight_only(bits: int, variant: str | None, choice: Choice | None, invarian
 
 def _low_bit(bits: int, variant: str) -> Callable:
     def make(device: torch.device) -> Check:
-        from sliderquant_kernels import low_bit_launch as launch
+        from sliderquant_kernels.low_bit import launch
 
         n, k = _sizes(device)
         layout = LowBitLayout("triton_int8", bits, n, k, None, False)
@@ -141,7 +141,7 @@ def _codes_tolerance(bits: int, lost: float, count: int) -> float:
 
 def _quantize(bits: int, before: str) -> Callable:
     def make(device: torch.device) -> Check:
-        from sliderquant_kernels import activations_triton as launch
+        from sliderquant_kernels.activations import kernels as launch
 
         k = _sizes(device)[1]
         x, gate, norm = _random(device, M, k), _random(device, M, k, seed=2), _random(device, k, seed=5).abs()
@@ -172,7 +172,7 @@ _ROTATIONS = {"rows": 64, "row": 1024, "leading": 4816, "quantized": 1024}
 
 def _hadamard(name: str) -> Callable:
     def make(device: torch.device) -> Check:
-        from sliderquant_kernels import hadamard_launch as launch
+        from sliderquant_kernels.rotation import launch
 
         n = _ROTATIONS[name]
         # The interpreter goes token by token through thousands of columns.
@@ -193,7 +193,7 @@ def _hadamard(name: str) -> Callable:
 
 def _elementwise(name: str) -> Callable:
     def make(device: torch.device) -> Check:
-        from sliderquant_kernels import elementwise_triton as launch
+        from sliderquant_kernels.elementwise import kernels as launch
 
         x, other = _random(device, M, 1000), _random(device, M, 1000, seed=2)
         if name == "rms_norm":
@@ -216,7 +216,7 @@ def _elementwise(name: str) -> Callable:
 
 
 def _attention(device: torch.device) -> Check:
-    from sliderquant_kernels import decode_attention_triton as launch
+    from sliderquant_kernels.attention import kernels as launch
 
     length, capacity = 300, 512
     q, keys, values = (_random(device, 2, heads, size, 64, seed=seed)

@@ -25,7 +25,7 @@ TEST_SECONDS, COLD_TEST_SECONDS = 40, 90
 # pytest's exit codes: all passed, some failed, nothing was left to run.
 FINISHED = (0, 1, 5)
 # One file is enough to see that the phase works, and these tests run without a GPU too.
-REHEARSED = ("tests/sliderquant_kernels/test_elementwise.py", "tests/sliderquant_kernels/test_gpu_low_bit.py")
+REHEARSED = ("tests/sliderquant_kernels/elementwise/test_op.py", "tests/sliderquant_kernels/low_bit/test_gpu.py")
 
 
 def run(context: Context) -> None:

@@ -16,11 +16,11 @@ import triton
 
 from benchmarks.kernels import machine
 from benchmarks.kernels.weight_only.providers.ours import tile_text
-from sliderquant_kernels import tuned
-from sliderquant_kernels.tiles import Choice, Device, Problem
-from sliderquant_kernels.tune import tune
-from sliderquant_kernels.tune_measure import DeviceLost, Failure, GpuMeasurer, Measurer
-from sliderquant_kernels.tune_outcomes import Outcome, read_outcomes
+from sliderquant_kernels.common.choices import Choice, Device, Problem
+from sliderquant_kernels.tools.tune import tune
+from sliderquant_kernels.tools.tune_measure import DeviceLost, Failure, GpuMeasurer, Measurer
+from sliderquant_kernels.tools.tune_outcomes import Outcome, read_outcomes
+from sliderquant_kernels.weight_only import tuned
 
 from .context import Context, OutOfTime
 

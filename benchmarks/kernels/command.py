@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import results
-from sliderquant_kernels.timing import Settings
+from sliderquant_kernels.tools.timing import Settings
 
 from . import figures, machine
 from .case import Goal, Op, Plan, Provider, Task

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sliderquant_kernels.timing import Cuda, Device, Settings, in_graphs, in_turns, quantiles
+from sliderquant_kernels.tools.timing import Cuda, Device, Settings, in_graphs, in_turns, quantiles
 
 __all__ = ["Floors", "measure"]
 

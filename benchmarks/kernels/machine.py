@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import sliderquant_kernels
-from sliderquant_kernels import tiles
+from sliderquant_kernels.common import choices
 
 __all__ = ["cache_bytes", "clocks", "current_device", "describe", "installed", "versions"]
 
@@ -56,10 +56,10 @@ def versions() -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def current_device() -> tiles.Device:
+def current_device() -> choices.Device:
     """The current CUDA device as the kernels' rules know it."""
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return tiles.Device(10 * found.major + found.minor, found.multi_processor_count, found.name)
+    return choices.Device(10 * found.major + found.minor, found.multi_processor_count, found.name)
 
 
 def installed(distribution: str) -> str | None:
@@ -94,6 +94,6 @@ def clocks() -> dict[str, str] | None:
 
 def _source_digest(package: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".json")):
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".json", ".c", ".h")):
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]

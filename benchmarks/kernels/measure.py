@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sliderquant_kernels.timing import (
+from sliderquant_kernels.tools.timing import (
     Call,
     Cuda,
     Settings,

@@ -8,15 +8,17 @@ Depends on torch, and on triton for CUDA. `reference` says what is computed, `in
 that are not there.
 """
 
-from .activations import QuantizedActivations, quantize_activations
-from .elementwise import rms_norm, rotary, silu_mul
-from .hadamard import hadamard, hadamard_quantize, prepare_hadamard
-from .hadamard_matrix import HadamardTransform, factor_hadamard
-from .layout import PackedWeight, WeightLayout, choose_layout
-from .low_bit import direct_low_bit_linear, low_bit_linear
-from .low_bit_layout import LowBitLayout, choose_low_bit_layout
-from .ptxas import pin_ptxas
-from .weight_only import dequantize, direct_linear, weight_only_linear
+from .activations.op import quantize_activations
+from .common.layout import PackedWeight
+from .common.ptxas import pin_ptxas
+from .common.quantized import QuantizedActivations
+from .elementwise.op import rms_norm, rotary, silu_mul
+from .low_bit.layout import LowBitLayout, choose_low_bit_layout
+from .low_bit.op import direct_low_bit_linear, low_bit_linear
+from .rotation.matrix import HadamardTransform, factor_hadamard
+from .rotation.op import hadamard, hadamard_quantize, prepare_hadamard
+from .weight_only.layout import WeightLayout, choose_layout
+from .weight_only.op import dequantize, direct_linear, weight_only_linear
 
 # Before anything is compiled, by whomever.
 pin_ptxas()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .hadamard_matrix import HadamardTransform
+from .rotation.matrix import HadamardTransform
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
@@ -48,7 +48,7 @@ def magnitude(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None
 def quantize_activations(
     x: Tensor, bits: int, symmetric: bool, clip: tuple[float, float] = (1.0, 1.0)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x `[..., K]` -> codes, scale, zero-point in fp64: the formulas of `activations`, with no rounding but theirs."""
+    """x `[..., K]` -> codes, scale, zero-point in fp64: as `activations.op`, with no rounding but its own."""
     low_code, high_code = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     x = x.double()
     low, high = x.amin(-1, keepdim=True).clamp(max=0) * clip[0], x.amax(-1, keepdim=True).clamp(min=0) * clip[1]

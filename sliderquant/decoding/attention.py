@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from sliderquant.decoding.cache import Slot
-from sliderquant_kernels import decode_attention
+from sliderquant_kernels.attention import op as decode_attention
 
 __all__ = ["attend_over"]
 

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer between its linears, by one kernel each (`sliderquant_kernels.elementwise`).
+"""The parts of a decoder layer between its linears, by one kernel each (`sliderquant_kernels.elementwise.op`).
 
 The modules keep their places, classes and tensors; their `forward` is replaced, on the instance.
 """

@@ -29,9 +29,9 @@ from sliderquant_kernels import (
     quantize_activations,
     weight_only_linear,
 )
-from sliderquant_kernels.activations import MAX_K
-from sliderquant_kernels.cpu_vnni import Rounding
-from sliderquant_kernels.weight_only import DirectLinear
+from sliderquant_kernels.activations.op import MAX_K
+from sliderquant_kernels.common.direct import DirectLinear
+from sliderquant_kernels.cpu.vnni import Rounding
 
 __all__ = ["PackedLinear", "QuantizedLinear", "layout_for"]
 

@@ -15,7 +15,8 @@ from benchmarks.kernels.floors import Floors
 from benchmarks.kernels.measure import Measurer
 from benchmarks.kernels.ops import OPS
 from benchmarks.kernels.weight_only.providers import ours
-from sliderquant_kernels import tiles
+from sliderquant_kernels.common import choices
+from sliderquant_kernels.weight_only import tiles
 
 MACHINE = {"gpu": "Fake GPU", "threads": 1, "cores": 16, "cpu": "x86", "memory_bytes": 80e9}
 VARIANT_OF = {"sliderquant": None, **{ours.name_of(variant): variant for variant in tiles.VARIANTS}}
@@ -98,7 +99,7 @@ def fake_gpu(arguments, in_this_process, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Fake GPU")
     monkeypatch.setattr(command, "setup", FakeGpu)
     monkeypatch.setattr(FakeGpu, "asked", [], raising=False)
-    monkeypatch.setattr(ours, "current_device", lambda: tiles.Device.typical(90))
+    monkeypatch.setattr(ours, "current_device", lambda: choices.Device.typical(90))
     monkeypatch.setattr("benchmarks.kernels.machine.installed", lambda name: None if "==" in name else "1.0")
     return FakeGpu.asked
 

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.kernels import floors
 from benchmarks.kernels.floors import Floors
-from sliderquant_kernels.timing import Settings, Timing
+from sliderquant_kernels.tools.timing import Settings, Timing
 
 SIZE = 1 << 20
 

@@ -17,7 +17,7 @@ import triton
 from benchmarks.gpu import cache
 from benchmarks.gpu.cache import CacheError, Manifest
 
-TEXT = json.dumps({"module": "sliderquant_kernels.elementwise_triton", "name": "rms_norm_kernel"})
+TEXT = json.dumps({"module": "sliderquant_kernels.elementwise.kernels", "name": "rms_norm_kernel"})
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_what_is_built(built: SimpleNamespace) -> None:
     assert "some: 2 kernels from 1 of 1" in built.said
     found = cache.manifest(built.file)
     assert (found.kernels, found.arch, found.folder) == (2, 90, str(built.folder))
-    assert list(found.sources) == ["sliderquant_kernels.elementwise_triton.rms_norm_kernel"]
+    assert list(found.sources) == ["sliderquant_kernels.elementwise.kernels.rms_norm_kernel"]
     aligned = ["divisibility" in str(json.loads(text)["attributes"]) for text in cache.texts(built.file)]
     assert len(aligned) == 2
     kernels = [json.loads(text) for text in cache.texts(built.file)]
@@ -118,7 +118,8 @@ def test_a_kernel_that_is_missing(built: SimpleNamespace, tmp_path: Path) -> Non
     assert "1 hits, 1 misses" in done.stdout
     assert "rms_norm_kernel: 1 would be compiled anew" in done.stdout
     assert (
-        "changed since it was built, or moved in their files: sliderquant_kernels.elementwise_triton.rms" in done.stdout
+        "changed since it was built, or moved in their files: sliderquant_kernels.elementwise.kernels.rms"
+        in done.stdout
     )
 
 

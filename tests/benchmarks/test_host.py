@@ -13,7 +13,8 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import host, host_stub
-from sliderquant_kernels import activations_triton, devices
+from sliderquant_kernels.activations import kernels as activations_triton
+from sliderquant_kernels.common import devices
 
 ROOT = Path(host.__file__).parent.parent
 
@@ -155,9 +156,9 @@ compiler.ASTSource.hash = lambda source: keys.append(key_of(source)) or keys[-1]
 
 from benchmarks.host_stub import stubbed_gpu
 from sliderquant_kernels import WeightLayout, weight_only_linear
-from sliderquant_kernels.launches import compile_launch, describe_launch
-from sliderquant_kernels.problems import Case
-from sliderquant_kernels.tiles import Problem
+from sliderquant_kernels.tools.launches import compile_launch, describe_launch
+from sliderquant_kernels.tools.problems import Case
+from sliderquant_kernels.weight_only.tiles import Problem
 
 for n, k in ((256, 256), (40, 520)):
     with stubbed_gpu():

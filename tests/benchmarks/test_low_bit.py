@@ -17,7 +17,10 @@ from benchmarks.kernels.low_bit.schemes import ActivationScheme, LowBitScheme
 from benchmarks.kernels.ops import OPS
 from benchmarks.kernels.shapes import Layer
 from benchmarks.kernels.weight_only.plan import TOKENS
-from sliderquant_kernels import LowBitLayout, activations, low_bit_tiles, reference, tiles
+from sliderquant_kernels import LowBitLayout, reference
+from sliderquant_kernels.activations import op as activations
+from sliderquant_kernels.common import choices
+from sliderquant_kernels.low_bit import tiles as low_bit_tiles
 
 CPU = torch.device("cpu")
 
@@ -378,7 +381,7 @@ def test_what_stands_before_a_layer(name, fused):
 
 
 def test_variants_are_told_apart_where_they_compile(monkeypatch):
-    monkeypatch.setattr(providers, "current_device", lambda: tiles.Device.typical(90))
+    monkeypatch.setattr(providers, "current_device", lambda: choices.Device.typical(90))
 
     def key(m, scheme="W4A4", provider="sliderquant", dtype="bf16"):
         return linear.PROVIDERS[provider].compilation(Case(linear.NAME, "", (4096, 4096), m, scheme, dtype))
@@ -398,7 +401,7 @@ def test_variants_are_told_apart_where_they_compile(monkeypatch):
 def test_the_kernel_is_named():
     layout = LowBitLayout("triton_int8", 4, 28672, 4096, None, False)
     for m, variant in ((1, "warp_k"), (64, "rows"), (4096, "tiles")):
-        chosen = providers.choice(m, layout, None, tiles.Device.typical(90))
+        chosen = providers.choice(m, layout, None, choices.Device.typical(90))
         assert providers.describe(chosen).startswith(f"{variant} {chosen.block_m} x ")
         assert providers.describe(chosen).endswith(chosen.reason)
 

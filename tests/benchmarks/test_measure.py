@@ -11,7 +11,7 @@ from benchmarks.kernels.checking import Expected
 from benchmarks.kernels.floors import Floors
 from benchmarks.kernels.measure import Measurer
 from benchmarks.kernels.workers import Fatal
-from sliderquant_kernels.timing import Settings
+from sliderquant_kernels.tools.timing import Settings
 
 QUICK = Settings(budget_us=1000, fewest_samples=3, most_samples=3)
 

@@ -9,7 +9,7 @@ from benchmarks.kernels.weight_only import BASELINE, PROVIDERS, plan, subsets
 from benchmarks.kernels.weight_only.operands import WeightScheme
 from benchmarks.kernels.weight_only.plan import TOKENS
 from benchmarks.kernels.weight_only.providers.ours import CHOSEN, MOST_TOKENS, name_of
-from sliderquant_kernels import tiles
+from sliderquant_kernels.weight_only import tiles
 
 
 def test_tokens_are_the_powers_of_two_to_8192():

@@ -14,7 +14,8 @@ from benchmarks.kernels.case import Case, Unsupported
 from benchmarks.kernels.checking import compare
 from benchmarks.kernels.weight_only import PROVIDERS
 from benchmarks.kernels.weight_only.providers import bitsandbytes, conch, ours, torch_int4, torchao
-from sliderquant_kernels import tiles, workspace
+from sliderquant_kernels.common import choices, workspace
+from sliderquant_kernels.weight_only import tiles
 
 SCHEMES = ["W4A16-g128", "W4A16-g64-sym", "W2A16-g128", "W8A16", "W3A16-g32"]
 
@@ -214,9 +215,9 @@ def test_every_peer_names_its_package():
     ("m", "variant", "rounded"), [(1, None, 0), (16, "warp_k", 0), (64, "rows", 0), (4096, None, 1), (1, "dense", 1)]
 )
 def test_ours_is_held_to_the_arithmetic_of_the_kernel_that_is_launched(m, variant, rounded):
-    problem = tiles.Problem(m, 4096, 4096, 4, 128, False, torch.bfloat16)
-    chosen = ours.choice(problem, variant, tiles.Device.typical(90))
-    assert chosen == tiles.choose(problem, tiles.Device.typical(90), variant)
+    problem = choices.Problem(m, 4096, 4096, 4, 128, False, torch.bfloat16)
+    chosen = ours.choice(problem, variant, choices.Device.typical(90))
+    assert chosen == tiles.choose(problem, choices.Device.typical(90), variant)
     assert (chosen.variant == "dense") == bool(rounded)
     assert ours.arithmetic(chosen).weight_roundings == rounded
     assert ours.describe(chosen).startswith(f"{chosen.variant} {chosen.block_m} x" if chosen.num_warps else "dense: ")
@@ -225,7 +226,7 @@ def test_ours_is_held_to_the_arithmetic_of_the_kernel_that_is_launched(m, varian
 
 def test_what_ours_compiles_is_told_apart(monkeypatch):
     def choose(problem, variant):
-        return tiles.Choice(variant or "warp_k", 8 if problem.m <= 8 else 16, reason=f"for {problem.m}")
+        return choices.Choice(variant or "warp_k", 8 if problem.m <= 8 else 16, reason=f"for {problem.m}")
 
     def key(m, variant=None, shape=(4096, 4096), scheme="W4A16-g128", dtype="bf16"):
         return ours.compilation(Case(weight_only.NAME, "", shape, m, scheme, dtype), variant)

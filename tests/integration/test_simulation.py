@@ -157,7 +157,9 @@ def test_rounded_to_nearest(quantize, original, tmp_path, rotate):
 @pytest.mark.parametrize("scheme", ["W4A4KV4", "W2A8KV8-g32"])
 def test_on_the_triton_kernels(quantize, monkeypatch, scheme, rotate):
     pytest.importorskip("triton")
-    from sliderquant_kernels import activations_triton, hadamard_launch, low_bit_launch
+    from sliderquant_kernels.activations import kernels as activations_triton
+    from sliderquant_kernels.low_bit import launch as low_bit_launch
+    from sliderquant_kernels.rotation import launch as hadamard_launch
 
     if not low_bit_launch.INTERPRETED:
         pytest.skip("the kernels were imported without TRITON_INTERPRET=1; the GPU tests run them")

@@ -14,18 +14,15 @@ import torch
 from torch import nn
 
 from sliderquant.errors import InputError
-from sliderquant.modules import (
-    MergedLinear,
-    PackedLinear,
-    merge_linears,
-)
+from sliderquant.modules import MergedLinear, PackedLinear, merge_linears
 from sliderquant.modules import linear as linear_module
 from sliderquant.modules.merged import can_merge
 from sliderquant.quantizer import QuantizedWeight, round_to_nearest
 from sliderquant.schemes import Scheme
-from sliderquant_kernels import cpu_native, quantize_activations
-from sliderquant_kernels.cpu import DirectLinear
-from sliderquant_kernels.cpu_vnni import DirectVnniLinear
+from sliderquant_kernels import quantize_activations
+from sliderquant_kernels.cpu import native as cpu_native
+from sliderquant_kernels.cpu.vnni import DirectVnniLinear
+from sliderquant_kernels.weight_only.cpu import DirectLinear
 
 IN, SIZES = 64, (64, 32, 48)
 NAMES = ("q_proj", "k_proj", "v_proj")

@@ -14,7 +14,7 @@ from sliderquant.modules import OnlineRotation, PackedLinear, RotatedLinear, ins
 from sliderquant.quantizer import round_to_nearest
 from sliderquant.rotation import Rotation, Rotations, random_signs
 from sliderquant.schemes import Scheme
-from sliderquant_kernels.hadamard_matrix import factor_hadamard
+from sliderquant_kernels.rotation.matrix import factor_hadamard
 
 
 def rotation_of(size, seed=0):

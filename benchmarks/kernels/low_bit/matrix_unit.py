@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sliderquant_kernels.sass import disassemble
+from sliderquant_kernels.tools.sass import disassemble
 
 __all__ = ["WAYS", "Figures", "Way", "compile_way"]
 

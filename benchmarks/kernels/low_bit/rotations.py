@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sliderquant_kernels import HadamardTransform
-from sliderquant_kernels.hadamard_matrix import hadamard_matrix
-from sliderquant_kernels.hadamard_tiles import choose_hadamard
-from sliderquant_kernels.tiles import Device
+from sliderquant_kernels.common.choices import Device
+from sliderquant_kernels.rotation.matrix import hadamard_matrix
+from sliderquant_kernels.rotation.tiles import choose_hadamard
 
 from ..checking import SIGMAS, UNIT_ROUNDOFF
 from . import inputs

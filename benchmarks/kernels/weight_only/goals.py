@@ -15,8 +15,9 @@ Row = dict[str, Any]
 LARGE, MEDIUM = 60e6, 30e6
 W2_SCHEME, W3_SCHEME = "W2A16-g128", "W3A16-g128"
 # An H200 has slots for 110 instructions of a thread per 16 packed bytes at its full bandwidth, and keeps 58% of them
-# busy (`estimate`). One token takes 113 at 2 bits, 94 at 3 and 63 at 4: at most 0.56, 0.68 and, where memory decides,
-# 0.86 of the bandwidth, so that 2 bits can be 2 * 0.56 / 0.86 = 1.3 times as fast as 4, and 3 bits 1.05 times.
+# busy (`weight_only.estimate`). One token takes 113 at 2 bits, 94 at 3 and 63 at 4: at most 0.56, 0.68 and, where
+# memory decides, 0.86 of the bandwidth, so that 2 bits can be
+# 2 * 0.56 / 0.86 = 1.3 times as fast as 4, and 3 bits 1.05 times.
 W2_OVER_W4, W3_OVER_W4 = 1.25, 1.0
 
 

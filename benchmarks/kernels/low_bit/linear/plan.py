@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
-from sliderquant_kernels import low_bit_tiles
+from sliderquant_kernels.low_bit import tiles as low_bit_tiles
 
 from ... import shapes
 from ...case import Case, Plan, Task, timings

@@ -20,10 +20,10 @@ from sliderquant_kernels import (
     hadamard,
     hadamard_quantize,
     low_bit_linear,
-    low_bit_tiles,
     quantize_activations,
-    tiles,
 )
+from sliderquant_kernels.common import choices
+from sliderquant_kernels.low_bit import tiles as low_bit_tiles
 
 from ...case import Case, Prepared, Provider
 from ...machine import current_device
@@ -115,16 +115,16 @@ def quantized(
     return quantize(x[1], gate=x[0])
 
 
-def choice(m: int, layout: LowBitLayout, variant: str | None, device: tiles.Device | None = None) -> tiles.Choice:
+def choice(m: int, layout: LowBitLayout, variant: str | None, device: choices.Device | None = None) -> choices.Choice:
     """What the op launches on the current device, or another one."""
-    from sliderquant_kernels.weight_only_triton import FEWEST_TOKENS as fewest  # A CPU does without Triton.
+    from sliderquant_kernels.common.launching import FEWEST_TOKENS as fewest  # A CPU does without Triton.
 
     return low_bit_tiles.choose_low_bit(
         max(m, fewest), layout.n, layout.k, layout.bits, layout.group_size, device or current_device(), variant
     )
 
 
-def describe(chosen: tiles.Choice) -> str:
+def describe(chosen: choices.Choice) -> str:
     """The kernel, its tile, and the reason."""
     tile = f"{chosen.block_m} x {16 * chosen.row_blocks}, {chosen.num_warps} warps, {chosen.num_stages} stages"
     return f"{chosen.variant} {tile}: {chosen.reason}"

@@ -10,7 +10,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, tiles, tuned, weight_only_linear, workspace
+from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, weight_only_linear
+from sliderquant_kernels.common import choices, workspace
+from sliderquant_kernels.weight_only import tiles, tuned
 
 from ...case import DTYPES, Arithmetic, Case, Prepared, Provider
 from ...machine import current_device
@@ -38,13 +40,13 @@ def prepare(weight: Operands, variant: str | None = None) -> Prepared:
     if device.type == "cpu":
         return Prepared(tensors, call, lambda m: _cpu_arithmetic(layout))
 
-    def choose(m: int) -> tiles.Choice:
+    def choose(m: int) -> choices.Choice:
         return choice(_problem(layout, weight.dtype, m), variant)
 
     return Prepared(tensors, call, lambda m: arithmetic(choose(m)), note=lambda m: describe(choose(m)))
 
 
-def choice(problem: tiles.Problem, variant: str | None, device: tiles.Device | None = None) -> tiles.Choice:
+def choice(problem: choices.Problem, variant: str | None, device: choices.Device | None = None) -> choices.Choice:
     """What the op launches on the current device, or another one."""
     return tuned.choose(problem, device or current_device(), variant)
 
@@ -52,24 +54,24 @@ def choice(problem: tiles.Problem, variant: str | None, device: tiles.Device | N
 def compilation(case: Case, variant: str | None) -> Hashable:
     """Kernel and tile; Triton specializes on sizes of 1 and on multiples of 16, and the loop on how K is cut."""
     scheme, (n, k) = WeightScheme.parse(case.scheme), case.shape
-    problem = tiles.Problem(case.m, n, k, scheme.bits, scheme.group_size, scheme.symmetric, DTYPES[case.dtype])
+    problem = choices.Problem(case.m, n, k, scheme.bits, scheme.group_size, scheme.symmetric, DTYPES[case.dtype])
     chosen = replace(choice(problem, variant), reason="")
     return chosen, replace(problem, m=0), case.m == 1, case.m % 16 == 0
 
 
-def arithmetic(chosen: tiles.Choice) -> Arithmetic:
+def arithmetic(chosen: choices.Choice) -> Arithmetic:
     """The fused kernels multiply integers; weights are rounded where they are dequantized for a dense matmul."""
     return dense.ARITHMETIC if chosen.variant == "dense" else Arithmetic()
 
 
-def tile_text(chosen: tiles.Choice) -> str:
+def tile_text(chosen: choices.Choice) -> str:
     """The kernel and its tile."""
     tile = f" {chosen.block_m} x {16 * chosen.row_blocks}, {chosen.num_warps} warps, {chosen.num_stages} stages"
     split = f", split {chosen.split}" if chosen.split > 1 else ""
     return f"{chosen.variant}{tile if chosen.num_warps else ''}{split}"
 
 
-def describe(chosen: tiles.Choice) -> str:
+def describe(chosen: choices.Choice) -> str:
     """The kernel, its tile, and the reason."""
     return f"{tile_text(chosen)}: {chosen.reason}"
 
@@ -89,8 +91,8 @@ def _cpu_arithmetic(layout: WeightLayout) -> Arithmetic:
     return Arithmetic(weight_roundings=1, offset_roundings=int(layout.kind == "cpu_int4" and not layout.symmetric))
 
 
-def _problem(layout: WeightLayout, dtype: torch.dtype, m: int) -> tiles.Problem:
-    return tiles.Problem(m, layout.n, layout.k, layout.bits, layout.group_size, layout.symmetric, dtype)
+def _problem(layout: WeightLayout, dtype: torch.dtype, m: int) -> choices.Problem:
+    return choices.Problem(m, layout.n, layout.k, layout.bits, layout.group_size, layout.symmetric, dtype)
 
 
 def _accepts(variant: str, case: Case) -> str | None:
