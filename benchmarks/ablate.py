@@ -41,7 +41,7 @@ from benchmarks.runs import (
     summarize,
 )
 from sliderquant.errors import InputError
-from sliderquant.overrides import merged
+from sliderquant.planning.overrides import merged
 
 __all__ = ["add_place", "markdown", "place_of", "plan"]
 

@@ -35,9 +35,9 @@ from benchmarks.runs import (
 )
 from sliderquant.calibration.text import NAMED_SOURCES, read_text
 from sliderquant.errors import InputError
-from sliderquant.methods import METHODS, check_scheme, with_overrides
+from sliderquant.planning.methods import METHODS, check_scheme, with_overrides
+from sliderquant.planning.settings import Settings
 from sliderquant.schemes import Scheme
-from sliderquant.settings import Settings
 
 __all__ = [
     "MODELS",

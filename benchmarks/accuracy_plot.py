@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from benchmarks.accuracy_table import column_of, figure_text
 from benchmarks.runs import Row
-from sliderquant.methods import METHODS
+from sliderquant.planning.methods import METHODS
 
 __all__ = ["accuracy_figure", "finish_bars"]
 

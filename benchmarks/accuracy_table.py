@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.runs import Row, summarize
-from sliderquant.methods import METHODS
+from sliderquant.planning.methods import METHODS
 from sliderquant.schemes import Scheme
 
 __all__ = [

@@ -10,9 +10,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from benchmarks.accuracy_table import column_of, figure_text
 from benchmarks.label_placement import Label, place_labels
 from benchmarks.runs import Row
-from sliderquant.methods import METHODS, with_overrides
+from sliderquant.planning.methods import METHODS, with_overrides
+from sliderquant.planning.settings import Settings
 from sliderquant.schemes import Scheme
-from sliderquant.settings import Settings
 
 __all__ = ["effort_figure"]
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks import results
 from sliderquant.modules.linear import PackedLinear
-from sliderquant.quantizer import QuantizedWeight
+from sliderquant.quantizer.grids import QuantizedWeight
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import (
     factor_hadamard,

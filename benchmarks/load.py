@@ -26,7 +26,7 @@ from sliderquant.checkpoint import CheckpointWriter, read_checkpoint
 from sliderquant.checkpoint.packing import PARTS, unpack
 from sliderquant.checkpoint.reader import Checkpoint
 from sliderquant.checkpoint.skeleton import build_skeleton
-from sliderquant.quantizer import QuantizedWeight, dequantize
+from sliderquant.quantizer.grids import QuantizedWeight, dequantize
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import choose_layout
 

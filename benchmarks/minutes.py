@@ -1,7 +1,7 @@
 """How long quantizing takes on known GPUs, by count of operations: nothing is run, no GPU is needed.
 
-The counts are those of `sliderquant quantize --dry-run` (`sliderquant.duration`), which divides them by what it
-measures of the machine; here they are divided by shares of the peaks on the data sheets.
+The counts are those of `sliderquant quantize --dry-run` (`sliderquant.planning.duration`), which divides them by what
+it measures of the machine; here they are divided by shares of the peaks on the data sheets.
 """
 
 import argparse
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.random_model import SHAPES, config_of
-from sliderquant.duration import Speed, expected_seconds
-from sliderquant.methods import METHODS, with_overrides
 from sliderquant.models import family_of
 from sliderquant.models.files import StoredTensor
 from sliderquant.models.matching import empty_model
 from sliderquant.models.source import ModelSource
-from sliderquant.planning import Plan, make_plan
+from sliderquant.planning.duration import Speed, expected_seconds
+from sliderquant.planning.methods import METHODS, with_overrides
+from sliderquant.planning.plan import Plan, make_plan
 from sliderquant.schemes import Scheme
 
 __all__ = ["GPUS", "minutes", "plan_of"]

@@ -18,10 +18,10 @@ from benchmarks import results
 from benchmarks.ablate import add_place, place_of
 from benchmarks.accuracy_table import EPOCHS, SAMPLES, usual_epochs
 from benchmarks.runs import Case, Place, Row, RunFile, positive, scheme_argument
-from sliderquant.allocation import Allocation
 from sliderquant.errors import InputError
-from sliderquant.methods import METHODS
-from sliderquant.planning import Plan
+from sliderquant.planning.allocation import Allocation
+from sliderquant.planning.methods import METHODS
+from sliderquant.planning.plan import Plan
 
 __all__ = ["CHOSEN", "ends", "markdown"]
 

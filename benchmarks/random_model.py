@@ -19,7 +19,7 @@ from sliderquant.checkpoint.skeleton import build_skeleton
 from sliderquant.models import family_of
 from sliderquant.modules.linear import PackedLinear
 from sliderquant.modules.merged import MergedLinear, shared_inputs
-from sliderquant.quantizer import QuantizedWeight
+from sliderquant.quantizer.grids import QuantizedWeight
 from sliderquant.schemes import Scheme
 
 SHAPES: dict[str, dict[str, Any]] = {

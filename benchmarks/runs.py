@@ -28,11 +28,10 @@ from benchmarks.outliers import inject_outliers
 from benchmarks.peer_runs import NOT_INSTALLED, Peer, PeerError, PeerSettings
 from sliderquant.calibration.text import NAMED_SOURCES, read_text
 from sliderquant.errors import InputError, SliderQuantError
-from sliderquant.methods import METHODS, with_overrides
 from sliderquant.models.source import open_model
-from sliderquant.one_shot_settings import OneShotSettings
+from sliderquant.planning.methods import METHODS, with_overrides
+from sliderquant.planning.settings import OneShotSettings, Settings
 from sliderquant.schemes import Scheme
-from sliderquant.settings import Settings
 
 __all__ = [
     "DEMO",

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import results
-from sliderquant.methods import METHODS
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
-from sliderquant.planning import make_plan
+from sliderquant.planning.methods import METHODS
+from sliderquant.planning.plan import make_plan
+from sliderquant.planning.settings import Settings
+from sliderquant.refine.layer import refined_layer
+from sliderquant.refine.window import WindowLayers, matmul_context
 from sliderquant.schemes import Scheme
-from sliderquant.settings import Settings
-from sliderquant.train import WindowLayers, matmul_context
-from sliderquant.walk import refined_layer
 
 DEMO = Path(__file__).parent.parent / "sliderquant" / "assets" / "demo-llama-5m"
 WIDTHS: dict[str, dict[str, int]] = {

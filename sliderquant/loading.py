@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from sliderquant.activation_clipping import Clip, clip_from
+from sliderquant.checkpoint.clips import Clip, clip_from
 from sliderquant.checkpoint.packing import INPUT_CLIP, PARTS, unpack
 from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
 from sliderquant.checkpoint.skeleton import attention_clips, build_skeleton, check_against_model, plain_config
@@ -34,7 +34,7 @@ from sliderquant.modules.head import keep_head_fast
 from sliderquant.modules.linear import PackedLinear
 from sliderquant.modules.merged import MergedLinear, can_merge, concatenate, shared_inputs
 from sliderquant.modules.rotated import insert_rotations
-from sliderquant.quantizer import QuantizedWeight
+from sliderquant.quantizer.grids import QuantizedWeight
 
 __all__ = ["load", "make_fast"]
 

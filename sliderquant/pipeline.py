@@ -11,32 +11,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from sliderquant.allocation import Allocation
-from sliderquant.arguments import check_arguments
 from sliderquant.baselines.rtn import rtn_layer
 from sliderquant.baselines.walk import quantize_layers
 from sliderquant.checkpoint import CardInfo, CheckpointWriter
 from sliderquant.checkpoint.staging import resolved
-from sliderquant.choosing import with_chosen_bits, with_chosen_rotation
+from sliderquant.choosing.plans import with_chosen_bits, with_chosen_rotation
 from sliderquant.devices import deterministic, machine, peak_memory, resolve_device, versions
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.evaluation.models import evaluation_dtype, original_perplexity
 from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
 from sliderquant.loading import load
-from sliderquant.methods import DEFAULT_EFFORT, Method, method_named, with_overrides
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
-from sliderquant.planning import Plan, make_plan
+from sliderquant.planning.allocation import Allocation
+from sliderquant.planning.arguments import check_arguments
+from sliderquant.planning.methods import DEFAULT_EFFORT, Method, method_named, with_overrides
+from sliderquant.planning.plan import Plan, make_plan
+from sliderquant.planning.precision import matmul_dtype
+from sliderquant.planning.settings import Settings
 from sliderquant.progress import LayerReport, Progress, WindowReport
-from sliderquant.quantizer import QuantizedWeight
-from sliderquant.refine import merged_layer
+from sliderquant.quantizer.grids import QuantizedWeight
+from sliderquant.refine.layer import merged_layer, stored_clips
+from sliderquant.refine.sweep import refine_model
 from sliderquant.reports.quantization import quantization_page
-from sliderquant.rotation import rotated
+from sliderquant.rotations.folded import rotated
 from sliderquant.schemes import Scheme
-from sliderquant.settings import Settings
 from sliderquant.texts import calibration_in_words, checked_name, needed_name, read_blocks, say, try_texts
-from sliderquant.train import matmul_dtype
-from sliderquant.walk import refine_model, stored_clips
 
 __all__ = ["QuantizeResult", "plan", "quantize"]
 
@@ -149,7 +149,7 @@ def quantize(
         model: local folder, or id on the Hugging Face hub.
         output: folder to write; it appears only when it is complete.
         scheme: for example `"W4A16-g128"`, see `sliderquant.schemes`.
-        method: a name from `sliderquant.methods.METHODS`.
+        method: a name from `sliderquant.planning.methods.METHODS`.
         settings: hyper-parameters that differ from the method's, nested: `{"epochs": 10, "windows": {"shallow": 2}}`.
         calibration: text to calibrate on, see `sliderquant.calibration.text`.
         samples: calibration samples.
@@ -160,17 +160,17 @@ def quantize(
         perplexity_on: text to measure perplexity on before and after, in blocks of `seqlen`; None: not measured.
         overwrite: replace a checkpoint in `output`.
         per_channel_fallback: linears whose input size the group does not divide get one scale per channel.
-        rotate: rotations to fold into the model first, of `"R1"` to `"R4"`, see `sliderquant.rotation`. R3 and R4 are
+        rotate: rotations to fold into the model first, of `"R1"` to `"R4"`, see `sliderquant.rotations`. R3 and R4 are
             computed while the model runs: only sliderquant reads such a checkpoint, or one with quantized attention.
             None: those of the method, of most none.
         average_bits: linears get different bits, those of the scheme or more, with at most so many for a weight on
-            average, scales and zero-points not counted: those that lose least, see `sliderquant.mixed_precision`. For
+            average, scales and zero-points not counted: those that lose least, see `sliderquant.choosing.bits`. For
             weight-only schemes. None: all get the bits of the scheme.
         allocation: bits of every linear that were chosen before, `plan(..., average_bits=2.5).allocation`, in place of
             `average_bits`.
         effort: of methods that trade minutes for accuracy: `"light"`, `"default"` or `"best"`; `settings` win.
         rotation_seeds: seeds of the rotations' signs to try, `seed` and those that follow: with that which loses least
-            when the model is rounded to nearest the model is rotated, see `sliderquant.evaluation.rotation_seeds`. 1:
+            when the model is rounded to nearest the model is rotated, see `sliderquant.choosing.rotation_seeds`. 1:
             `seed`, and nothing is measured.
         progress: is told how far the run is.
         command: the command line, for the model card.

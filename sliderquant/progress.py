@@ -58,7 +58,7 @@ class Progress:
     """Called by long runs; override what is of interest."""
 
     def run_started(self, steps: int, work: float) -> None:
-        """`steps` optimizer steps are ahead; `work` counts each of them as `sliderquant.planning.Plan.work_of`."""
+        """`steps` optimizer steps are ahead; `work` counts each of them as `sliderquant.planning.plan.Plan.work_of`."""
 
     def window_started(self, label: str, number: int, total: int) -> None:
         """A stage of a window begins, the `number`-th (from 1) of `total`."""

@@ -7,11 +7,12 @@ multiplies too: queries and keys after RoPE, and values, each head of each token
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from sliderquant.errors import InputError
 
-__all__ = ["ACTIVATION_BITS", "BITS", "GROUP_SIZES", "KV_BITS", "Scheme", "attention_in_words"]
+__all__ = ["ACTIVATION_BITS", "BITS", "GROUP_SIZES", "KV_BITS", "Scheme", "attention_in_words", "bits_by_kind"]
 
 BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (4, 8, 16)
@@ -178,3 +179,13 @@ def attention_in_words(kv_bits: int) -> str:
     if kv_bits == 16:
         return "not quantized"
     return f"queries, keys and values of {kv_bits} bits per token and head, asymmetric"
+
+
+def bits_by_kind(schemes: Mapping[str, Scheme]) -> dict[str, str]:
+    """By kind of linear (`mlp.down_proj`), its bits in every layer in order: a digit for each."""
+    digits: dict[str, dict[int, str]] = {}
+    for name, scheme in schemes.items():
+        numbered = re.fullmatch(r".*?\.(\d+)\.(.+)", name)
+        layer, kind = (int(numbered[1]), numbered[2]) if numbered else (0, name)
+        digits.setdefault(kind, {})[layer] = str(scheme.bits)
+    return {kind: "".join(found[layer] for layer in sorted(found)) for kind, found in digits.items()}

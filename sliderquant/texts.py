@@ -13,7 +13,7 @@ from sliderquant.calibration.blocks import sample
 from sliderquant.calibration.text import check_source, downloaded, read_text
 from sliderquant.calibration.tokens import vocabulary_of
 from sliderquant.evaluation.perplexity import evaluation_blocks
-from sliderquant.planning import Plan
+from sliderquant.planning.plan import Plan
 from sliderquant.progress import Progress
 
 __all__ = ["TextBlocks", "calibration_in_words", "checked_name", "needed_name", "read_blocks", "say", "try_texts"]

@@ -35,7 +35,7 @@ def _one_thread() -> None:
 @pytest.fixture
 def compiler(caplog: pytest.LogCaptureFixture) -> None:
     """Skips where nothing compiles; what does has to compute the same bits."""
-    from sliderquant.compiling import can_compile  # not before Triton has decided
+    from sliderquant.refine.compiling import can_compile  # not before Triton has decided
 
     if not can_compile("cpu", torch.bfloat16):
         caplog.clear()

@@ -1,0 +1,1 @@
+"""The one-shot methods: rtn, gptq, awq, smoothquant."""

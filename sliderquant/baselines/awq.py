@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sliderquant.baselines.layer import CalibratedLayer, quotient
 from sliderquant.modules.rotated import RotatedLinear
-from sliderquant.one_shot_settings import AwqSettings
-from sliderquant.quantizer import QuantizedWeight, dequantize, find_grid, quantize, round_to_nearest
+from sliderquant.planning.settings import AwqSettings
+from sliderquant.quantizer.grids import QuantizedWeight, dequantize, find_grid, quantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 __all__ = ["awq_layer", "candidates", "clipped"]

@@ -1,7 +1,7 @@
 """Whether there is enough calibration text for what a method estimates from it."""
 
-from sliderquant.one_shot_settings import GptqSettings
-from sliderquant.planning import Plan
+from sliderquant.planning.plan import Plan
+from sliderquant.planning.settings import GptqSettings
 
 __all__ = ["too_little_text"]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sliderquant.baselines.layer import CalibratedLayer
-from sliderquant.one_shot_settings import GptqSettings
-from sliderquant.quantizer import Grid, QuantizedWeight, clipped_grid, quantize
+from sliderquant.planning.settings import GptqSettings
+from sliderquant.quantizer.grids import Grid, QuantizedWeight, clipped_grid, quantize
 from sliderquant.schemes import Scheme
 
 __all__ = ["Compensated", "gptq", "gptq_layer", "inverse_factor"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.models.family import Family
 from sliderquant.modules.rotated import RotatedLinear
-from sliderquant.quantizer import QuantizedWeight, dequantize
+from sliderquant.quantizer.grids import QuantizedWeight, dequantize
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import quantize_activations
 

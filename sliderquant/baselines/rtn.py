@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sliderquant.models.source import ModelSource
-from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
+from sliderquant.quantizer.grids import QuantizedWeight, dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 __all__ = ["rtn_layer"]

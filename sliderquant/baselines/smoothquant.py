@@ -10,8 +10,8 @@ the maxima over calibration tokens and over the rows of all linears that read th
 import torch
 
 from sliderquant.baselines.layer import CalibratedLayer
-from sliderquant.one_shot_settings import SmoothQuantSettings
-from sliderquant.quantizer import round_to_nearest
+from sliderquant.planning.settings import SmoothQuantSettings
+from sliderquant.quantizer.grids import round_to_nearest
 
 __all__ = ["smoothquant_layer"]
 

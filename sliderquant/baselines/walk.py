@@ -14,10 +14,10 @@ from sliderquant.calibration.streams import ActivationStream
 from sliderquant.models.decoder import Decoder
 from sliderquant.modules.attention import round_layer
 from sliderquant.modules.rotated import insert_rotation
-from sliderquant.one_shot_settings import AwqSettings, GptqSettings, OneShotSettings, SmoothQuantSettings
-from sliderquant.planning import Plan
+from sliderquant.planning.plan import Plan
+from sliderquant.planning.settings import AwqSettings, GptqSettings, OneShotSettings, SmoothQuantSettings
 from sliderquant.progress import LayerReport, Progress
-from sliderquant.quantizer import QuantizedWeight, dequantize
+from sliderquant.quantizer.grids import QuantizedWeight, dequantize
 
 __all__ = ["quantize_layers"]
 

@@ -1,0 +1,1 @@
+"""Text, tokens, and the activations that they lead to."""

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from sliderquant._version import __version__
 from sliderquant.checkpoint.packing import INT8, PACKED
 from sliderquant.errors import CheckpointError, InputError
-from sliderquant.rotation import Rotations
+from sliderquant.rotations.transforms import Rotations
 from sliderquant.schemes import ACTIVATION_BITS, BITS, GROUP_SIZES, KV_BITS, Scheme
 from sliderquant.setting_errors import reasons
 

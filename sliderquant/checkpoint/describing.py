@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sliderquant.allocation import bits_by_kind
 from sliderquant.checkpoint.checksums import CHECKSUMS_NAME
 from sliderquant.checkpoint.config import Entry
 from sliderquant.checkpoint.packing import PARTS
 from sliderquant.checkpoint.reader import Checkpoint, read_checkpoint
 from sliderquant.checkpoint.readers import Reader, readers
+from sliderquant.schemes import bits_by_kind
 
 __all__ = ["Description", "describe"]
 

@@ -29,7 +29,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor, nn
 
-from sliderquant.quantizer import QuantizedWeight
+from sliderquant.quantizer.grids import QuantizedWeight
 from sliderquant.schemes import Scheme
 
 __all__ = ["CODES", "INPUT_CLIP", "INT8", "PACKED", "PARTS", "pack", "stored_shapes", "unpack"]
@@ -44,7 +44,7 @@ PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight
 """The names of the tensors of a quantized linear in any format, after the name of the linear and a dot."""
 
 INPUT_CLIP = "input_clip"
-"""Of the tensor of a linear with the clipping of its input; see `sliderquant.activation_clipping`."""
+"""Of the tensor of a linear with the clipping of its input; see `sliderquant.checkpoint.clips`."""
 
 # The library's packer works in int32, several times over: this bounds what a very large linear takes meanwhile.
 _CODES_AT_A_TIME = 1 << 20

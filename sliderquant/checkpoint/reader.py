@@ -21,7 +21,7 @@ from sliderquant.checkpoint.packing import CODES, INPUT_CLIP, INT8, PACKED, PART
 from sliderquant.checkpoint.shards import INDEX_NAME, WEIGHTS_NAME
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models.files import weight_map as listed_files
-from sliderquant.rotation import Rotations
+from sliderquant.rotations.transforms import Rotations
 from sliderquant.schemes import Scheme
 
 __all__ = ["REPORT_NAME", "Checkpoint", "StoredTensor", "read_checkpoint"]

@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from sliderquant.activation_clipping import ATTENTION_SITES
+from sliderquant.checkpoint.clips import ATTENTION_SITES
 from sliderquant.checkpoint.packing import INPUT_CLIP
 from sliderquant.checkpoint.reader import Checkpoint
 from sliderquant.errors import CheckpointError, InputError

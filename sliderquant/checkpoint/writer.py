@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from sliderquant.activation_clipping import clip_from
 from sliderquant.checkpoint.card import CardInfo, render_card
 from sliderquant.checkpoint.checksums import write_checksums
+from sliderquant.checkpoint.clips import clip_from
 from sliderquant.checkpoint.config import Entry, quantization_config, sliderquant_entry
 from sliderquant.checkpoint.packing import pack, unpack
 from sliderquant.checkpoint.reader import REPORT_NAME, read_checkpoint
@@ -28,8 +28,8 @@ from sliderquant.checkpoint.skeleton import build_skeleton, check_against_model,
 from sliderquant.checkpoint.staging import Staging, resolved, sync
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models.files import carried_over
-from sliderquant.quantizer import QuantizedWeight, dequantize
-from sliderquant.rotation import Rotations
+from sliderquant.quantizer.grids import QuantizedWeight, dequantize
+from sliderquant.rotations.transforms import Rotations
 from sliderquant.schemes import Scheme
 
 __all__ = ["CheckpointWriter"]

@@ -59,7 +59,7 @@ def command(
     from sliderquant.checkpoint import describe
     from sliderquant.cli.progress import shown_progress
     from sliderquant.evaluation.models import evaluate
-    from sliderquant.methods import METHODS
+    from sliderquant.planning.methods import METHODS
 
     model = importlib.resources.files("sliderquant") / "assets" / "demo-llama-5m"
     with importlib.resources.as_file(model) as folder, shown_progress(quiet, verbose) as progress:

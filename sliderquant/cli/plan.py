@@ -5,15 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from sliderquant.allocation import bits_by_kind
 from sliderquant.checkpoint.readers import Reader
 from sliderquant.cli.progress import in_words
 from sliderquant.devices import machine, resolve_device
-from sliderquant.duration import expected_seconds, measured_speed
-from sliderquant.one_shot_settings import OneShotSettings
-from sliderquant.planning import Plan
-from sliderquant.schemes import attention_in_words
-from sliderquant.settings import Settings
+from sliderquant.planning.duration import expected_seconds, measured_speed
+from sliderquant.planning.plan import Plan
+from sliderquant.planning.settings import OneShotSettings, Settings
+from sliderquant.schemes import attention_in_words, bits_by_kind
 
 __all__ = ["print_bits", "print_plan", "print_readers"]
 

@@ -10,7 +10,7 @@ import typer
 
 from sliderquant.cli.errors import reported
 from sliderquant.cli.options import DeviceOption, QuietOption, VerboseOption, rotation_names
-from sliderquant.methods import METHODS, parse_overrides
+from sliderquant.planning.methods import METHODS, parse_overrides
 
 __all__ = ["METHOD_LIST", "command"]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from sliderquant.arguments import check_arguments
 from sliderquant.calibration.text import check_source, read_text
 from sliderquant.calibration.tokens import vocabulary_of
 from sliderquant.devices import resolve_device
@@ -17,8 +16,9 @@ from sliderquant.evaluation.perplexity import Perplexity, check_seqlen, evaluati
 from sliderquant.loading import load
 from sliderquant.models.matching import empty_model
 from sliderquant.models.source import ModelSource, open_model, read_tokenizer
+from sliderquant.planning.arguments import check_arguments
 from sliderquant.progress import Progress
-from sliderquant.rotation import RotatedSource
+from sliderquant.rotations.folded import RotatedSource
 
 __all__ = ["evaluate", "evaluation_dtype", "is_quantized", "load_original", "original_perplexity"]
 

@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-from sliderquant.arguments import check_arguments
 from sliderquant.calibration.text import check_source
 from sliderquant.calibration.tokens import vocabulary_of
 from sliderquant.devices import deterministic, machine, resolve_device, versions
 from sliderquant.errors import InputError
 from sliderquant.evaluation.perplexity import default_seqlen, evaluation_blocks
 from sliderquant.evaluation.variants import Study, Sums, Variant, switched_kinds
-from sliderquant.methods import method_named
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import open_model
-from sliderquant.planning import make_plan
+from sliderquant.planning.arguments import check_arguments
+from sliderquant.planning.methods import method_named
+from sliderquant.planning.plan import make_plan
 from sliderquant.progress import Progress
-from sliderquant.rotation import rotated
+from sliderquant.rotations.folded import rotated
 from sliderquant.schemes import Scheme
 
 __all__ = ["Effect", "Part", "Sensitivity", "sensitivity"]
@@ -141,8 +141,8 @@ def sensitivity(
         max_blocks: of the text, the first so many blocks are used.
         per_channel_fallback: linears whose input size the group does not divide get one scale per channel.
         memory_gb: of hidden states that are held at a time. What one block of text takes beyond it goes into files.
-        rotate: rotations to fold into the model first, of `"R1"` to `"R4"`, see `sliderquant.rotation`. The original is
-            then the rotated model.
+        rotate: rotations to fold into the model first, of `"R1"` to `"R4"`, see `sliderquant.rotations`. The original
+            is then the rotated model.
         seed: of the signs of rotations.
         progress: is told how far the study is.
 

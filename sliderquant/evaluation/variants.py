@@ -12,10 +12,10 @@ from sliderquant.calibration.streams import ActivationStream
 from sliderquant.models.decoder import Decoder
 from sliderquant.modules.attention import AttentionRounding, round_layer
 from sliderquant.modules.rotated import insert_rotation
-from sliderquant.planning import Plan
-from sliderquant.quantizer import dequantize, round_to_nearest
+from sliderquant.planning.plan import Plan
+from sliderquant.quantizer.grids import dequantize, round_to_nearest
+from sliderquant.refine.window import WindowLayers
 from sliderquant.schemes import Scheme
-from sliderquant.train import WindowLayers
 from sliderquant_kernels import quantize_activations
 
 __all__ = ["Study", "Sums", "Variant", "switched_kinds"]

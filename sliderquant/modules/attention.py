@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from sliderquant.activation_clipping import ATTENTION_SITES, ActivationClipping, Clip, clip_from, clip_tensor
+from sliderquant.checkpoint.clips import ATTENTION_SITES, Clip, clip_from, clip_tensor
 from sliderquant.errors import CheckpointError, InputError
-from sliderquant.fake_quantize import fake_quantize_activations
 from sliderquant.models.family import Family
 from sliderquant.modules.rotated import OnlineRotation
-from sliderquant.rotation import Rotations
+from sliderquant.quantizer.fake_quantize import fake_quantize_activations
+from sliderquant.refine.activation_clipping import ActivationClipping
+from sliderquant.rotations.transforms import Rotations
 from sliderquant_kernels import quantize_activations
 
 __all__ = ["AttentionRounding", "cache_keyword", "insert_rounding", "round_attention", "round_layer"]
@@ -42,7 +43,7 @@ class AttentionRounding(nn.Module):
         bits: of the grid of each head of each token, with zero-points: 4 or 8; 16: not rounded.
         rotation: R3, of size head_dim, for queries and keys; or None.
         enabled: False: everything passes as it is.
-        compiled: whether rounding with gradients is, see `compiling.can_compile`.
+        compiled: whether rounding with gradients is, see `refine.compiling.can_compile`.
         clips: of `query`, `key` and `value`, the factors on the ends of their ranges; empty: they are not clipped.
         learned_clips: the same while they are learned; empty: they are not.
     """

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sliderquant.activation_clipping import Clip, clip_from, clip_tensor
+from sliderquant.checkpoint.clips import Clip, clip_from, clip_tensor
 from sliderquant.checkpoint.packing import INPUT_CLIP, pack, stored_shapes, unpack
 from sliderquant.errors import CheckpointError, InputError
-from sliderquant.quantizer import QuantizedWeight
-from sliderquant.quantizer import dequantize as dequantize_exactly
+from sliderquant.quantizer.grids import QuantizedWeight
+from sliderquant.quantizer.grids import dequantize as dequantize_exactly
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import (
     LowBitLayout,

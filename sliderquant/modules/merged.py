@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sliderquant.activation_clipping import Clip
+from sliderquant.checkpoint.clips import Clip
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models import FAMILIES
 from sliderquant.modules.linear import PackedLinear, QuantizedLinear, layout_for
-from sliderquant.quantizer import QuantizedWeight
+from sliderquant.quantizer.grids import QuantizedWeight
 from sliderquant.schemes import Scheme
 
 __all__ = ["LinearSlice", "MergedLinear", "can_merge", "concatenate", "merge_linears", "shared_inputs", "split_linears"]

@@ -1,4 +1,4 @@
-"""Online rotations: what `sliderquant.rotation` could not fold into weights.
+"""Online rotations: what `sliderquant.rotations.folded` could not fold into weights.
 
 R4 is a `RotatedLinear` in the place of every down_proj. For R3 see `sliderquant.modules.attention`.
 """
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sliderquant.activation_clipping import Clip
+from sliderquant.checkpoint.clips import Clip
 from sliderquant.errors import InputError
 from sliderquant.models.family import Family
 from sliderquant.modules.linear import PackedLinear
-from sliderquant.rotation import Rotation, Rotations
+from sliderquant.rotations.transforms import Rotation, Rotations
 from sliderquant_kernels import QuantizedActivations, hadamard, hadamard_quantize, prepare_hadamard
 
 __all__ = ["OnlineRotation", "RotatedLinear", "insert_rotation", "insert_rotations"]

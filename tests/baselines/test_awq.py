@@ -15,7 +15,7 @@ import sliderquant
 from sliderquant.baselines.awq import candidates, clipped
 from sliderquant.cli import app
 from sliderquant.errors import InputError
-from sliderquant.quantizer import dequantize, round_to_nearest
+from sliderquant.quantizer.grids import dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 

@@ -16,8 +16,9 @@ from sliderquant.cli.progress import _layer_line
 from sliderquant.errors import InputError
 from sliderquant.models.source import open_model
 from sliderquant.progress import LayerReport
-from sliderquant.quantizer import dequantize, round_to_nearest
-from sliderquant.rotation import RotatedSource, Rotations
+from sliderquant.quantizer.grids import dequantize, round_to_nearest
+from sliderquant.rotations.folded import RotatedSource
+from sliderquant.rotations.transforms import Rotations
 from sliderquant.schemes import Scheme
 
 SCHEMES = ["W2A16", "W3A16-sym", "W4A16-g32", "W2A16-g64-sym", "W3A16-g128", "W8A16", "W4A4"]

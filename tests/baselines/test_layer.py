@@ -8,11 +8,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sliderquant.baselines.layer import CalibratedLayer, relative_error, storable
 from sliderquant.errors import CheckpointError
-from sliderquant.methods import METHODS
 from sliderquant.models import family_of
 from sliderquant.models.source import open_model
 from sliderquant.pipeline import _copy_the_rest
-from sliderquant.planning import make_plan
+from sliderquant.planning.methods import METHODS
+from sliderquant.planning.plan import make_plan
 from sliderquant.schemes import Scheme
 
 IDS = torch.randint(2, 120, (2, 12), generator=torch.Generator().manual_seed(5))

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import sliderquant
 from sliderquant.cli import app
 from sliderquant.errors import InputError
-from sliderquant.quantizer import dequantize, round_to_nearest
+from sliderquant.quantizer.grids import dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from benchmarks import ablate
 from benchmarks.ablations import ABLATIONS, BASE
 from benchmarks.runs import Place, RunFile, Text
-from sliderquant.methods import METHODS
+from sliderquant.planning.methods import METHODS
 from sliderquant.schemes import Scheme
 
 

@@ -12,7 +12,7 @@ from benchmarks import accuracy, accuracy_plot
 from benchmarks.accuracy import MODELS, ModelSpec, plan
 from benchmarks.accuracy_table import SCHEMES, markdown, order_sentences, summary_of
 from benchmarks.runs import Case, Place, RunFile, Text, named_text, outlier_model, run_all, summarize
-from sliderquant.methods import METHODS
+from sliderquant.planning.methods import METHODS
 
 DEMO, STORIES, OUTLIERS = "demo-llama-5m", "stories260K", "demo-llama-5m-outliers"
 

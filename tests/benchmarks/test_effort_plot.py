@@ -7,7 +7,7 @@ import pytest
 from benchmarks import accuracy
 from benchmarks.accuracy_table import summary_of
 from benchmarks.effort_plot import effort_figure
-from sliderquant.methods import METHODS, with_overrides
+from sliderquant.planning.methods import METHODS, with_overrides
 from sliderquant.schemes import Scheme
 
 MODEL, OURS = "demo-llama-5m", "sliderquant"

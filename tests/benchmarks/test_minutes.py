@@ -1,7 +1,7 @@
 """Minutes on known GPUs: counted, nothing is run."""
 
 from benchmarks import minutes
-from sliderquant.methods import METHODS
+from sliderquant.planning.methods import METHODS
 
 
 def test_every_effort_has_minutes_on_every_gpu(parsed, capsys):

@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks import mixed
 from benchmarks.runs import RunFile
-from sliderquant.methods import METHODS
 from sliderquant.models.source import open_model
-from sliderquant.planning import make_plan
+from sliderquant.planning.methods import METHODS
+from sliderquant.planning.plan import make_plan
 from sliderquant.schemes import Scheme
 
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks.outliers import inject_outliers
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.modules.rotated import insert_rotations
-from sliderquant.quantizer import dequantize, round_to_nearest
-from sliderquant.rotation import RotatedSource, Rotations
+from sliderquant.quantizer.grids import dequantize, round_to_nearest
+from sliderquant.rotations.folded import RotatedSource
+from sliderquant.rotations.transforms import Rotations
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import quantize_activations
 

@@ -15,7 +15,7 @@ from sliderquant.checkpoint.packing import unpack
 from sliderquant.errors import CheckpointError
 from sliderquant.loading import load
 from sliderquant.modules import LinearSlice, QuantizedLinear, split_linears
-from sliderquant.quantizer import QuantizedWeight
+from sliderquant.quantizer.grids import QuantizedWeight
 from sliderquant.schemes import Scheme
 
 Tiny = Callable[..., SimpleNamespace]

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import sliderquant
 from sliderquant.checkpoint import CheckpointWriter
 from sliderquant.loading import load
-from sliderquant.quantizer import dequantize, round_to_nearest
+from sliderquant.quantizer.grids import dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 Tiny = Callable[..., SimpleNamespace]

@@ -18,7 +18,7 @@ from sliderquant.checkpoint.packing import pack
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.loading import load
 from sliderquant.modules import LinearSlice, MergedLinear, PackedLinear, QuantizedLinear
-from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
+from sliderquant.quantizer.grids import QuantizedWeight, dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 Tiny = Callable[..., SimpleNamespace]

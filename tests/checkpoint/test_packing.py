@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sliderquant.checkpoint import packing
 from sliderquant.checkpoint.packing import pack, stored_shapes, unpack
-from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
+from sliderquant.quantizer.grids import QuantizedWeight, dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 BITS = (2, 3, 4, 8)

@@ -12,7 +12,7 @@ from sliderquant.checkpoint import readers as module
 from sliderquant.checkpoint.config import Entry
 from sliderquant.checkpoint.readers import Reader, Verdict, every_scheme, readers, readers_table, row_of
 from sliderquant.errors import InputError
-from sliderquant.rotation import Rotations
+from sliderquant.rotations.transforms import Rotations
 from sliderquant.schemes import Scheme
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +86,7 @@ def test_what_only_sliderquant_does_keeps_others_away(entry: Entry, reason: str)
 
 def test_rotations_keep_others_away_only_while_the_model_runs(tiny_llama: Path) -> None:
     from sliderquant.models.source import open_model
-    from sliderquant.rotation import rotated
+    from sliderquant.rotations.folded import rotated
 
     for names, expected in ((["R1", "R2"], (RUNS, RUNS, DENSE)), (["R1", "R4"], (REFUSES, REFUSES, MISREADS))):
         rotations = rotated(open_model(tiny_llama), names, 2, Scheme(4)).rotations  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sliderquant.checkpoint import CheckpointWriter, read_checkpoint, shards, staging, verify, writer
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.loading import load
-from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
+from sliderquant.quantizer.grids import QuantizedWeight, dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 SCHEME = Scheme(3, 32)

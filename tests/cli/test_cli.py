@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from sliderquant import __version__
 from sliderquant.cli import app
-from sliderquant.methods import METHODS
+from sliderquant.planning.methods import METHODS
 
 FAST = ["--set", "epochs=2", "--set", "matmul=float32", "--samples", "4", "--seqlen", "32"]
 

@@ -17,7 +17,8 @@ from sliderquant.evaluation.sensitivity import sensitivity
 from sliderquant.models.source import open_model
 from sliderquant.modules import insert_rotations, round_attention
 from sliderquant.progress import Progress
-from sliderquant.rotation import RotatedSource, Rotations
+from sliderquant.rotations.folded import RotatedSource
+from sliderquant.rotations.transforms import Rotations
 
 SEQLEN, BLOCKS = 48, 5
 ALL = ["R1", "R2", "R3", "R4"]

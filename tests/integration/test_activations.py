@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 import sliderquant
 from sliderquant.loading import load
 from sliderquant.modules import QuantizedLinear
-from sliderquant.quantizer import dequantize, round_to_nearest
+from sliderquant.quantizer.grids import dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 ASYMMETRIC = ("W4A4", "W4A8", "W8A8", "W2A8", "W4A4-g32-sym")

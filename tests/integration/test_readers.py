@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sliderquant.checkpoint import CheckpointWriter, read_checkpoint
 from sliderquant.loading import load
 from sliderquant.modules import QuantizedLinear
-from sliderquant.quantizer import dequantize, round_to_nearest
+from sliderquant.quantizer.grids import dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 IDS = (torch.arange(2 * 9).view(2, 9) * 11) % 61

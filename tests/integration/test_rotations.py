@@ -17,8 +17,9 @@ from sliderquant.cli import app
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models.source import open_model
 from sliderquant.modules.rotated import RotatedLinear, insert_rotations
-from sliderquant.quantizer import dequantize, round_to_nearest
-from sliderquant.rotation import RotatedSource, Rotations
+from sliderquant.quantizer.grids import dequantize, round_to_nearest
+from sliderquant.rotations.folded import RotatedSource
+from sliderquant.rotations.transforms import Rotations
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import quantize_activations
 

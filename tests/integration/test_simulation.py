@@ -13,7 +13,7 @@ from sliderquant import pipeline
 from sliderquant.baselines import walk
 from sliderquant.modules import attention, linear, rotated
 from sliderquant.modules.merged import MergedLinear
-from sliderquant.refine import refined_linears
+from sliderquant.refine.layer import refined_linears
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import LowBitLayout, QuantizedActivations
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from sliderquant.errors import InputError
 from sliderquant.models.source import open_model
 from sliderquant.modules import AttentionRounding, cache_keyword, insert_rounding, round_attention
-from sliderquant.rotation import Rotations
+from sliderquant.rotations.transforms import Rotations
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 IDS = torch.randint(2, 2000, (2, 24), generator=torch.Generator().manual_seed(5))

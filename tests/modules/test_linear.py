@@ -8,7 +8,7 @@ from torch import nn
 
 from sliderquant.errors import InputError
 from sliderquant.modules import PackedLinear
-from sliderquant.quantizer import QuantizedWeight, dequantize, round_to_nearest
+from sliderquant.quantizer.grids import QuantizedWeight, dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,7 +17,7 @@ from sliderquant.errors import InputError
 from sliderquant.modules import MergedLinear, PackedLinear, merge_linears
 from sliderquant.modules import linear as linear_module
 from sliderquant.modules.merged import can_merge
-from sliderquant.quantizer import QuantizedWeight, round_to_nearest
+from sliderquant.quantizer.grids import QuantizedWeight, round_to_nearest
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import quantize_activations
 from sliderquant_kernels.cpu import native as cpu_native

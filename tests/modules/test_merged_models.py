@@ -24,7 +24,7 @@ from sliderquant.modules import (
     merge_linears,
     split_linears,
 )
-from sliderquant.quantizer import dequantize, round_to_nearest
+from sliderquant.quantizer.grids import dequantize, round_to_nearest
 from sliderquant.schemes import Scheme
 
 FAMILY_TYPES = [model_type for family in FAMILIES for model_type in family.model_types]

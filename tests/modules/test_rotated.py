@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from sliderquant.errors import InputError
 from sliderquant.models.source import open_model
 from sliderquant.modules import OnlineRotation, PackedLinear, RotatedLinear, insert_rotations
-from sliderquant.quantizer import round_to_nearest
-from sliderquant.rotation import Rotation, Rotations, random_signs
+from sliderquant.quantizer.grids import round_to_nearest
+from sliderquant.rotations.transforms import Rotation, Rotations, random_signs
 from sliderquant.schemes import Scheme
 from sliderquant_kernels.rotation.matrix import factor_hadamard
 

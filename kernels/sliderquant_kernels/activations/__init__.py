@@ -1,0 +1,1 @@
+"""Activations rounded to codes, token by token."""

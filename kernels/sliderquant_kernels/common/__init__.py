@@ -1,0 +1,1 @@
+"""What the ops share: layouts, choices, launch plans, device functions."""

@@ -1,0 +1,1 @@
+"""RMSNorm, SiLU with a gate, and rotary embeddings."""

@@ -1,0 +1,1 @@
+"""Linears whose activations are rounded to 4 or 8 bits as well."""

@@ -1,0 +1,1 @@
+"""What compiles and measures kernels outside of a launch: inspect, tune, estimate, warming up."""

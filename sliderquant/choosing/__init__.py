@@ -1,0 +1,1 @@
+"""What a plan leaves open until it is measured: bits, the seed of rotations."""

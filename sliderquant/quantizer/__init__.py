@@ -1,0 +1,1 @@
+"""Grids of codes: found, searched, rounded to, and rounded to while learning."""

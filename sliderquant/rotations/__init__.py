@@ -1,0 +1,1 @@
+"""Orthogonal changes of basis, and their folding into weights."""
