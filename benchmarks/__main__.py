@@ -6,19 +6,22 @@ import sys
 
 # Only the chosen one is imported: `kernels` needs torch and triton alone, which is all that some machines have.
 COMMANDS = {
-    "accuracy": ("benchmarks.accuracy", "perplexity of the methods on small trained models"),
-    "ablate": ("benchmarks.ablate", "what each ingredient of sliderquant brings"),
+    "accuracy": ("benchmarks.accuracy.command", "perplexity of the methods on small trained models"),
+    "ablate": ("benchmarks.accuracy.ablate", "what each ingredient of sliderquant brings"),
     "random-model": ("benchmarks.random_model", "write a model of random weights in the shapes of a known one"),
-    "mixed": ("benchmarks.mixed", "bits chosen for every linear, against the first and last layers at more bits"),
-    "minutes": ("benchmarks.minutes", "minutes of quantizing on known GPUs, by count of operations"),
+    "mixed": (
+        "benchmarks.accuracy.mixed",
+        "bits chosen for every linear, against more bits for the first and last layers",
+    ),
+    "minutes": ("benchmarks.speed.minutes", "minutes of quantizing on known GPUs, by count of operations"),
     "kernels": ("benchmarks.kernels.command", "kernels against their floors and the best public kernels"),
-    "gpu-cache": ("benchmarks.gpu.cache_command", "compiled kernels in one file, for a machine with a GPU"),
-    "load": ("benchmarks.load", "seconds per GB of loading a checkpoint, against plain reading"),
-    "step": ("benchmarks.step", "a training step with quantizers against one without"),
-    "host": ("benchmarks.host", "microseconds that calls cost on the host"),
-    "decode-step": ("benchmarks.decode_step", "what a token of generate takes on a GPU, and its graph alone"),
+    "gpu-cache": ("benchmarks.gpu.cache.command", "compiled kernels in one file, for a machine with a GPU"),
+    "load": ("benchmarks.speed.load", "seconds per GB of loading a checkpoint, against plain reading"),
+    "step": ("benchmarks.speed.step", "a training step with quantizers against one without"),
+    "host": ("benchmarks.speed.host", "microseconds that calls cost on the host"),
+    "decode-step": ("benchmarks.speed.decode_step", "what a token of generate takes on a GPU, and its graph alone"),
     "gpu": ("benchmarks.gpu.command", "prove the package on a GPU: tests, goals, tuning and decoding in ten minutes"),
-    "report": ("benchmarks.report", "tables and roofline plots from the files of `kernels`"),
+    "report": ("benchmarks.kernels.report", "tables and roofline plots from the files of `kernels`"),
 }
 
 

@@ -26,7 +26,8 @@ import torch
 
 from benchmarks import results
 
-from . import cache, faults
+from . import faults
+from .cache import archive as cache
 from .conductor import conduct
 from .phases import PHASES, SUMMARY_SECONDS, Phase
 from .smoke import may_be_tried

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from benchmarks.kernels import machine
+from benchmarks.kernels.harness import machine
 
 from . import failures
 from .phases import Phase, box

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.kernels import machine
-from benchmarks.kernels.case import DTYPES
-from benchmarks.kernels.weight_only.operands import WeightScheme
+from benchmarks.kernels.harness import machine
+from benchmarks.kernels.harness.case import DTYPES
+from benchmarks.kernels.shared.schemes import WeightScheme
 from benchmarks.kernels.weight_only.plan import plan
 from benchmarks.kernels.weight_only.providers.ours import CHOSEN
 from sliderquant_kernels.common.choices import Device, Problem, family

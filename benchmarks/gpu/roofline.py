@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.kernels import floors
+from benchmarks.kernels.harness import floors
 from sliderquant_kernels.tools import timing
 from sliderquant_kernels.tools.timing import Settings, in_graphs, in_turns, quantiles
 
@@ -47,7 +47,7 @@ def run(context: Context) -> None:
         context.add("int8", {"tops": 2 * side**3 / us / 1e6, "side": side})
     if not context.has("host"):
         context.need(ROW_SECONDS)
-        from benchmarks import host  # with transformers, which takes seconds to import
+        from benchmarks.speed import host  # with transformers, which takes seconds to import
 
         rounds, calls = (2, 2) if context.rehearsal else (9, 200)
         rows = host.measure(context.device, rounds, calls)

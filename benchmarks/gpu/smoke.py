@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels.workers import Failure, Workers
+from benchmarks.kernels.harness.workers import Failure, Workers
 
 from . import faults
 from .context import Context, OutOfTime

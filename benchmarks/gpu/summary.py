@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks.kernels.case import Goal
 from benchmarks.kernels.command import describe_goal
+from benchmarks.kernels.harness.case import Goal
 from benchmarks.kernels.weight_only.providers.ours import CHOSEN
 
 from . import goals

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.kernels import machine
+from benchmarks.kernels.harness import machine
 from benchmarks.kernels.weight_only.providers.ours import tile_text
 from sliderquant_kernels.common.choices import Choice, Device, Problem
 from sliderquant_kernels.tools.tune import tune

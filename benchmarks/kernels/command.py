@@ -21,13 +21,13 @@ import torch
 from benchmarks import results
 from sliderquant_kernels.tools.timing import Settings
 
-from . import figures, machine
-from .case import Goal, Op, Plan, Provider, Task
-from .floors import Floors
+from .harness import figures, machine
+from .harness.case import Goal, Op, Plan, Provider, Task
+from .harness.floors import Floors
+from .harness.store import Store
+from .harness.workers import Failure, Workers
 from .measure import setup
 from .ops import OPS
-from .store import Store
-from .workers import Failure, Workers
 
 # How much of a budget may go by before timing begins: checks, and compiling what will be timed.
 CHECK_SHARE, WARM_SHARE = 0.4, 0.6

@@ -24,12 +24,12 @@ from sliderquant_kernels.tools.timing import (
     quantiles,
 )
 
-from . import floors, machine
-from .case import Case, Op, Prepared, Task, Unsupported
-from .checking import Expected, Verdict, compare
-from .floors import Floors
+from .harness import floors, machine
+from .harness.case import Case, Op, Prepared, Task, Unsupported
+from .harness.checking import Expected, Verdict, compare
+from .harness.floors import Floors
+from .harness.workers import Fatal
 from .ops import OPS
-from .workers import Fatal
 
 __all__ = ["Measurer", "setup"]
 

@@ -1,7 +1,7 @@
 """The ops that are measured. An op is a module with the functions of `case.Op`; a further one is an entry here."""
 
 from . import hadamard, weight_only
-from .case import Op
+from .harness.case import Op
 from .low_bit import linear, quantize
 
 __all__ = ["OPS"]

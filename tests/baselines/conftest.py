@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sliderquant
-from benchmarks.outliers import inject_outliers
+from benchmarks.accuracy.outliers import inject_outliers
 from sliderquant.calibration.blocks import random_blocks
 from sliderquant.calibration.text import read_text
 from sliderquant.models.source import open_model

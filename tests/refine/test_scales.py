@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from benchmarks.outliers import inject_outliers
+from benchmarks.accuracy.outliers import inject_outliers
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import open_model
 from sliderquant.planning.methods import METHODS

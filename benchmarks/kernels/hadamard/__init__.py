@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..case import Case, Prepared, Work
-from ..low_bit.rows import BASELINE, Copy, activations, operands_key
+from ..harness.case import Case, Prepared, Work
+from ..shared.rows import BASELINE, Copy, activations, operands_key
 from .goals import goals
 from .operands import expected, operands, scheme_of
 from .plan import NAME, plan, subsets

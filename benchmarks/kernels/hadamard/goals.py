@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..case import Goal
-from ..low_bit.rows import goal, pairs_with_copies
+from ..harness.case import Goal
+from ..shared.rows import goal, pairs_with_copies
 from .operands import ROTATE
 
 __all__ = ["goals"]

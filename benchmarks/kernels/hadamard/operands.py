@@ -9,13 +9,12 @@ from torch import Tensor
 
 from sliderquant_kernels import HadamardTransform, factor_hadamard
 
-from ..case import DTYPES, Arithmetic, Case, Prepared
-from ..checking import UNIT_ROUNDOFF, Expected, sample_rows
-from ..low_bit import inputs
-from ..low_bit.rotations import rotated_codes, rotated_rows
-from ..low_bit.rows import expected_codes, expected_copy
-from ..low_bit.schemes import ActivationScheme
-from ..weight_only.operands import generator
+from ..harness.case import DTYPES, Arithmetic, Case, Prepared, generator
+from ..harness.checking import UNIT_ROUNDOFF, Expected, sample_rows
+from ..shared import inputs
+from ..shared.rotations import rotated_codes, rotated_rows
+from ..shared.rows import expected_codes, expected_copy
+from ..shared.schemes import ActivationScheme
 
 __all__ = ["ROTATE", "HadamardArithmetic", "Rows", "expected", "operands", "scheme_of"]
 

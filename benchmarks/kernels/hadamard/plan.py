@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from .. import shapes
-from ..case import Case, Plan, Task
-from ..low_bit.linear.plan import fused_before
-from ..low_bit.rows import CHOSEN, UNFUSED, RowSizes, plan_rows
-from ..low_bit.schemes import SILU_MUL
-from ..weight_only.plan import subsets as subsets
+from ..harness import shapes
+from ..harness.case import Case, Plan, Task
+from ..harness.shapes import subsets as subsets
+from ..shared.rows import CHOSEN, UNFUSED, RowSizes, plan_rows
+from ..shared.schemes import SILU_MUL, fused_before
 from .operands import ROTATE
 from .providers import PROVIDERS
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from sliderquant_kernels import hadamard, hadamard_quantize, quantize_activations
 
-from ..case import Case, Prepared, Provider, Unsupported
-from ..low_bit import inputs
+from ..harness.case import Case, Prepared, Provider, Unsupported
 from ..low_bit.quantize.providers import compared
-from ..low_bit.rotations import launches
-from ..low_bit.rows import is_cold, own_providers
+from ..shared import inputs
+from ..shared.rotations import launches
+from ..shared.rows import is_cold, own_providers
 from .operands import ROTATE, HadamardArithmetic, Rows, scheme_of
 
 __all__ = ["PROVIDERS"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from ..case import Case, Prepared, Work
+from ..harness.case import Case, Prepared, Work
+from ..harness.shapes import subsets
 from .goals import goals
 from .operands import activations, expected, operands
-from .plan import NAME, plan, subsets
+from .plan import NAME, plan
 from .providers import BASELINE, PROVIDERS
 
 __all__ = [

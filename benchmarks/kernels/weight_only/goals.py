@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..case import Goal
-from ..figures import is_timed, ratio, worst
+from ..harness.case import Goal
+from ..harness.figures import is_timed, ratio, worst
 from .plan import MAIN_SCHEME
 from .providers.ours import CHOSEN
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,34 +10,14 @@ from torch import Tensor
 
 from sliderquant_kernels import reference
 
-from ..case import DTYPES, Arithmetic, Case, Prepared
-from ..checking import UNIT_ROUNDOFF, Expected, accumulation, sample_rows
+from ..harness.case import DTYPES, Arithmetic, Case, Prepared, generator
+from ..harness.checking import UNIT_ROUNDOFF, Expected, accumulation, sample_rows
+from ..shared.schemes import WeightScheme
 
-__all__ = ["Operands", "WeightScheme", "activations", "expected", "generator", "operands"]
+__all__ = ["Operands", "activations", "expected", "operands"]
 
 # Weights that are dequantized to fp64 at a time: 128 MB.
 CHUNK = 1 << 24
-
-
-@dataclass(frozen=True)
-class WeightScheme:
-    """Bits, group size (None: per channel) and symmetry of a weight."""
-
-    bits: int
-    group_size: int | None
-    symmetric: bool
-
-    @classmethod
-    def parse(cls, name: str) -> WeightScheme:
-        """Read `W4A16-g128`, `W8A16-sym`, ... Raises ValueError for anything else."""
-        found = re.fullmatch(r"W([2348])A16(?:-g(32|64|128))?(-sym)?", name)
-        if found is None:
-            raise ValueError(f"scheme: expected W{{2,3,4,8}}A16[-g32|-g64|-g128][-sym], got {name!r}")
-        return cls(int(found[1]), int(found[2]) if found[2] else None, bool(found[3]))
-
-    def __str__(self) -> str:
-        group = f"-g{self.group_size}" if self.group_size else ""
-        return f"W{self.bits}A16{group}{'-sym' if self.symmetric else ''}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +112,3 @@ def _variance(weight: Operands, w: Tensor, part: slice, u: float, arithmetic: Ar
         offsets = weight.offsets()[part].square() * (arithmetic.offset_roundings * u) ** 2
         variance += offsets.repeat_interleave(weight.group_size, 1)
     return variance
-
-
-def generator(case: Case, device: torch.device) -> torch.Generator:
-    """A generator that the same case always gets."""
-    return torch.Generator(device).manual_seed(zlib.crc32(repr(case.key).encode()))

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
-from .. import shapes
-from ..case import Case, Plan, Task, timings
-from ..shapes import Layer
-from .operands import WeightScheme
+from ..harness import shapes
+from ..harness.case import Case, Plan, Task, timings
+from ..harness.shapes import CHECK_SHAPE, CPU_LAYERS, ODD_SHAPE, QUICK_LAYERS, TINY_LAYERS, TOKENS, Layer, subsets
+from ..shared.schemes import WeightScheme
 from .providers import PROVIDERS
 from .providers.ours import CHOSEN, name_of
 
-__all__ = ["MAIN_SCHEME", "NAME", "TOKENS", "plan", "subsets"]
+__all__ = ["MAIN_SCHEME", "NAME", "plan"]
 
 NAME = "weight_only_linear"
-TOKENS = tuple(2**i for i in range(14))
 MAIN_SCHEME = "W4A16-g128"
 OTHER_SCHEMES = (
     "W4A16-g128-sym", "W2A16-g128", "W3A16-g128", "W8A16-g128",
@@ -23,26 +22,10 @@ OTHER_SCHEMES = (
 )  # fmt: skip
 # Their time grows with M, or with a dequantized weight: beyond M = 64 `quick` measures the other ones.
 PEERS_FOR_FEW = ("torch-int4", "torchao", "mslk-rowwise", "conch", "bitsandbytes")
-# 8.7, 31, 61 and 123 MB at 4 bits: what the goals speak of.
-QUICK_LAYERS = (
-    Layer("llama-3-70b down", 8192, 28672),
-    Layer("llama-3-8b gate_up", 28672, 4096),
-    Layer("llama-3-8b gate", 14336, 4096),
-    Layer("llama-3-8b o", 4096, 4096),
-)
-CPU_LAYERS = (Layer("llama-3-8b o", 4096, 4096), Layer("llama-3-8b down", 4096, 14336))
-TINY_LAYERS = (Layer("tiny", 256, 512),)
-# Even for every tile, and larger than one tile of any variant; and a shape that fits none.
-CHECK_SHAPE, ODD_SHAPE = (1024, 2048), (1000, 1056)
 # Tokens that reach a variant's tiles; the further ones are checked with fewer schemes, as each is a compilation.
 CHECK_TOKENS = {"warp_k": 1, "rows": 32, "dense": 100}
 FURTHER_CHECK_TOKENS = {"warp_k": 16, "rows": 100}
 CPU_CHECK_TOKENS = (1, 100)
-
-
-def subsets(device: str) -> tuple[str, ...]:
-    """`quick` is for every day; `tiny` for tests; the others take minutes to hours, and can be resumed."""
-    return ("quick", "tiny") if device == "cpu" else ("quick", "decode", "prefill", "schemes", "full", "tiny")
 
 
 def plan(subset: str, device: str) -> Plan:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from ...case import Case, Prepared, Work
-from ..schemes import LowBitScheme
+from ...harness.case import Case, Prepared, Work
+from ...shared.schemes import LowBitScheme
 from .goals import goals
 from .operands import activations, expected, operands
 from .plan import NAME, plan, subsets

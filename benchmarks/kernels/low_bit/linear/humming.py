@@ -11,10 +11,10 @@ import json
 import torch
 from torch import Tensor
 
-from ...case import Case, Prepared, Provider, Unsupported
+from ...harness.case import Case, Prepared, Provider, Unsupported
+from ...shared import inputs
+from ...shared.schemes import RMS_NORM, ActivationScheme, LowBitScheme
 from ...weight_only.providers.humming import LOCKS
-from .. import inputs
-from ..schemes import RMS_NORM, ActivationScheme, LowBitScheme
 from .operands import LowBitArithmetic, LowBitOperands
 
 __all__ = ["PROVIDER", "accepts", "prepare"]

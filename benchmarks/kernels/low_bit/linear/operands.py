@@ -10,12 +10,12 @@ from torch import Tensor
 from sliderquant_kernels import HadamardTransform, factor_hadamard, reference
 
 from ... import weight_only
-from ...case import Arithmetic, Case, Prepared
-from ...checking import SIGMAS, UNIT_ROUNDOFF, Expected, accumulation, sample_rows
-from ...weight_only.operands import Operands, generator
-from .. import inputs
-from ..rotations import rotated, rotated_codes
-from ..schemes import RMS_NORM, ActivationScheme, LowBitScheme
+from ...harness.case import Arithmetic, Case, Prepared, generator
+from ...harness.checking import SIGMAS, UNIT_ROUNDOFF, Expected, accumulation, sample_rows
+from ...shared import inputs
+from ...shared.rotations import rotated, rotated_codes
+from ...shared.schemes import RMS_NORM, ActivationScheme, LowBitScheme
+from ...weight_only.operands import Operands
 
 __all__ = ["LowBitArithmetic", "LowBitOperands", "activations", "expected", "operands"]
 

@@ -7,16 +7,15 @@ from itertools import product
 
 from sliderquant_kernels.low_bit import tiles as low_bit_tiles
 
-from ... import shapes
-from ...case import Case, Plan, Task, timings
-from ...shapes import Layer
-from ...weight_only.plan import CHECK_SHAPE, CPU_LAYERS, ODD_SHAPE, QUICK_LAYERS, TINY_LAYERS, TOKENS
-from ...weight_only.plan import subsets as subsets
-from ..schemes import HADAMARD, RESIDUAL, RMS_NORM, SILU_MUL, LowBitScheme
+from ...harness import shapes
+from ...harness.case import Case, Plan, Task, timings
+from ...harness.shapes import CHECK_SHAPE, CPU_LAYERS, ODD_SHAPE, QUICK_LAYERS, TINY_LAYERS, TOKENS, Layer
+from ...harness.shapes import subsets as subsets
+from ...shared.schemes import HADAMARD, RESIDUAL, RMS_NORM, SILU_MUL, LowBitScheme, fused_before
 from . import humming
 from .providers import CHOSEN, CUBLAS, PROVIDERS, UNFUSED, accepts, name_of
 
-__all__ = ["MAIN_SCHEME", "NAME", "fused_before", "plan", "steps_before", "subsets"]
+__all__ = ["MAIN_SCHEME", "NAME", "plan", "steps_before", "subsets"]
 
 NAME = "low_bit_linear"
 MAIN_SCHEME = "W4A4"
@@ -33,12 +32,6 @@ CHAIN_SCHEMES = (MAIN_SCHEME, "W4A8", "W8A8")
 # What a rotation comes before. `QUICK_LAYERS` has the one whose rotation takes two launches.
 ROTATED_LAYERS = (Layer("llama-3-8b down", 4096, 14336), Layer("qwen2.5-7b down", 3584, 18944))
 CHECK_TOKENS = {"warp_k": 3, "rows": 100, "tiles": 200}
-
-
-def fused_before(layer: Layer) -> str | None:
-    """What stands before a layer in a decoder: a norm before q, k, v and gate, up; SiLU-mul before down; else None."""
-    kind = layer.name.partition(",")[0].rpartition(" ")[2]
-    return {"o": None, "down": SILU_MUL}.get(kind, RMS_NORM)
 
 
 def steps_before(layer: Layer) -> list[str]:

@@ -25,12 +25,12 @@ from sliderquant_kernels import (
 from sliderquant_kernels.common import choices
 from sliderquant_kernels.low_bit import tiles as low_bit_tiles
 
-from ...case import Case, Prepared, Provider
-from ...machine import current_device
+from ...harness.case import Case, Prepared, Provider
+from ...harness.machine import current_device
+from ...shared import inputs
+from ...shared.rotations import launches
+from ...shared.schemes import RMS_NORM, SILU_MUL, ActivationScheme, LowBitScheme
 from ...weight_only.operands import Operands
-from .. import inputs
-from ..rotations import launches
-from ..schemes import RMS_NORM, SILU_MUL, ActivationScheme, LowBitScheme
 from . import humming
 from .operands import LowBitArithmetic, LowBitOperands
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...case import Case, Prepared, Work
-from ..rows import BASELINE, Copy, activations, operands_key
-from ..schemes import ActivationScheme
+from ...harness.case import Case, Prepared, Work
+from ...shared.rows import BASELINE, Copy, activations, operands_key
+from ...shared.schemes import ActivationScheme
 from .goals import goals
 from .operands import expected, operands
 from .plan import NAME, plan, subsets

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...case import Goal
-from ..rows import goal, pairs_with_copies
+from ...harness.case import Goal
+from ...shared.rows import goal, pairs_with_copies
 
 __all__ = ["goals"]
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...case import DTYPES, Case, Prepared
-from ...checking import Expected, sample_rows
-from ...weight_only.operands import generator
-from .. import inputs
+from ...harness.case import DTYPES, Case, Prepared, generator
+from ...harness.checking import Expected, sample_rows
+from ...shared import inputs
+from ...shared.rows import expected_codes, expected_copy
+from ...shared.schemes import ActivationScheme
 from ..linear.operands import LowBitArithmetic
-from ..rows import expected_codes, expected_copy
-from ..schemes import ActivationScheme
 
 __all__ = ["Activations", "expected", "operands"]
 

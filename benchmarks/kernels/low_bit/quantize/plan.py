@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import product
 
-from ... import shapes
-from ...case import Case, Plan, Task
-from ...weight_only.plan import subsets as subsets
-from ..linear.plan import fused_before
-from ..rows import CHOSEN, UNFUSED, RowSizes, plan_rows
-from ..schemes import FUSED
+from ...harness import shapes
+from ...harness.case import Case, Plan, Task
+from ...harness.shapes import subsets as subsets
+from ...shared.rows import CHOSEN, UNFUSED, RowSizes, plan_rows
+from ...shared.schemes import FUSED, fused_before
 from .providers import PROVIDERS
 
 __all__ = ["NAME", "plan", "subsets"]

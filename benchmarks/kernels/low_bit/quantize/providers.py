@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sliderquant_kernels import QuantizedActivations
 
-from ...case import Case, Prepared, Provider
+from ...harness.case import Case, Prepared, Provider
+from ...shared.rows import is_cold, own_providers
+from ...shared.schemes import RMS_NORM, ActivationScheme
 from ..linear.operands import LowBitArithmetic
 from ..linear.providers import quantized
-from ..rows import is_cold, own_providers
-from ..schemes import RMS_NORM, ActivationScheme
 from .operands import Activations
 
 __all__ = ["PROVIDERS", "compared"]

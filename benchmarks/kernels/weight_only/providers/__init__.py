@@ -1,6 +1,6 @@
 """The kernels that multiply 16-bit activations by quantized weights: ours, torch's, and those of others."""
 
-from ...case import Provider
+from ...harness.case import Provider
 from . import bitsandbytes, conch, dense, humming, mslk, ours, torch_int4, torchao
 
 __all__ = ["BASELINE", "PROVIDERS"]

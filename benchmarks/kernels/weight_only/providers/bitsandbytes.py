@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...case import Arithmetic, Case, Prepared, Provider
-from ..operands import Operands, WeightScheme
+from ...harness.case import Arithmetic, Case, Prepared, Provider
+from ...shared.schemes import WeightScheme
+from ..operands import Operands
 
 # Table value, its product with the maximum, and the maximum may each be rounded to 16 bits.
 ARITHMETIC = Arithmetic(weight_roundings=3)

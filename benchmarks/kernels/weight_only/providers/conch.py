@@ -10,8 +10,9 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from ...case import Arithmetic, Case, Prepared, Provider, Unsupported
-from ..operands import Operands, WeightScheme
+from ...harness.case import Arithmetic, Case, Prepared, Provider, Unsupported
+from ...shared.schemes import WeightScheme
+from ..operands import Operands
 
 # The fixed tile of its kernel: loads along N are not masked, and one step along K must lie within a group.
 TILE_N, TILE_K = 64, 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.nn.functional import linear
 
-from ...case import Arithmetic, Prepared, Provider
+from ...harness.case import Arithmetic, Prepared, Provider
 from ..operands import Operands
 
 CUBLAS, ONEDNN = "cublas", "onednn"

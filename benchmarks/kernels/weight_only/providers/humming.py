@@ -11,7 +11,7 @@ import json
 import torch
 from torch import Tensor
 
-from ...case import Arithmetic, Prepared, Provider, Unsupported
+from ...harness.case import Arithmetic, Prepared, Provider, Unsupported
 from ..operands import Operands
 
 # Scales are applied to the weight in 16 bits where its kernels do not apply them to the accumulator.

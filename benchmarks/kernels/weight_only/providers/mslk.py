@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from ...case import Prepared, Provider
+from ...harness.case import Prepared, Provider
 from ..operands import Operands
 from . import torch_int4
 

@@ -14,9 +14,10 @@ from sliderquant_kernels import PackedWeight, WeightLayout, choose_layout, weigh
 from sliderquant_kernels.common import choices, workspace
 from sliderquant_kernels.weight_only import tiles, tuned
 
-from ...case import DTYPES, Arithmetic, Case, Prepared, Provider
-from ...machine import current_device
-from ..operands import Operands, WeightScheme
+from ...harness.case import DTYPES, Arithmetic, Case, Prepared, Provider
+from ...harness.machine import current_device
+from ...shared.schemes import WeightScheme
+from ..operands import Operands
 from . import dense
 
 CHOSEN = "sliderquant"

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...case import Arithmetic, Case, Prepared, Provider, Unsupported
-from ..operands import Operands, WeightScheme
+from ...harness.case import Arithmetic, Case, Prepared, Provider, Unsupported
+from ...shared.schemes import WeightScheme
+from ..operands import Operands
 
 COMPUTES = "zero-points as bf16 offsets"
 INNER_K_TILES = 8

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from ...case import Prepared, Provider
+from ...harness.case import Prepared, Provider
 from ..operands import Operands
 from . import torch_int4
 

@@ -1,0 +1,1 @@
+"""What methods make of models: perplexity, tables, plots, ablations."""

@@ -1,0 +1,1 @@
+"""Triton's compiled kernels in one file, for a machine where minutes count."""

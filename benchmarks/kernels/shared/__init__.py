@@ -1,0 +1,1 @@
+"""What the ops with rounded activations share: inputs, rows, schemes, rotations."""

@@ -1,0 +1,1 @@
+"""Methods of other packages, each by an interpreter of its own."""
