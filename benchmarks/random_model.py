@@ -2,7 +2,6 @@
 shapes alone. `sliderquant quantize --method rtn` and `sliderquant bench` take it as any other model."""
 
 import argparse
-import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 
 from sliderquant.checkpoint.skeleton import build_skeleton
 from sliderquant.models import family_of
+from sliderquant.models.layer import model_layers
 from sliderquant.modules.linear import PackedLinear
-from sliderquant.modules.merged import MergedLinear, shared_inputs
+from sliderquant.modules.merged import MergedLinear
 from sliderquant.quantizer.grids import QuantizedWeight
 from sliderquant.schemes import Scheme
 
@@ -134,12 +134,9 @@ def build(shape: str, device: torch.device, scheme: Scheme | None = None, seed: 
     generator = torch.Generator(device).manual_seed(seed)
     if scheme is not None:
         family = family_of(shape, model.config.model_type, [type(model).__name__])
-        inputs = {name: names for names in shared_inputs(model) for name in names}
-        for layer, linear in itertools.product(range(model.config.num_hidden_layers), family.linears):
-            name = f"{family.layers}.{layer}.{linear}"
-            names = inputs.get(name, (name,))
-            if name == names[0]:
-                _pack_random(model, names, scheme, generator)
+        for layer, _ in model_layers(model, family):
+            for group in layer.groups:
+                _pack_random(model, tuple(map(layer.full, group.linears)), scheme, generator)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:

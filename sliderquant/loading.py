@@ -27,7 +27,8 @@ from sliderquant.checkpoint.skeleton import attention_clips, build_skeleton, che
 from sliderquant.decoding import attach_decode_runner
 from sliderquant.devices import resolve_device
 from sliderquant.errors import CheckpointError, InputError
-from sliderquant.models import FAMILIES, family_of
+from sliderquant.models import family_of, family_of_class
+from sliderquant.models.layer import model_layers
 from sliderquant.modules.attention import AttentionRounding, round_attention
 from sliderquant.modules.fused import fuse_layers
 from sliderquant.modules.head import keep_head_fast
@@ -130,8 +131,7 @@ def make_fast(model: PreTrainedModel) -> None:
 
     A model of a family that is not known stays as it is.
     """
-    name = type(model).__name__
-    family = next((family for family in FAMILIES if name in family.architectures), None)
+    family = family_of_class(model)
     if family is not None:
         fuse_layers(model, family)
         attach_decode_runner(model)
@@ -233,7 +233,7 @@ def _insert_what_runs(model: PreTrainedModel, checkpoint: Checkpoint, where: str
     try:
         family = family_of(where, model.config.model_type, [type(model).__name__])
         if rotations is not None:
-            rotations.check_sizes(model.config)
+            rotations.check_sizes([layer for layer, _ in model_layers(model, family)])
             insert_rotations(model, family, rotations)
         round_attention(model, family, kv_bits, rotations)
         for name in attention_clips(checkpoint, model):

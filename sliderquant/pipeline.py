@@ -341,15 +341,15 @@ def _run(
         progress.layer_written(index + 1, source.num_layers)
 
     def emit(index: int, layer: nn.Module) -> None:
-        prefix = f"{source.family.layers}.{index}."
+        full = source.layers[index].full
         quantized, dense = merged_layer(layer)
         write(
             index,
-            {prefix + name: merged for name, merged in quantized.items()},
-            {prefix + name: tensor for name, tensor in dense.items()},
+            {full(name): merged for name, merged in quantized.items()},
+            {full(name): tensor for name, tensor in dense.items()},
         )
         for name, clip in stored_clips(layer).items():
-            writer.add_clip(prefix + name, clip.cpu())
+            writer.add_clip(full(name), clip.cpu())
 
     if settled.settings is None:
         for index in range(source.num_layers):

@@ -109,7 +109,7 @@ def ends(plan: Plan) -> dict[str, Allocation]:
     assert plan.average_bits is not None
     sizes = plan.sizes
     spare = (plan.average_bits - plan.scheme.bits) * sum(sizes.values())
-    of_a_layer = (ENDS_BITS - plan.scheme.bits) * sum(sizes[name] for name in source.linear_names(0))
+    of_a_layer = (ENDS_BITS - plan.scheme.bits) * sum(sizes[name] for name in source.layers[0].full_linears)
     if of_a_layer <= 0:
         raise InputError(f"scheme {plan.scheme}: expected one of fewer than {ENDS_BITS} bits, which the ends get")
     count = min(int(spare / of_a_layer + 1e-9), source.num_layers)
@@ -117,7 +117,7 @@ def ends(plan: Plan) -> dict[str, Allocation]:
     for first in sorted({count - count // 2, count // 2}, reverse=True):
         last = count - first
         layers = [*range(first), *range(source.num_layers - last, source.num_layers)]
-        more = {name for layer in layers for name in source.linear_names(layer)}
+        more = {name for layer in layers for name in source.layers[layer].full_linears}
         bits = {name: ENDS_BITS if name in more else plan.scheme.bits for name in plan.schemes}
         found[f"first {first} and last {last} layers at {ENDS_BITS}"] = Allocation(plan.average_bits, 0, bits, {})
     return found

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sliderquant.models.family import Family
+from sliderquant.models.layer import model_layers
 
 __all__ = ["inject_outliers"]
 
@@ -30,9 +31,9 @@ def inject_outliers(model: Any, family: Family, channels: int = 4, factor: float
         head.weight = nn.Parameter(head.weight.clone())
         model.config.tie_word_embeddings = False
     read_by = [(model.get_submodule(family.final_norm), [head])]
-    for layer in model.get_submodule(family.layers):
-        for norm, linears in zip(family.norms, family.shared_inputs, strict=True):
-            read_by.append((layer.get_submodule(norm), [layer.get_submodule(name) for name in linears]))
+    for layer, module in model_layers(model, family):
+        for norm, linears in layer.normed_groups:
+            read_by.append((module.get_submodule(norm), [module.get_submodule(name) for name in linears]))
     for norm, linears in read_by:
         chosen = torch.randperm(len(norm.weight), generator=generator)[:channels].to(norm.weight.device)
         norm.weight[chosen] *= factor

@@ -158,7 +158,7 @@ class Peer:
             raise PeerError(SKIPPED, f"{self.name} is compared where weights alone are quantized, unlike {scheme}")
         if scheme.symmetric:
             raise PeerError(SKIPPED, f"{self.name} is compared at weights with zero-points, unlike {scheme}")
-        for name in source.linear_names(0):
+        for name in source.linear_names:
             shape, _ = source.shapes[f"{name}.weight"]
             if not scheme.fits(shape[1]):
                 raise PeerError(SKIPPED, f"groups of {scheme.group_size} do not divide the {shape[1]} inputs of {name}")
@@ -194,14 +194,13 @@ class Peer:
     def _check_weights(self, folder: Path, scheme: Scheme) -> None:
         """A weight that the peer left out, or quantized to another scheme, would pass for a good perplexity."""
         dense = open_model(folder)
-        for layer in range(dense.num_layers):
-            for name in dense.linear_names(layer):
-                weight = dense.weight(f"{name}.weight", torch.device("cpu"))
-                groups = weight.view(-1, scheme.group_size or weight.shape[1])
-                levels = 1 + int((groups.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1).max())
-                if levels > scheme.levels + 1:
-                    found = f"{name} has {levels} values in one group, more than the {scheme.levels + 1} of {scheme}"
-                    raise PeerError(FAILED, f"{self.name} returned another scheme: {found}", found)
+        for name in dense.linear_names:
+            weight = dense.weight(f"{name}.weight", torch.device("cpu"))
+            groups = weight.view(-1, scheme.group_size or weight.shape[1])
+            levels = 1 + int((groups.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1).max())
+            if levels > scheme.levels + 1:
+                found = f"{name} has {levels} values in one group, more than the {scheme.levels + 1} of {scheme}"
+                raise PeerError(FAILED, f"{self.name} returned another scheme: {found}", found)
 
 
 PEERS: dict[str, Peer] = {

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import results
+from sliderquant.calibration.layerwise import LayerwiseModel
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning.methods import METHODS
@@ -90,23 +91,21 @@ def measure(
     device: torch.device,
 ) -> dict[str, Any]:
     """Ratio of the two steps, its quartiles over the rounds, and the median milliseconds of each."""
-    decoder = Decoder(source, device)
     settings = Settings.model_validate({"compile": compile_})
     plan = make_plan(source, scheme, METHODS["sliderquant-published"], settings, batch, seqlen)
     ids = torch.randint(0, source.config.vocab_size, (batch, seqlen), generator=torch.Generator().manual_seed(0))
-    samples, inputs = decoder.embed(ids)
-    hidden = torch.cat(list(samples)).detach()
+    model = LayerwiseModel(Decoder(source, device), ids, plan.rotations, plan.scheme.kv_bits)
+    hidden = model.stream(memory_limit=1e12).data.to(device)
     generator = torch.Generator().manual_seed(1)
     target = hidden + 0.1 * torch.randn(hidden.shape, generator=generator).to(device)
-    arguments = inputs.arguments[:2]
-    refined = [refined_layer(plan, decoder, index, 0, device) for index in (0, 1)]
-    plain = [decoder.layer(index) for index in (0, 1)]
+    refined = [refined_layer(plan, model, index, seed=0) for index in (0, 1)]
+    plain = [model.layer(index, rounded=False) for index in (0, 1)]
     for layer in plain:
-        for name in source.family.linears:
-            layer.get_submodule(name).weight.requires_grad_()  # type: ignore[union-attr]
+        for name in layer.spec.linears:
+            layer.linear(name).weight.requires_grad_()  # type: ignore[operator]
     steps = {
-        "plain": stepper(WindowLayers(plain, arguments), hidden, target, matmul),
-        "quantized": stepper(WindowLayers(refined, arguments), hidden, target, matmul),
+        "plain": stepper(WindowLayers(plain), hidden, target, matmul),
+        "quantized": stepper(WindowLayers(refined), hidden, target, matmul),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
@@ -130,7 +129,7 @@ def measure(
 
 def stepper(window: WindowLayers, hidden: Tensor, target: Tensor, matmul: torch.dtype) -> Callable[[], None]:
     """One forward, loss and backward; gradients are dropped first, as an optimizer would."""
-    parameters = [p for layer in window.layers for p in layer.parameters() if p.requires_grad]
+    parameters = [p for layer in window.layers for p in layer.module.parameters() if p.requires_grad]
 
     def step() -> None:
         for parameter in parameters:

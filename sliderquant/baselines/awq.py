@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sliderquant.baselines.layer import CalibratedLayer, quotient
+from sliderquant.models.layer import first_output
 from sliderquant.modules.rotated import RotatedLinear
 from sliderquant.planning.settings import AwqSettings
 from sliderquant.quantizer.grids import QuantizedWeight, dequantize, find_grid, quantize, round_to_nearest
@@ -28,7 +29,7 @@ _SMALLEST = 1e-4
 @torch.no_grad()
 def awq_layer(layer: CalibratedLayer, settings: AwqSettings) -> None:
     """Search and merge the scales of a layer, then the clipping, and round its weights."""
-    family = layer.family
+    spec, normed = layer.spec, layer.spec.normed_groups
     statistics = layer.statistics([names[0] for names in layer.input_groups])
     grams = {name: statistics[names[0]].gram for names in layer.input_groups for name in names}
 
@@ -44,25 +45,25 @@ def awq_layer(layer: CalibratedLayer, settings: AwqSettings) -> None:
 
     # All are searched in the original layer: a scale of one site leaves what the others see as it is.
     found: list[Tensor] = []
-    for names in family.shared_inputs:
+    for _, names in normed:
         block = names[0].rpartition(".")[0]
         found.append(search(block, statistics[names[0]].mean, partial(_block_errors, layer, block, names)))
     between: list[tuple[str, str, Tensor]] = []
-    for previous, following in ((family.value, family.output), (family.up, family.down)):
+    for previous, following in spec.feeds:
         if isinstance(layer.module.get_submodule(following), RotatedLinear):
             continue  # its inputs are not the outputs of the linear before it, but mixtures of all of them
         mean = layer.outputs(previous, statistics[following].mean)
         errors_of = partial(_linear_errors, layer, previous, following, grams[following])
         between.append((previous, following, search(following, mean, errors_of)))
 
-    for norm, names, scale in zip(family.norms, family.shared_inputs, found, strict=True):
+    for (norm, names), scale in zip(normed, found, strict=True):
         _divide(grams[names[0]], layer.scale_after_norm(norm, names, scale))
     for previous, following, scale in between:
         _divide(grams[following], layer.scale_between(previous, following, scale))
 
     # What q and k make is multiplied with each other: the error of each alone says little about the attention's.
-    unclipped = {name for names in family.shared_inputs if family.value in names for name in names} - {family.value}
-    for name in family.linears:
+    unclipped = {spec.attention.query, spec.attention.key}
+    for name in spec.linears:
         weight, scheme = layer.weight(name), layer.schemes[name]
         if settings.clipping and name not in unclipped:
             stored, share = clipped(
@@ -148,8 +149,7 @@ def _block_errors(layer: CalibratedLayer, block: str, names: Sequence[str], scal
     errors = torch.zeros(len(scales), device=layer.device)
 
     def output(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-        out = module(*arguments, **keywords)
-        return out[0] if isinstance(out, tuple) else out
+        return first_output(module(*arguments, **keywords))
 
     for arguments, keywords in layer.calls(block):
         wanted = output(arguments, keywords)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sliderquant.calibration.layerwise import RunningLayer
 from sliderquant.calibration.streams import ActivationStream
-from sliderquant.models.family import Family
-from sliderquant.modules.rotated import RotatedLinear
+from sliderquant.models.layer import LayerSpec
 from sliderquant.quantizer.grids import QuantizedWeight, dequantize
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import quantize_activations
@@ -58,12 +58,10 @@ class CalibratedLayer:
     """A decoder layer that is being quantized, and its inputs: the output of the quantized layers before it.
 
     Attributes:
-        module: the decoder layer in fp32, with what the model computes while it runs in it.
-        config: that of the model.
+        running: the decoder layer as it runs.
         schemes: by name of the linear in the layer.
         dtypes: by name in the layer, those in which norms and biases are stored.
         scale_dtype: in which the scales of weights are stored.
-        arguments: what the layer is called with besides hidden states.
         stream: its inputs.
         stored: by name, the linears that are quantized already.
         changed: by name, norms and biases that are not the model's any more, fp32.
@@ -71,13 +69,10 @@ class CalibratedLayer:
         scales: by site, what there is to report of channel scales.
     """
 
-    module: nn.Module
-    family: Family
-    config: Any
+    running: RunningLayer
     schemes: Mapping[str, Scheme]
     dtypes: Mapping[str, torch.dtype]
     scale_dtype: torch.dtype
-    arguments: Mapping[str, Any]
     stream: ActivationStream
     batch_size: int
     device: torch.device
@@ -86,15 +81,21 @@ class CalibratedLayer:
     linears: dict[str, dict[str, Any]] = field(default_factory=dict)
     scales: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def module(self) -> nn.Module:
+        return self.running.module
+
+    @property
+    def spec(self) -> LayerSpec:
+        return self.running.spec
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden `[batch, seqlen, hidden]` -> the layer's output, the same shape."""
-        out = self.module(hidden, **self.arguments)
-        return out[0] if isinstance(out, tuple) else out
+        return self.running(hidden)
 
     def linear(self, name: str) -> nn.Module:
-        """The linear itself, also where an online rotation stands before it."""
-        found = self.module.get_submodule(name)
-        return found.linear if isinstance(found, RotatedLinear) else found
+        """See `RunningLayer.linear`."""
+        return self.running.linear(name)
 
     def weight(self, name: str) -> Tensor:
         """As it is now, fp32 `[out, in]`."""
@@ -103,8 +104,7 @@ class CalibratedLayer:
     @property
     def input_groups(self) -> tuple[tuple[str, ...], ...]:
         """The linears in the order of the data flow, those that multiply the same tensor together."""
-        shared = {name: group for group in self.family.shared_inputs for name in group}
-        return tuple(dict.fromkeys(shared.get(name, (name,)) for name in self.family.linears))
+        return tuple(group.linears for group in self.spec.groups)
 
     def round_inputs(self) -> None:
         """From now on the linears round their inputs as the scheme says."""
@@ -211,22 +211,22 @@ class CalibratedLayer:
 
     def columns(self, previous: str, per_output: Tensor) -> Tensor:
         """A value for each output of a linear -> for each input of the next."""
-        if previous != self.family.value:
+        if previous != self.spec.attention.value:
             return per_output
         heads, queries_per_value = self._heads
         return per_output.view(heads, 1, -1).expand(-1, queries_per_value, -1).flatten()
 
     def outputs(self, previous: str, per_column: Tensor) -> Tensor:
         """The mean over the inputs of the next linear that read the same output of this one."""
-        if previous != self.family.value:
+        if previous != self.spec.attention.value:
             return per_column
         return per_column.view(*self._heads, -1).mean(1).flatten()
 
     @property
     def _heads(self) -> tuple[int, int]:
         """KV heads, and query heads for each."""
-        heads = self.config.num_key_value_heads
-        return heads, self.config.num_attention_heads // heads
+        attention = self.spec.attention
+        return attention.kv_heads, attention.heads // attention.kv_heads
 
 
 def storable(old: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

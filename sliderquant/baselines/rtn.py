@@ -24,7 +24,7 @@ def rtn_layer(
         by full name, the weight as it is stored and its value, fp32 `[out, in]`.
     """
     quantized = {}
-    for name in source.linear_names(layer):
+    for name in source.layers[layer].full_linears:
         weight = source.weight(f"{name}.weight", device)
         stored = round_to_nearest(weight, schemes[name], source.dtype)
         quantized[name] = (stored, dequantize(stored, schemes[name]))

@@ -21,9 +21,8 @@ _SMALLEST = 1e-5
 @torch.no_grad()
 def smoothquant_layer(layer: CalibratedLayer, settings: SmoothQuantSettings) -> None:
     """Merge the scales of a layer into its norms and weights, and round those."""
-    family = layer.family
     statistics = layer.statistics([names[0] for names in layer.input_groups])
-    for norm, names in zip(family.norms, family.shared_inputs, strict=True):
+    for norm, names in layer.spec.normed_groups:
         inputs = statistics[names[0]]
         weights = torch.stack([layer.weight(name).abs().amax(0) for name in names]).amax(0)
         scale = inputs.largest.clamp(min=_SMALLEST) ** settings.ratio

@@ -4,16 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sliderquant.baselines.awq import awq_layer
 from sliderquant.baselines.gptq import gptq_layer
 from sliderquant.baselines.layer import CalibratedLayer, quotient
 from sliderquant.baselines.smoothquant import smoothquant_layer
-from sliderquant.calibration.streams import ActivationStream
+from sliderquant.calibration.layerwise import LayerwiseModel, RunningLayer
 from sliderquant.models.decoder import Decoder
-from sliderquant.modules.attention import round_layer
-from sliderquant.modules.rotated import insert_rotation
 from sliderquant.planning.plan import Plan
 from sliderquant.planning.settings import AwqSettings, GptqSettings, OneShotSettings, SmoothQuantSettings
 from sliderquant.progress import LayerReport, Progress
@@ -46,64 +44,47 @@ def quantize_layers(
     settings = plan.settings
     assert isinstance(settings, OneShotSettings)
     source = plan.source
-    samples, inputs = decoder.embed(blocks)
-    limit = settings.stream_memory_gb * 1e9
-    stream = ActivationStream(len(blocks), plan.seqlen, source.config.hidden_size, memory_limit=limit)
+    model = LayerwiseModel(decoder, blocks, plan.rotations, plan.scheme.kv_bits)
+    stream = model.stream(settings.stream_memory_gb * 1e9)
     reports = []
     try:
-        stream.fill(samples)
-        for index in range(source.num_layers):
-            prefix = f"{source.family.layers}.{index}."
-            module = _layer(plan, decoder, index, device, rounded=True)
-            weights = {f"{name}.weight" for name in source.family.linears}
-            dense = [name for name in decoder.layers[index].state_dict() if name not in weights]
+        for spec in source.layers:
+            weights = {f"{name}.weight" for name in spec.linears}
+            dense = [name for name in decoder.layers[spec.index].state_dict() if name not in weights]
             layer = CalibratedLayer(
-                module,
-                source.family,
-                source.config,
-                {name: plan.schemes[prefix + name] for name in source.family.linears},
-                {name: source.tensor(prefix + name).dtype for name in dense},
+                model.layer(spec.index),
+                {name: plan.schemes[spec.full(name)] for name in spec.linears},
+                {name: source.tensor(spec.full(name)).dtype for name in dense},
                 source.dtype,
-                inputs.arguments[index],
                 stream,
                 settings.batch_size,
                 device,
             )
             _METHODS[type(settings)](layer, settings)
-            error = _advance(layer, _layer(plan, decoder, index, device, rounded=False))
+            error = _advance(layer, model.layer(spec.index, rounded=False))
             write(
-                index,
+                spec.index,
                 {
-                    prefix + name: (stored, dequantize(stored, layer.schemes[name]))
+                    spec.full(name): (stored, dequantize(stored, layer.schemes[name]))
                     for name, stored in layer.stored.items()
                 },
-                {prefix + name: tensor for name, tensor in layer.changed.items()},
+                {spec.full(name): tensor for name, tensor in layer.changed.items()},
             )
-            reports.append(LayerReport(index, error, layer.linears, layer.scales))
+            reports.append(LayerReport(spec.index, error, layer.linears, layer.scales))
             progress.layer_quantized(reports[-1], source.num_layers)
     finally:
         stream.close()
     return reports
 
 
-def _layer(plan: Plan, decoder: Decoder, index: int, device: torch.device, rounded: bool) -> nn.Module:
-    """A layer with what the model computes while it runs: rotations and, if `rounded`, the rounding in attention."""
-    layer = decoder.layer(index)
-    insert_rotation(layer, index, plan.source.family, plan.rotations)
-    if rounded:
-        round_layer(layer, index, plan.source.family, plan.scheme.kv_bits, plan.rotations)
-    return layer.to(device)
-
-
-def _advance(layer: CalibratedLayer, original: nn.Module) -> float | None:
+def _advance(layer: CalibratedLayer, original: RunningLayer) -> float | None:
     """The stream passes through the quantized layer. Returns the relative squared error of its output."""
     error = norm = 0.0
 
     def step(hidden: Tensor) -> Tensor:
         nonlocal error, norm
         out = layer(hidden)
-        wanted = original(hidden, **layer.arguments)
-        wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+        wanted = original(hidden)
         error += (out - wanted).square().sum().item()
         norm += wanted.square().sum().item()
         return out

@@ -15,6 +15,7 @@ from sliderquant.checkpoint.packing import INPUT_CLIP
 from sliderquant.checkpoint.reader import Checkpoint
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models import family_of
+from sliderquant.models.layer import model_layers
 
 __all__ = ["attention_clips", "build_skeleton", "check_against_model", "linear_names", "plain_config"]
 
@@ -139,9 +140,7 @@ def attention_clips(checkpoint: Checkpoint, model: PreTrainedModel) -> list[str]
         family = family_of(str(checkpoint.path), model.config.model_type, [type(model).__name__])
     except InputError as error:
         raise CheckpointError(str(error)) from error
-    layers = model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    prefixes = [f"{family.layers}.{index}.{family.attention}" for index in range(len(layers))]
+    prefixes = [layer.full(layer.attention.module) for layer, _ in model_layers(model, family)]
     return [f"{prefix}.{site}_clip" for prefix in prefixes for site in ATTENTION_SITES]
 
 

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sliderquant.calibration.streams import ActivationStream
+from sliderquant.calibration.layerwise import LayerwiseModel, RunningLayer
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource
-from sliderquant.modules.rotated import insert_rotation
 from sliderquant.planning.allocation import Allocation, allocate, choices
 from sliderquant.planning.memory import CHOOSING_STREAM_GB, CHOOSING_TOKENS_AT_ONCE
 from sliderquant.planning.plan import Plan
@@ -59,14 +58,7 @@ def choose_bits(
 
 def linears_together(source: ModelSource) -> list[tuple[str, ...]]:
     """Full names of all linears, those together that read the same input."""
-    family = source.family
-    shared = {name for names in family.shared_inputs for name in names}
-    groups = [*family.shared_inputs, *((name,) for name in family.linears if name not in shared)]
-    return [
-        tuple(f"{family.layers}.{index}.{name}" for name in names)
-        for index in range(source.num_layers)
-        for names in groups
-    ]
+    return [tuple(map(layer.full, group.linears)) for layer in source.layers for group in layer.groups]
 
 
 def linear_losses(
@@ -86,10 +78,8 @@ class _Walk:
     def __init__(self, plan: Plan, decoder: Decoder, blocks: Tensor, device: torch.device, progress: Progress) -> None:
         self.plan, self.decoder, self.blocks, self.device, self.progress = plan, decoder, blocks, device, progress
         self.layers = plan.source.num_layers
-        samples, self.inputs = decoder.embed(blocks)
-        limit = CHOOSING_STREAM_GB * 1e9 / (self.layers + 1)
-        first = ActivationStream(len(blocks), plan.seqlen, plan.source.config.hidden_size, memory_limit=limit)
-        first.fill(samples)
+        self.model = LayerwiseModel(decoder, blocks, plan.rotations)
+        first = self.model.stream(CHOOSING_STREAM_GB * 1e9 / (self.layers + 1))
         # The hidden states before each layer, and after the last.
         self.hidden = [first]
         self.importance: dict[str, Tensor] = {}
@@ -108,20 +98,16 @@ class _Walk:
             for stream in self.hidden:
                 stream.close()
 
-    def _layer(self, index: int) -> tuple[nn.Module, dict[str, nn.Linear]]:
+    def _layer(self, index: int) -> tuple[RunningLayer, dict[str, nn.Linear]]:
         """A decoder layer, and its linears by full name."""
-        family = self.plan.source.family
-        layer = self.decoder.layer(index)
-        linears = {name: layer.get_submodule(name) for name in family.linears}
-        insert_rotation(layer, index, family, self.plan.rotations)
-        prefix = f"{family.layers}.{index}."
-        return layer.to(self.device), {prefix + name: linear for name, linear in linears.items()}  # type: ignore[misc]
+        layer = self.model.layer(index)
+        return layer, {layer.spec.full(name): layer.linear(name) for name in layer.spec.linears}  # type: ignore[misc]
 
-    def _run(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
-        out = layer(hidden, **self.inputs.arguments[index])
+    def _run(self, layer: RunningLayer, hidden: Tensor) -> Tensor:
+        out = layer(hidden)
         self.passes += len(hidden)
         self.progress.layer_passed(self.passes, len(self.blocks) * (2 * self.layers + 1))
-        return out[0] if isinstance(out, tuple) else out
+        return out
 
     @torch.no_grad()
     def _forward(self, index: int) -> None:
@@ -130,7 +116,7 @@ class _Walk:
             self.importance[name] = torch.zeros(linear.in_features, device=self.device)
             linear.register_forward_pre_hook(self._squares(name))
         self.hidden.append(self.hidden[-1].like())
-        self.hidden[-2].walk(lambda hidden: self._run(index, layer, hidden), self.device, 1, into=self.hidden[-1])
+        self.hidden[-2].walk(lambda hidden: self._run(layer, hidden), self.device, 1, into=self.hidden[-1])
 
     def _squares(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -165,7 +151,7 @@ class _Walk:
         for row in range(len(self.blocks)):
             rows = slice(row, row + 1)
             hidden = before.batch(rows, self.device).requires_grad_()
-            self._run(index, layer, hidden).backward(gradients.batch(rows, self.device))
+            self._run(layer, hidden).backward(gradients.batch(rows, self.device))
             assert hidden.grad is not None
             before.data[rows].copy_(hidden.grad)
         gradients.close()

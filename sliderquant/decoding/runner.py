@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sliderquant.decoding.attention import attend_over
 from sliderquant.decoding.cache import BoundLayer, Slot, length_for, release
-from sliderquant.models import FAMILIES, family_of
+from sliderquant.models import family_of, family_of_class
 from sliderquant.modules.attention import cache_keyword
 from sliderquant.modules.fused import fused_rotary
 
@@ -294,8 +294,7 @@ def attach_decode_runner(model: PreTrainedModel, **keywords: Any) -> DecodeRunne
         keywords: of `DecodeRunner`.
     """
     names = ("_valid_auto_compile_criteria", "get_compiled_call")
-    known = any(type(model).__name__ in family.architectures for family in FAMILIES)
-    if not known or not all(callable(getattr(model, name, None)) for name in names):
+    if family_of_class(model) is None or not all(callable(getattr(model, name, None)) for name in names):
         return None
     runner = DecodeRunner(model, count_hooks(model), **keywords)
     for name in names:

@@ -208,9 +208,7 @@ def sensitivity(
         passes=study.passes,
         original=original,
         everything=everything,
-        layers=tuple(
-            part(str(index), source.linear_names(index), *parts.layer(index)) for index in range(source.num_layers)
-        ),
+        layers=tuple(part(str(layer.index), layer.full_linears, *parts.layer(layer.index)) for layer in source.layers),
         kinds=tuple(
             part(kind.rpartition(".")[2], [name for name in sizes if name.endswith(f".{kind}")], *parts.kind(kind))
             for kind in parts.kinds

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sliderquant.calibration.layerwise import LayerwiseModel, RunningLayer
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.models.decoder import Decoder
-from sliderquant.modules.attention import AttentionRounding, round_layer
-from sliderquant.modules.rotated import insert_rotation
+from sliderquant.modules.attention import AttentionRounding
 from sliderquant.planning.plan import Plan
 from sliderquant.quantizer.grids import dequantize, round_to_nearest
-from sliderquant.refine.window import WindowLayers
 from sliderquant.schemes import Scheme
 from sliderquant_kernels import quantize_activations
 
@@ -30,8 +29,10 @@ Variant = tuple[frozenset[str], ...]
 
 def switched_kinds(plan: Plan) -> tuple[str, ...]:
     """What can be quantized in a layer of the plan's scheme: see `Variant`."""
-    family = plan.source.family
-    return (*family.linears, family.attention) if plan.scheme.quantizes_attention else tuple(family.linears)
+    kinds = dict.fromkeys(name for layer in plan.source.layers for name in layer.linears)
+    if plan.scheme.quantizes_attention:
+        kinds |= dict.fromkeys(layer.attention.module for layer in plan.source.layers)
+    return tuple(kinds)
 
 
 class _Switched(nn.Module):
@@ -141,13 +142,10 @@ class Study:
 
     def _walk(self, tokens: Tensor, streams: dict[Variant, ActivationStream], passed: Callable[[int], None]) -> None:
         """Fill `streams` with the hidden states of every variant after the last layer."""
-        embedded, inputs = self.decoder.embed(tokens)
-        streams[()] = ActivationStream(len(tokens), self.plan.seqlen, self.hidden, self.memory_of_stream)
-        streams[()].fill(embedded)
-        for index, arguments in enumerate(inputs.arguments):
-            layer = self.decoder.layer(index)
-            switches = self._switched(index, layer)
-            step = WindowLayers([layer], [arguments])
+        model = LayerwiseModel(self.decoder, tokens, self.plan.rotations, self.plan.scheme.kv_bits)
+        streams[()] = model.stream(self.memory_of_stream)
+        for index in range(self.plan.source.num_layers):
+            layer, switches = self._switched(model, index)
             for prefix in self.prefixes[index]:
                 before = streams[prefix]
                 for after in self.prefixes[index + 1]:
@@ -155,28 +153,30 @@ class Study:
                         for name, switch in switches.items():
                             switch.enabled = name in after[-1]
                         streams[after] = before.like()
-                        before.walk(step, self.device, self._batch_size(2 * _TOKENS_AT_ONCE), into=streams[after])
+                        before.walk(layer, self.device, self._batch_size(2 * _TOKENS_AT_ONCE), into=streams[after])
                         passed(len(tokens))
                 streams.pop(prefix).close()
 
-    def _switched(self, index: int, layer: nn.Module) -> dict[str, _Switched | AttentionRounding]:
-        """Put linears that can be switched into the places of a layer's own, and what a rotated model computes while it
-        runs; by name, what can be switched."""
-        family = self.plan.source.family
+    def _switched(
+        self, model: LayerwiseModel, index: int
+    ) -> tuple[RunningLayer, dict[str, _Switched | AttentionRounding]]:
+        """A layer with linears that can be switched in the places of its own; and by name, what can be switched."""
+        spec = self.plan.source.layers[index]
         switches: dict[str, _Switched | AttentionRounding] = {}
-        for name in family.linears:
-            scheme = self.plan.schemes[f"{family.layers}.{index}.{name}"]
-            linear = _Switched(layer.get_submodule(name), scheme, self.stored_dtype)  # type: ignore[arg-type]
-            layer.set_submodule(name, linear)
-            switches[name] = linear
+
+        def prepare(module: nn.Module) -> None:
+            for name in spec.linears:
+                scheme = self.plan.schemes[spec.full(name)]
+                linear = _Switched(module.get_submodule(name), scheme, self.stored_dtype)  # type: ignore[arg-type]
+                module.set_submodule(name, linear)
+                switches[name] = linear
+
         # R4 cannot be switched: its inverse is in the weight. R3 is with the rounding; neither changes anything alone.
-        insert_rotation(layer, index, family, self.plan.rotations)
-        round_layer(layer, index, family, self.plan.scheme.kv_bits, self.plan.rotations)
-        layer.to(self.device)
+        layer = model.layer(index, prepare)
         if self.plan.scheme.quantizes_attention:
-            attention = layer.get_submodule(family.attention)
-            switches[family.attention] = attention.rounding  # type: ignore[assignment]
-        return switches
+            attention = layer.module.get_submodule(spec.attention.module)
+            switches[spec.attention.module] = attention.rounding  # type: ignore[assignment]
+        return layer, switches
 
     def _measure(
         self,

@@ -7,7 +7,7 @@ from sliderquant.errors import InputError
 from sliderquant.models.family import Family
 from sliderquant.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 
-__all__ = ["FAMILIES", "Family", "check_model_type", "family_of"]
+__all__ = ["FAMILIES", "Family", "check_model_type", "family_of", "family_of_class"]
 
 FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
@@ -28,6 +28,11 @@ def family_of(model: str, model_type: str | None, architectures: list[str] | Non
     if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
         raise InputError(f"{model}: {named} is not a causal language model; expected one of {supported}")
     raise InputError(f"{model}: {named} is not a supported architecture; expected one of {supported}")
+
+
+def family_of_class(model: object) -> Family | None:
+    """The family of a model that is loaded, by its class; None: it is of none."""
+    return next((family for family in FAMILIES if type(model).__name__ in family.architectures), None)
 
 
 def check_model_type(model: str, config: Mapping[str, Any]) -> None:

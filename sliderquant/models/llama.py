@@ -1,6 +1,6 @@
 """Llama 1 to 3 and the families that share its decoder layer and the names in it."""
 
-from sliderquant.models.family import Family
+from sliderquant.models.family import AttentionNames, Family
 
 __all__ = ["LLAMA", "MISTRAL", "QWEN2", "QWEN3"]
 
@@ -10,6 +10,5 @@ QWEN2 = Family(model_types=("qwen2",), architectures=("Qwen2ForCausalLM",))
 QWEN3 = Family(
     model_types=("qwen3",),
     architectures=("Qwen3ForCausalLM",),
-    query_norm="self_attn.q_norm",
-    key_norm="self_attn.k_norm",
+    attention=AttentionNames(query_norm="q_norm", key_norm="k_norm"),
 )

@@ -25,6 +25,7 @@ from sliderquant.models.files import (
     read_headers,
     read_json,
 )
+from sliderquant.models.layer import LayerSpec, describe_layer
 from sliderquant.models.matching import empty_model, matched, warn_once
 
 __all__ = ["ModelSource", "open_model", "read_tokenizer"]
@@ -101,8 +102,7 @@ class ModelSource:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of the linears' weights, in which scales are stored; where they differ, one that holds all."""
-        names = {name for layer in range(self.num_layers) for name in self.linear_names(layer)}
-        stored = {self.tensors[f"{name}.weight"].dtype for name in names}
+        stored = {self.tensors[f"{name}.weight"].dtype for name in self.linear_names}
         return reduce(torch.promote_types, (_DTYPES[dtype] for dtype in stored))
 
     @property
@@ -113,9 +113,20 @@ class ModelSource:
     def max_positions(self) -> int:
         return int(self.config.max_position_embeddings)
 
-    def linear_names(self, layer: int) -> tuple[str, ...]:
-        """Full names of the linears of a decoder layer that are quantized."""
-        return tuple(f"{self.family.layers}.{layer}.{linear}" for linear in self.family.linears)
+    @cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """What each decoder layer is made of."""
+        return tuple(describe_layer(self.family, self.config, index) for index in range(self.num_layers))
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """Full names of all linears that are quantized, layer by layer, in the order of the data flow."""
+        return tuple(name for layer in self.layers for name in layer.full_linears)
+
+    def shape(self, layer: LayerSpec, linear: str) -> tuple[int, int]:
+        """(out, in) of a linear of a layer."""
+        out_features, in_features = self.shapes[f"{layer.full(linear)}.weight"][0]
+        return out_features, in_features
 
     def tokenizer(self) -> Any:
         """Of the class that transformers has for it. Raises InputError when there is none, or it needs own code."""

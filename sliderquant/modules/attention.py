@@ -16,17 +16,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from sliderquant.checkpoint.clips import ATTENTION_SITES, Clip, clip_from, clip_tensor
+from sliderquant.checkpoint.clips import Clip, clip_from, clip_tensor
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.models.family import Family
+from sliderquant.models.layer import LayerSpec, model_layers
 from sliderquant.modules.rotated import OnlineRotation
-from sliderquant.quantizer.fake_quantize import fake_quantize_activations
-from sliderquant.refine.activation_clipping import ActivationClipping
 from sliderquant.rotations.transforms import Rotations
 from sliderquant_kernels import quantize_activations
 
@@ -43,9 +41,7 @@ class AttentionRounding(nn.Module):
         bits: of the grid of each head of each token, with zero-points: 4 or 8; 16: not rounded.
         rotation: R3, of size head_dim, for queries and keys; or None.
         enabled: False: everything passes as it is.
-        compiled: whether rounding with gradients is, see `refine.compiling.can_compile`.
         clips: of `query`, `key` and `value`, the factors on the ends of their ranges; empty: they are not clipped.
-        learned_clips: the same while they are learned; empty: they are not.
     """
 
     rotation: OnlineRotation | None
@@ -62,19 +58,9 @@ class AttentionRounding(nn.Module):
         """
         super().__init__()
         self.bits, self.rotation, self.enabled = bits, rotation, True
-        self.compiled = False
         self.clips = {}
-        self.learned_clips = nn.ModuleDict()
         self._config, self._eager = config, eager
         self.cache_keyword = cache_keyword
-
-    def learn_clips(self, start: float) -> None:
-        """Make the factors of all three learnable.
-
-        Args:
-            start: before the sigmoid.
-        """
-        self.learned_clips.update({site: ActivationClipping(start) for site in ATTENTION_SITES})
 
     def query(self, x: Tensor) -> Tensor:
         """Queries `[batch, heads, tokens, head_dim]` -> the same shape and dtype."""
@@ -95,26 +81,20 @@ class AttentionRounding(nn.Module):
         rows = x.transpose(1, 2)
         if self.bits == 16:
             rows = rows if rotation is None else rotation(rows)
-        elif torch.is_grad_enabled() and (x.requires_grad or self.learned_clips):
-            rows = rows if rotation is None else rotation(rows)
-            rows = fake_quantize_activations(rows, self.bits, False, self.compiled, self._factors(site, x.device))
-        elif rotation is None:
-            rows = quantize_activations(rows, self.bits, symmetric=False, clip=self._clip(site)).dequantize(x.dtype)
         else:
-            rows = rotation.quantize(rows, self.bits, False, self._clip(site)).dequantize(x.dtype)
+            rows = self._round(rows, rotation, site)
         return rows.transpose(1, 2)
 
-    def _factors(self, site: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        if self.learned_clips:
-            return self.learned_clips[site]()
-        clip = self.clips.get(site)
-        return None if clip is None else clip_tensor(clip).to(device).unbind()  # type: ignore[return-value]
+    def _round(self, rows: Tensor, rotation: OnlineRotation | None, site: str) -> Tensor:
+        """rows `[batch, tokens, heads, head_dim]`, rotated and rounded."""
+        clip = self.clip(site)
+        if rotation is None:
+            return quantize_activations(rows, self.bits, symmetric=False, clip=clip).dequantize(rows.dtype)
+        return rotation.quantize(rows, self.bits, False, clip).dequantize(rows.dtype)
 
-    def _clip(self, site: str) -> Clip | None:
-        if not self.learned_clips:
-            return self.clips.get(site)
-        low, high = self.learned_clips[site].stored().tolist()  # type: ignore[operator]
-        return low, high
+    def clip(self, site: str) -> Clip | None:
+        """The factors of `query`, `key` or `value`; None: it is not clipped."""
+        return self.clips.get(site)
 
     # As in the checkpoint, the factors are tensors of the attention module itself.
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -205,24 +185,22 @@ def insert_rounding(attention: nn.Module, bits: int, rotation: OnlineRotation | 
 
 def round_attention(model: nn.Module, family: Family, bits: int, rotations: Rotations | None) -> None:
     """`round_layer` with every layer of a model."""
-    layers = model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    for index, layer in enumerate(layers):
-        round_layer(layer, index, family, bits, rotations)
+    for layer, module in model_layers(model, family):
+        round_layer(module, layer, bits, rotations)
 
 
-def round_layer(layer: nn.Module, index: int, family: Family, bits: int, rotations: Rotations | None) -> None:
-    """`insert_rounding` in decoder layer `index` of a model that quantizes queries, keys and values, or has the
+def round_layer(module: nn.Module, layer: LayerSpec, bits: int, rotations: Rotations | None) -> None:
+    """`insert_rounding` in a decoder layer of a model that quantizes queries, keys and values, or has the
     rotation R3.
 
     Args:
         bits: 4 or 8; 16: none.
     """
-    rotation = None if rotations is None else rotations.query_key(index)
+    rotation = None if rotations is None else rotations.query_key(layer.index)
     if bits == 16 and rotation is None:
         return
     online = None if rotation is None else OnlineRotation(rotation)
-    insert_rounding(layer.get_submodule(family.attention), bits, online)
+    insert_rounding(module.get_submodule(layer.attention.module), bits, online)
 
 
 def _hand_down_clips(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from sliderquant.models.family import Family
+from sliderquant.models.layer import model_layers
 from sliderquant.modules.linear import PackedLinear
 from sliderquant.modules.rotated import RotatedLinear
 from sliderquant_kernels import quantize_activations, rms_norm, rotary, silu_mul
@@ -28,14 +29,11 @@ def fuse_layers(model: nn.Module, family: Family) -> None:
 
     Activation functions other than SiLU stay as they are.
     """
-    layers = model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    names = [*family.norms, family.query_norm, family.key_norm]
-    norms = [layer.get_submodule(name) for layer in layers for name in names if name is not None]
+    layers = list(model_layers(model, family))
+    norms = [module.get_submodule(name) for layer, module in layers for name in layer.norms]
     for norm in [*norms, model.get_submodule(family.final_norm)]:
         norm.forward = _Norm(norm)
-    for layer in layers:
-        mlp = layer.get_submodule(family.down.rpartition(".")[0])
+    for mlp in [module.get_submodule(mlp.module) for layer, module in layers for mlp in layer.mlps]:
         if isinstance(mlp.act_fn, _SILU | nn.SiLU):
             mlp.forward = _GatedMlp(mlp)
 
@@ -47,9 +45,8 @@ def fused_rotary(model: nn.Module, family: Family) -> Iterator[None]:
     transformers calls a function of the module's file there, which is replaced for every model of that file; it
     computes the same.
     """
-    layers = model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    files = {type(layer.get_submodule(family.attention)).__module__ for layer in layers}
+    layers = model_layers(model, family)
+    files = {type(module.get_submodule(layer.attention.module)).__module__ for layer, module in layers}
     with ExitStack() as stack:
         for file in [sys.modules[name] for name in files]:
             before = getattr(file, "apply_rotary_pos_emb", None)

@@ -27,7 +27,8 @@ from torch.utils.hooks import RemovableHandle
 
 from sliderquant.checkpoint.clips import Clip
 from sliderquant.errors import CheckpointError, InputError
-from sliderquant.models import FAMILIES
+from sliderquant.models import FAMILIES, family_of_class
+from sliderquant.models.layer import model_layers
 from sliderquant.modules.linear import PackedLinear, QuantizedLinear, layout_for
 from sliderquant.quantizer.grids import QuantizedWeight
 from sliderquant.schemes import Scheme
@@ -250,15 +251,14 @@ class LinearSlice(QuantizedLinear):
 
 def shared_inputs(model: nn.Module) -> list[tuple[str, ...]]:
     """The names of the linears that read the same input, group by group; none for a model of no supported family."""
-    family = next((family for family in FAMILIES if type(model).__name__ in family.architectures), None)
+    family = family_of_class(model)
     if family is None:
         return []
-    layers = model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
     return [
-        tuple(f"{family.layers}.{index}.{name}" for name in names)
-        for index in range(len(layers))
-        for names in family.shared_inputs
+        tuple(map(layer.full, group.linears))
+        for layer, _ in model_layers(model, family)
+        for group in layer.groups
+        if len(group.linears) > 1
     ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sliderquant.checkpoint.clips import Clip
 from sliderquant.errors import InputError
 from sliderquant.models.family import Family
+from sliderquant.models.layer import LayerSpec, model_layers
 from sliderquant.modules.linear import PackedLinear
 from sliderquant.rotations.transforms import Rotation, Rotations
 from sliderquant_kernels import QuantizedActivations, hadamard, hadamard_quantize, prepare_hadamard
@@ -127,22 +128,21 @@ def _name_inner(module: nn.Module, state_dict: dict[str, Any], prefix: str, *res
 
 def insert_rotations(model: nn.Module, family: Family, rotations: Rotations) -> None:
     """`insert_rotation` in every layer of a model; the linears are as they are now, dense or packed."""
-    layers = model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
-    for index, layer in enumerate(layers):
-        insert_rotation(layer, index, family, rotations)
+    for layer, module in model_layers(model, family):
+        insert_rotation(module, layer, rotations)
 
 
-def insert_rotation(layer: nn.Module, index: int, family: Family, rotations: Rotations | None) -> None:
-    """Put the online rotation R4, where there is one, before the down_proj of decoder layer `index`, in place.
+def insert_rotation(module: nn.Module, layer: LayerSpec, rotations: Rotations | None) -> None:
+    """Put the online rotation R4, where there is one, before the down_proj of a decoder layer, in place.
 
     Raises:
         InputError: there is a rotation already.
     """
-    rotation = None if rotations is None else rotations.down(index)
+    rotation = None if rotations is None else rotations.down(layer.index)
     if rotation is None:
         return
-    linear = layer.get_submodule(family.down)
-    if isinstance(linear, RotatedLinear):
-        raise InputError(f"layer {index}: its {family.down} is rotated already")
-    layer.set_submodule(family.down, RotatedLinear(linear, OnlineRotation(rotation)))
+    for mlp in layer.mlps:
+        linear = module.get_submodule(mlp.down)
+        if isinstance(linear, RotatedLinear):
+            raise InputError(f"layer {layer.index}: its {mlp.down} is rotated already")
+        module.set_submodule(mlp.down, RotatedLinear(linear, OnlineRotation(rotation)))

@@ -54,9 +54,9 @@ def measured_speed(plan: Plan, device: torch.device) -> Speed:
     """Measure the device on tensors of the sizes that the plan's layers have; half a second on a CPU."""
     assert isinstance(plan.settings, Settings)
     tokens = min(plan.settings.batch_size * plan.seqlen, 4096)
-    out_features, in_features = max(
-        (plan.source.shapes[f"{name}.weight"][0] for name in plan.source.linear_names(0)), key=math.prod
-    )
+    source = plan.source
+    shapes = (source.shape(layer, name) for layer in source.layers for name in layer.linears)
+    out_features, in_features = max(shapes, key=math.prod)
     learning, rates = matmul_dtype(plan.settings, device, plan.source.config.hidden_size), {}
     for dtype in {learning, torch.float32}:
         x = torch.randn(tokens, in_features, device=device).to(dtype)

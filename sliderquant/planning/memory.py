@@ -2,6 +2,7 @@
 
 import math
 
+from sliderquant.models.layer import LayerSpec
 from sliderquant.models.source import ModelSource
 from sliderquant.planning.settings import OneShotSettings, Settings
 from sliderquant.planning.windows import Window
@@ -32,15 +33,18 @@ def optimizer_bytes(
     a layer, and the clipping of activations are left out."""
     if not isinstance(settings, Settings):
         return 0
-    learned = 0
-    for linear in source.family.linears:
-        name = f"{source.family.layers}.0.{linear}"
-        out_features, in_features = source.shapes[f"{name}.weight"][0]
-        groups = scheme.groups(in_features) if scheme.fits(in_features) else 1
-        learned += settings.rank * (out_features + in_features)
-        learned += 2 * out_features * groups if settings.clipping else 0
-        learned += out_features * in_features if settings.weights else 0
-    return 2 * 4 * max(map(len, windows)) * learned
+
+    def learned(layer: LayerSpec) -> int:
+        count = 0
+        for linear in layer.linears:
+            out_features, in_features = source.shape(layer, linear)
+            groups = scheme.groups(in_features) if scheme.fits(in_features) else 1
+            count += settings.rank * (out_features + in_features)
+            count += 2 * out_features * groups if settings.clipping else 0
+            count += out_features * in_features if settings.weights else 0
+        return count
+
+    return 2 * 4 * max(map(len, windows)) * max(map(learned, source.layers))
 
 
 def refining_memory(
@@ -62,15 +66,18 @@ def refining_memory(
         return 4 * layer_weights * 4, 4 * layer_weights * 4
     if not isinstance(settings, Settings):
         return _one_shot_memory(source, settings, samples, seqlen, layer_weights)
-    family, largest = source.family, max(len(window) for window in windows)
-    shapes = {name: source.shapes[f"{family.layers}.0.{name}.weight"][0] for name in family.linears}
-    kept = 16 * config.hidden_size + 5 * config.intermediate_size
-    if scheme.quantizes_activations:
-        others = {name for names in family.shared_inputs for name in names[1:]}
-        kept += 2 * sum(shapes[name][1] for name in family.linears if name not in others)
-    if scheme.quantizes_attention:
-        kept += 2 * sum(shapes[name][0] for name in (family.query, family.key, family.value))
-    activations = settings.batch_size * seqlen * kept
+    largest = max(len(window) for window in windows)
+
+    def kept(layer: LayerSpec) -> int:
+        vectors = _layer_activations(layer)
+        if scheme.quantizes_activations:
+            vectors += 2 * sum(source.shape(layer, group.linears[0])[1] for group in layer.groups)
+        if scheme.quantizes_attention:
+            attention = layer.attention
+            vectors += 2 * (attention.heads + 2 * attention.kv_heads) * attention.head_dim
+        return vectors
+
+    activations = settings.batch_size * seqlen * max(map(kept, source.layers))
     tensors = 5 + 2 * settings.weights + 1.25 * settings.hardening
     device = largest * 4 * (math.ceil(tensors * layer_weights) + activations)
     device += optimizer_bytes(source, scheme, settings, windows)
@@ -87,12 +94,14 @@ def _one_shot_memory(
     while it is rounded; X^T X of every input of the layer, and the largest once more in fp32 and, with its Cholesky
     factor and that one's inverse, in fp64; and the activations of a batch."""
     config = source.config
-    shapes = {linear: source.shapes[f"{source.family.layers}.0.{linear}.weight"][0] for linear in source.family.linears}
-    sharing = {linear for group in source.family.shared_inputs for linear in group[1:]}
-    grams = sum(in_features**2 for linear, (_, in_features) in shapes.items() if linear not in sharing)
-    grams += 7 * max(in_features for _, in_features in shapes.values()) ** 2
-    rounding = 6 * max(math.prod(shape) for shape in shapes.values())
-    activations = settings.batch_size * seqlen * (16 * config.hidden_size + 5 * config.intermediate_size)
+
+    def inputs(layer: LayerSpec) -> list[int]:
+        return [source.shape(layer, group.linears[0])[1] for group in layer.groups]
+
+    grams = max(sum(size**2 for size in inputs(layer)) for layer in source.layers)
+    grams += 7 * max(size for layer in source.layers for size in inputs(layer)) ** 2
+    rounding = 6 * _largest_linear(source)
+    activations = settings.batch_size * seqlen * _activations(source)
     device = 4 * (2 * layer_weights + rounding + grams + activations)
     stream = samples * seqlen * config.hidden_size * 4
     embedding = config.vocab_size * config.hidden_size * 4
@@ -105,8 +114,8 @@ def choosing_memory(source: ModelSource, samples: int, seqlen: int, layer_weight
     or the head, and logits, their gradients and one tensor more of their size. On the host, the hidden states of all
     samples before every layer."""
     config = source.config
-    largest = max(math.prod(source.shapes[f"{name}.weight"][0]) for name in source.linear_names(0))
-    activations = seqlen * (16 * config.hidden_size + 5 * config.intermediate_size)
+    largest = _largest_linear(source)
+    activations = seqlen * _activations(source)
     head = config.vocab_size * (config.hidden_size + 3 * min(seqlen, CHOOSING_TOKENS_AT_ONCE))
     device = 4 * max(2 * layer_weights + 8 * largest + activations, head)
     streams = _choosing_streams(source, samples, seqlen)
@@ -126,13 +135,28 @@ def trying_memory(source: ModelSource, samples: int, seqlen: int, layer_weights:
     tensors of the size of a batch's logits. On the host, the hidden states of the original, of the rounded model, and
     of one of them a layer further; what does not fit takes more reads of the model, not more memory."""
     config = source.config
-    largest = max(math.prod(source.shapes[f"{name}.weight"][0]) for name in source.linear_names(0))
+    largest = _largest_linear(source)
     tokens = max(seqlen, CHOOSING_TOKENS_AT_ONCE)
-    activations = 2 * tokens * (16 * config.hidden_size + 5 * config.intermediate_size)
+    activations = 2 * tokens * _activations(source)
     head = config.vocab_size * (config.hidden_size + 5 * tokens)
     device = 4 * max(2 * layer_weights + 6 * largest + activations, head)
     streams = min(3 * samples * seqlen * config.hidden_size * 4, int(CHOOSING_STREAM_GB * _GB))
     return device, device + streams + config.vocab_size * config.hidden_size * 4
+
+
+def _layer_activations(layer: LayerSpec) -> int:
+    """Values that a layer makes of one token and that are in memory at a time."""
+    return 16 * layer.hidden_size + 5 * layer.active_channels
+
+
+def _activations(source: ModelSource) -> int:
+    """The same, of the layer that makes the most."""
+    return max(map(_layer_activations, source.layers))
+
+
+def _largest_linear(source: ModelSource) -> int:
+    """Weights of the largest linear that is quantized."""
+    return max(math.prod(source.shape(layer, name)) for layer in source.layers for name in layer.linears)
 
 
 def _choosing_streams(source: ModelSource, samples: int, seqlen: int) -> int:

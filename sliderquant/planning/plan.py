@@ -269,10 +269,7 @@ def make_plan(
     if isinstance(settings, Settings):
         windows = schedule(source.num_layers, **settings.windows.model_dump())
         steps = len(windows) * settings.epochs * math.ceil(samples / settings.batch_size)
-    layer_weights = max(
-        sum(math.prod(shapes[f"{name}.weight"][0]) for name in source.linear_names(layer))
-        for layer in range(source.num_layers)
-    )
+    layer_weights = max(sum(math.prod(source.shape(layer, name)) for name in layer.linears) for layer in source.layers)
     device_bytes, host_bytes = refining_memory(source, scheme, settings, windows, samples, seqlen, layer_weights)
     if average_bits is not None:
         choosing = choosing_memory(source, min(samples, MEASURED_SAMPLES), seqlen, layer_weights)
@@ -315,20 +312,20 @@ def _schemes(
 ) -> dict[str, Scheme]:
     found: dict[str, Scheme] = {}
     misfits: dict[str, int] = {}
-    for layer in range(source.num_layers):
-        for name in source.linear_names(layer):
-            if f"{name}.weight" not in shapes:
-                raise InputError(f"{source.name}: tensor {name}.weight is missing from the safetensors files")
-            in_features = shapes[f"{name}.weight"][0][1]
-            found[name] = scheme
-            if scheme.quantizes_activations and in_features > MAX_K:
-                raise InputError(
-                    f"scheme {scheme}: {name} has {in_features} inputs, and tokens are quantized up to {MAX_K}: use "
-                    f"W{scheme.bits}A16"
-                )
-            if not scheme.fits(in_features):
-                misfits[name.split(".", 3)[-1]] = in_features
-                found[name] = scheme.per_channel()
+    for layer, linear in ((one, linear) for one in source.layers for linear in one.linears):
+        name = layer.full(linear)
+        if f"{name}.weight" not in shapes:
+            raise InputError(f"{source.name}: tensor {name}.weight is missing from the safetensors files")
+        in_features = shapes[f"{name}.weight"][0][1]
+        found[name] = scheme
+        if scheme.quantizes_activations and in_features > MAX_K:
+            raise InputError(
+                f"scheme {scheme}: {name} has {in_features} inputs, and tokens are quantized up to {MAX_K}: use "
+                f"W{scheme.bits}A16"
+            )
+        if not scheme.fits(in_features):
+            misfits[linear] = in_features
+            found[name] = scheme.per_channel()
     if misfits and not per_channel_fallback:
         sizes = {shapes[f"{name}.weight"][0][1] for name in found}
         working = [f"g{size}" for size in scheme.fitting_group_sizes(math.gcd(*sizes))]

@@ -1,6 +1,5 @@
 """A decoder layer with what is learned in it: how it is built, started, read, restored and merged."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -8,14 +7,14 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from sliderquant.calibration.layerwise import LayerwiseModel, RunningLayer
 from sliderquant.checkpoint.packing import INPUT_CLIP
-from sliderquant.models.decoder import Decoder
-from sliderquant.modules.attention import AttentionRounding, round_layer
-from sliderquant.modules.rotated import insert_rotation
+from sliderquant.models.layer import LayerSpec
 from sliderquant.planning.plan import Plan
 from sliderquant.planning.settings import Settings
 from sliderquant.quantizer.grids import QuantizedWeight
 from sliderquant.refine.activation_clipping import ActivationClipping
+from sliderquant.refine.attention import LearnedRounding, learn_rounding
 from sliderquant.refine.compiling import can_compile
 from sliderquant.refine.linear import STARTED, RefinedLinear, WeightGroup, generator_for
 from sliderquant.refine.scales import ChannelScale, ScaledNorm, Site, insert_scales, scale_sites, start_from_statistics
@@ -35,48 +34,46 @@ __all__ = [
 ]
 
 
-def refined_layer(plan: Plan, decoder: Decoder, index: int, seed: int, device: torch.device) -> nn.Module:
-    """Decoder layer `index` with refined linears in the places of its linears, and with the rotations and roundings
-    that the model computes while it runs."""
-    assert isinstance(plan.settings, Settings)
-    layer, family, rotations = decoder.layer(index), plan.source.family, plan.rotations
-    prefix = f"{family.layers}.{index}."
-    compiled = _compiles(plan, device)
-    # With --per-channel-fallback linears that share an input may differ in grouping, never in how it is rounded.
-    shared: dict[str, SharedInput] = {}
-    clips = plan.clips_activations
-    start = plan.settings.activation_clipping_start
-    for names in (*family.shared_inputs, *((name,) for name in family.linears)):
-        if names[0] not in shared:
-            clipping = ActivationClipping(start) if clips and plan.scheme.quantizes_activations else None
-            shared |= dict.fromkeys(names, SharedInput(len(names), clipping))
-    groups: dict[tuple[int, Scheme], WeightGroup] = defaultdict(WeightGroup)
-    for name in family.linears:
-        linear = layer.get_submodule(name)
-        scheme = plan.schemes[prefix + name]
-        refined = RefinedLinear(
-            linear.weight,  # type: ignore[arg-type]
-            linear.bias,  # type: ignore[arg-type]
-            scheme,
-            plan.source.dtype,
-            plan.settings,
-            generator_for(seed, prefix + name),
-            shared[name],
-            groups[linear.weight.shape[1], scheme],  # type: ignore[index]
-        )
-        refined.compiled = compiled
-        layer.set_submodule(name, refined)
-    if plan.settings.scales.used_with(plan.scheme):
-        log = plan.settings.scales.space == "log"
-        insert_scales(layer, _sites(plan), refined_linears(layer), log, plan.source.dtype)
-    insert_rotation(layer, index, family, rotations)
-    round_layer(layer, index, family, plan.scheme.kv_bits, rotations)
+def refined_layer(plan: Plan, model: LayerwiseModel, index: int, seed: int) -> RunningLayer:
+    """Decoder layer `index` with refined linears in the places of its linears."""
+    settings = plan.settings
+    assert isinstance(settings, Settings)
+    compiled = _compiles(plan, model.device)
+    running = model.layer(index, lambda module: _refine(module, plan, index, seed, compiled))
     if plan.scheme.quantizes_attention:
-        rounding: AttentionRounding = layer.get_submodule(family.attention).rounding  # type: ignore[assignment]
-        rounding.compiled = compiled
-        if clips:
-            rounding.learn_clips(start)
-    return layer.to(device)
+        start = settings.activation_clipping_start if plan.clips_activations else None
+        learn_rounding(running.module.get_submodule(running.spec.attention.module), compiled, start)
+        running.module.to(model.device)
+    return running
+
+
+def _refine(module: nn.Module, plan: Plan, index: int, seed: int, compiled: bool) -> None:
+    """Put refined linears into the places of a layer's, in place, and channel scales where the settings have them."""
+    settings, spec = plan.settings, plan.source.layers[index]
+    assert isinstance(settings, Settings)
+    groups: dict[tuple[int, Scheme], WeightGroup] = defaultdict(WeightGroup)
+    clips = plan.clips_activations and plan.scheme.quantizes_activations
+    for group in spec.groups:
+        # With --per-channel-fallback linears that share an input may differ in grouping, never in how it is rounded.
+        clipping = ActivationClipping(settings.activation_clipping_start) if clips else None
+        shared = SharedInput(len(group.linears), clipping)
+        for name in group.linears:
+            linear, scheme = module.get_submodule(name), plan.schemes[spec.full(name)]
+            refined = RefinedLinear(
+                linear.weight,  # type: ignore[arg-type]
+                linear.bias,  # type: ignore[arg-type]
+                scheme,
+                plan.source.dtype,
+                settings,
+                generator_for(seed, spec.full(name)),
+                shared,
+                groups[linear.weight.shape[1], scheme],  # type: ignore[index]
+            )
+            refined.compiled = compiled
+            module.set_submodule(name, refined)
+    if settings.scales.used_with(plan.scheme):
+        log = settings.scales.space == "log"
+        insert_scales(module, _sites(plan, spec), refined_linears(module), log, plan.source.dtype)
 
 
 @torch.no_grad()
@@ -86,16 +83,16 @@ def stored_clips(layer: nn.Module) -> dict[str, Tensor]:
     linears = refined_linears(layer)
     clips = {f"{name}.{INPUT_CLIP}": linear.input_clipping for name, linear in linears.items()}
     for name, child in layer.named_modules():
-        if isinstance(child, AttentionRounding):
+        if isinstance(child, LearnedRounding):
             attention = name.rpartition(".")[0]
             clips |= {f"{attention}.{site}_clip": clip for site, clip in child.learned_clips.items()}  # type: ignore[misc]
     return {name: clip.stored() for name, clip in clips.items() if clip is not None}
 
 
 @contextmanager
-def starting(plan: Plan, layer: nn.Module) -> Iterator[None]:
+def starting(plan: Plan, layer: RunningLayer) -> Iterator[None]:
     """Within it the unquantized layer sees its calibration inputs; then what is learned is where it starts."""
-    settings, linears = plan.settings, refined_linears(layer)
+    settings, linears = plan.settings, refined_linears(layer.module)
     assert isinstance(settings, Settings)
     with ExitStack() as stack:
         if settings.clipping and settings.clipping_start == "search":
@@ -103,15 +100,15 @@ def starting(plan: Plan, layer: nn.Module) -> Iterator[None]:
         # Left first: the clipping is searched for scaled weights.
         if settings.scales.used_with(plan.scheme) and settings.scales.start != "ones":
             outliers_only = settings.scales.start == "outliers"
-            stack.enter_context(start_from_statistics(layer, _sites(plan), linears, outliers_only))
+            sites = _sites(plan, layer.spec)
+            stack.enter_context(start_from_statistics(layer.module, sites, linears, outliers_only))
         yield
     for linear in linears.values():
         linear.start()
 
 
-def _sites(plan: Plan) -> dict[str, Site]:
-    rotated = plan.rotations is not None and "R4" in plan.rotations.transforms
-    return scale_sites(plan.source.family, plan.source.config, rotated)
+def _sites(plan: Plan, layer: LayerSpec) -> dict[str, Site]:
+    return scale_sites(layer, plan.rotations is not None and "R4" in plan.rotations.transforms)
 
 
 def _compiles(plan: Plan, device: torch.device) -> bool:
@@ -123,8 +120,7 @@ def _compiles(plan: Plan, device: torch.device) -> bool:
         return can_compile(device.type, plan.source.dtype)
     if plan.settings.compile == "never" or device.type != "cpu":
         return False
-    weights = sum(math.prod(plan.source.shapes[f"{name}.weight"][0]) for name in plan.source.linear_names(0))
-    saved = plan.work * (1.5e-4 * len(plan.source.family.linears) + 3e-9 * weights)
+    saved = plan.work * (1.5e-4 * len(plan.source.layers[0].linears) + 3e-9 * plan.layer_weights)
     return saved > 10 and can_compile(device.type, plan.source.dtype)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sliderquant.models.family import Family
+from sliderquant.models.layer import LayerSpec
 
 __all__ = [
     "ChannelScale",
@@ -138,34 +138,39 @@ class Site:
     rows: Mapping[str, Pattern]
 
 
-def scale_sites(family: Family, config: Any, rotated_down: bool) -> dict[str, Site]:
-    """The places of a decoder layer that have an alpha, by the name of what is divided.
+def scale_sites(layer: LayerSpec, rotated_down: bool) -> dict[str, Site]:
+    """The places of a decoder layer that have an alpha, by the name of what is divided. Where one linear makes queries,
+    keys and values together, or gates and what they are multiplied with, those have none.
 
     Args:
-        config: of the model.
         rotated_down: a rotation stands before down_proj.
     """
-    heads, values = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    attention = layer.attention
+    heads, values, head_dim = attention.heads, attention.kv_heads, attention.head_dim
     plain = Pattern()
     sites = {
-        norm: Site(config.hidden_size, {norm: plain}, dict.fromkeys(readers, plain), {})
-        for norm, readers in zip(family.norms, family.shared_inputs, strict=True)
+        norm: Site(layer.hidden_size, {norm: plain}, dict.fromkeys(readers, plain), {})
+        for norm, readers in layer.normed_groups
     }
-    channels = torch.arange(values * head_dim).view(values, 1, head_dim).expand(-1, heads // values, -1).flatten()
-    sites[family.value] = Site(values * head_dim, {}, {family.output: Pattern(channels)}, {family.value: plain})
-    if not rotated_down:
-        sites[family.up] = Site(config.intermediate_size, {}, {family.down: plain}, {family.up: plain})
+    if attention.value is not None:
+        channels = torch.arange(values * head_dim).view(values, 1, head_dim).expand(-1, heads // values, -1).flatten()
+        columns = {attention.output: Pattern(channels)}
+        sites[attention.value] = Site(values * head_dim, {}, columns, {attention.value: plain})
+    for mlp in layer.mlps if not rotated_down else ():
+        if mlp.up is not None:
+            sites[mlp.up] = Site(mlp.size, {}, {mlp.down: plain}, {mlp.up: plain})
+    if attention.query is None or attention.key is None:
+        return sites
     # RoPE rotates channel i of a head with channel i + head_dim / 2.
     pairs = torch.arange(head_dim // 2).repeat(2)
-    if family.query_norm is not None and family.key_norm is not None:
-        norms = {family.query_norm: Pattern(pairs), family.key_norm: Pattern(pairs, inverse=True)}
-        sites[family.query] = Site(head_dim // 2, norms, {}, {})
+    if attention.query_norm is not None and attention.key_norm is not None:
+        norms = {attention.query_norm: Pattern(pairs), attention.key_norm: Pattern(pairs, inverse=True)}
+        sites[attention.query] = Site(head_dim // 2, norms, {}, {})
     else:
         of_keys = torch.arange(values)[:, None] * (head_dim // 2) + pairs
         of_queries = of_keys.repeat_interleave(heads // values, 0)
-        rows = {family.query: Pattern(of_queries.flatten()), family.key: Pattern(of_keys.flatten(), inverse=True)}
-        sites[family.query] = Site(values * head_dim // 2, {}, {}, rows)
+        rows = {attention.query: Pattern(of_queries.flatten()), attention.key: Pattern(of_keys.flatten(), inverse=True)}
+        sites[attention.query] = Site(values * head_dim // 2, {}, {}, rows)
     return sites
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from sliderquant.calibration.streams import ActivationStream
+from sliderquant.calibration.layerwise import LayerwiseModel, RunningLayer
 from sliderquant.models.decoder import Decoder
 from sliderquant.planning.plan import Plan
 from sliderquant.planning.settings import Settings
@@ -74,13 +74,11 @@ class _Sweep:
     ) -> None:
         self.plan, self.settings, self.decoder = plan, settings, decoder
         self.seed, self.device, self.learned, self.leave = seed, device, learned, leave
-        samples, self.inputs = decoder.embed(blocks)
-        limit = settings.stream_memory_gb * 1e9 / 3
-        self.fp = ActivationStream(len(blocks), plan.seqlen, plan.source.config.hidden_size, memory_limit=limit)
+        self.model = LayerwiseModel(decoder, blocks, plan.rotations, plan.scheme.kv_bits)
+        self.fp = self.model.stream(settings.stream_memory_gb * 1e9 / 3)
         self.quant, self.targets = self.fp.like(), self.fp.like()
-        self.fp.fill(samples)
         self.quant.data.copy_(self.fp.data)
-        self.resident: dict[int, nn.Module] = {}
+        self.resident: dict[int, RunningLayer] = {}
         self.new: list[int] = []  # of them, those that have not started
 
     def __call__(self, stages: tuple[int, ...], number: int, reports: list[WindowReport], progress: Progress) -> None:
@@ -106,7 +104,7 @@ class _Sweep:
                     reports.append(self._train(window, layers, stage, number, label, progress))
                     progress.window_done(reports[-1])
             for index in sorted(self.resident):
-                self.leave(index, self.resident.pop(index))
+                self.leave(index, self.resident.pop(index).module)
         finally:
             for stream in (self.fp, self.quant, self.targets):
                 stream.close()
@@ -114,14 +112,13 @@ class _Sweep:
     def _window(self, window: Window) -> WindowLayers:
         for index in window.layers:
             if index not in self.resident:
-                layer = refined_layer(self.plan, self.decoder, index, self.seed, self.device)
+                layer = refined_layer(self.plan, self.model, index, self.seed)
                 if index in self.learned:
-                    restore_learned(layer, self.learned[index])
+                    restore_learned(layer.module, self.learned[index])
                 else:
                     self.new.append(index)
                 self.resident[index] = layer
-        layers = [self.resident[index] for index in window.layers]
-        return WindowLayers(layers, [self.inputs.arguments[index] for index in window.layers])
+        return WindowLayers([self.resident[index] for index in window.layers])
 
     def _output(self, window: Window) -> Callable[[Tensor], Tensor] | None:
         """What turns the outputs of the window into logits, if it is to match these."""
@@ -133,12 +130,12 @@ class _Sweep:
     def _advance(self, index: int, fraction: float) -> None:
         """Both streams pass through a layer that no window needs any more."""
         layer = self.resident.pop(index)
-        alone = WindowLayers([layer], [self.inputs.arguments[index]])
+        alone = WindowLayers([layer])
         alone.set(quantized=False)
         alone.walk(self.fp, self.settings.batch_size, self.device)
         alone.set(quantized=True, fraction=fraction)
         alone.walk(self.quant, self.settings.batch_size, self.device)
-        self.leave(index, layer)
+        self.leave(index, layer.module)
 
     def _train(
         self, window: Window, layers: WindowLayers, stage: int, sweep: int, label: str, progress: Progress

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sliderquant.calibration.layerwise import RunningLayer
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.errors import SliderQuantError
 from sliderquant.modules.attention import AttentionRounding
@@ -35,26 +36,24 @@ def matmul_context(dtype: torch.dtype, device: torch.device) -> AbstractContextM
 
 @dataclass
 class WindowLayers:
-    """Consecutive decoder layers and the keyword arguments that each is called with."""
+    """Consecutive decoder layers."""
 
-    layers: Sequence[nn.Module]
-    arguments: Sequence[dict[str, Any]]
+    layers: Sequence[RunningLayer]
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden `[batch, seqlen, hidden]` -> the last layer's output, the same shape."""
-        for layer, arguments in zip(self.layers, self.arguments, strict=True):
-            out = layer(hidden, **arguments)
-            hidden = out[0] if isinstance(out, tuple) else out
+        for layer in self.layers:
+            hidden = layer(hidden)
         return hidden
 
     def linears(self) -> list[RefinedLinear]:
-        return [linear for layer in self.layers for linear in refined_linears(layer).values()]
+        return [linear for layer in self.layers for linear in refined_linears(layer.module).values()]
 
     def learned_parameters(self) -> dict[str, list[nn.Parameter]]:
         """What is learned in the window, by kind."""
         found: dict[str, list[nn.Parameter]] = {}
         for layer in self.layers:
-            for kind, parameters in learned_parameters(layer).items():
+            for kind, parameters in learned_parameters(layer.module).items():
                 found.setdefault(kind, []).extend(parameters.values())
         return found
 
@@ -64,7 +63,7 @@ class WindowLayers:
         for linear in self.linears():
             linear.quantized, linear.fraction = quantized, fraction
         for layer in self.layers:
-            for module in layer.modules():
+            for module in layer.module.modules():
                 if isinstance(module, AttentionRounding):
                     module.enabled = quantized
                 elif isinstance(module, ScaledNorm):
@@ -180,7 +179,7 @@ def train_stage(stage: Stage, on_epoch: Callable[[int, float], None]) -> StageRe
         SliderQuantError: the loss is not finite without any training.
     """
     stage.window.set(quantized=True, fraction=stage.fraction)
-    start = [learned_state(layer) for layer in stage.window.layers]
+    start = [learned_state(layer.module) for layer in stage.window.layers]
     result = StageResult()
     while True:
         losses = _epochs(stage, result.rate_scale, on_epoch)
@@ -188,7 +187,7 @@ def train_stage(stage: Stage, on_epoch: Callable[[int, float], None]) -> StageRe
             result.losses = losses
             return result
         for layer, learned in zip(stage.window.layers, start, strict=True):
-            restore_learned(layer, learned)
+            restore_learned(layer.module, learned)
         if result.retries == stage.settings.retries:
             untrained = _loss_without_learning(stage)
             if not math.isfinite(untrained):

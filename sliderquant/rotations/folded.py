@@ -76,7 +76,7 @@ class RotatedSource(ModelSource):
     @classmethod
     def of(cls, original: ModelSource, rotations: Rotations) -> "RotatedSource":
         """Raises CheckpointError when the rotations are not of the model's sizes."""
-        rotations.check_sizes(original.config)
+        rotations.check_sizes(original.layers)
         config = copy.deepcopy(original.config)
         config.tie_word_embeddings = False
         family = original.family
@@ -149,34 +149,35 @@ class RotatedSource(ModelSource):
 
     @cached_property
     def _quantized(self) -> frozenset[str]:
-        return frozenset(f"{name}.weight" for layer in range(self.num_layers) for name in self.linear_names(layer))
+        return frozenset(f"{name}.weight" for name in self.linear_names)
 
     @cached_property
     def _norms(self) -> frozenset[str]:
-        family = self.family
-        inner = (f"{family.layers}.{layer}.{norm}" for layer in range(self.num_layers) for norm in family.norms)
-        return frozenset([*inner, family.final_norm])
+        inner = (layer.full(norm) for layer in self.layers for norm, _ in layer.normed_groups)
+        return frozenset([*inner, self.family.final_norm])
 
     @cached_property
     def _folds(self) -> dict[str, _Fold]:
         """By full name of the module."""
-        family, config, hidden = self.family, self.config, self.rotations.hidden()
+        family, hidden = self.family, self.rotations.hidden()
         # The rows of an embedding are vectors of the residual stream: they are rotated as the rows of a weight are.
         folds = {
             family.embedding: _Fold(inputs=hidden),
             family.head: _Fold(norm=family.final_norm, inputs=hidden),
         }
-        for layer in range(self.num_layers):
-            prefix = f"{family.layers}.{layer}."
-            value = self.rotations.value(layer, config.num_key_value_heads)
-            queries_per_value = config.num_attention_heads // config.num_key_value_heads
-            for norm, linears in zip(family.norms, family.shared_inputs, strict=True):
-                for linear in linears:
-                    outputs = value if linear == family.value else None
-                    folds[prefix + linear] = _Fold(prefix + norm, hidden, outputs)
-            attended = None if value is None else value.repeated(queries_per_value)
-            folds[prefix + family.output] = _Fold(inputs=attended, outputs=hidden)
-            folds[prefix + family.down] = _Fold(inputs=self.rotations.down(layer), outputs=hidden)
+        for layer in self.layers:
+            attention = layer.attention
+            value = self.rotations.value(layer.index, attention.kv_heads)
+            for group in layer.groups:
+                if group.norm is None:
+                    continue
+                for linear in (*group.linears, *group.kept):
+                    outputs = value if linear == attention.value else None
+                    folds[layer.full(linear)] = _Fold(layer.full(group.norm), hidden, outputs)
+            attended = None if value is None else value.repeated(attention.heads // attention.kv_heads)
+            folds[layer.full(attention.output)] = _Fold(inputs=attended, outputs=hidden)
+            for mlp in layer.mlps:
+                folds[layer.full(mlp.down)] = _Fold(inputs=self.rotations.down(layer.index), outputs=hidden)
         return folds
 
 

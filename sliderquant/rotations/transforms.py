@@ -13,7 +13,7 @@ puts them into weights.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sliderquant.errors import CheckpointError, InputError
+from sliderquant.models.layer import LayerSpec
 from sliderquant.models.source import ModelSource
 from sliderquant_kernels import HadamardTransform, factor_hadamard, hadamard
 
@@ -106,7 +107,9 @@ class Rotations:
         unknown = [name for name in names if name not in ROTATIONS]
         if unknown:
             raise InputError(f"rotations {', '.join(unknown)}: expected some of {', '.join(ROTATIONS)}")
-        sizes = _sizes(source.config)
+        sizes = _sizes(source.layers, names)
+        if "R2" in names and any(layer.attention.value is None for layer in source.layers):
+            raise InputError("rotations: values have no linear of their own in this model: leave R2 out")
         odd = [f"{ROTATIONS[name]} has {sizes[name]} channels" for name in names if sizes[name] % 2]
         if odd:
             raise InputError(f"rotations: {', '.join(odd)}, and only even numbers of channels can be rotated")
@@ -165,9 +168,10 @@ class Rotations:
                     raise CheckpointError(f"rotations: {name} is not a Hadamard transform: {error}") from error
         return cls(data["seed"], transforms)
 
-    def check_sizes(self, config: Any) -> None:
-        """Raises CheckpointError when a transform is not of the size that the model has."""
-        sizes = _sizes(config)
+    def check_sizes(self, layers: Sequence[LayerSpec]) -> None:
+        """Raises CheckpointError when a transform is not of the size that the model's layers have, and InputError when
+        these have several."""
+        sizes = _sizes(layers, self.transforms)
         for name, transform in self.transforms.items():
             if transform.n != sizes[name]:
                 raise CheckpointError(
@@ -175,6 +179,19 @@ class Rotations:
                 )
 
 
-def _sizes(config: Any) -> dict[str, int]:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {"R1": config.hidden_size, "R2": head_dim, "R3": head_dim, "R4": config.intermediate_size}
+def _sizes(layers: Sequence[LayerSpec], names: Iterable[str]) -> dict[str, int]:
+    """Channels that each of these rotations mixes. Raises InputError when it is not the same number in every layer."""
+    head_dims = {layer.attention.head_dim for layer in layers}
+    found = {
+        "R1": {layer.hidden_size for layer in layers},
+        "R2": head_dims,
+        "R3": head_dims,
+        "R4": {mlp.size for layer in layers for mlp in layer.mlps},
+    }
+    for name in names:
+        if len(found[name]) > 1:
+            several = " or ".join(map(str, sorted(found[name])))
+            raise InputError(
+                f"rotations: {ROTATIONS[name]} has {several} channels, expected one size: leave {name} out"
+            )
+    return {name: min(found[name]) for name in names}

@@ -195,7 +195,7 @@ def test_every_linear_of_a_run_is_the_textbook_on_what_the_loaded_model_gives_it
     if rotate:
         source = RotatedSource.of(source, Rotations.of_model(source, rotate, seed=2))
     model = sliderquant.load(result.path, "cpu", dtype="float32", merge=False)
-    names = [name for layer in range(2) for name in source.linear_names(layer)]
+    names = source.linear_names
     inner = {name: f"{name}.linear" if rotate and name.endswith("down_proj") else name for name in names}
     parsed = Scheme.parse(scheme)
     if rotate and parsed.quantizes_activations:

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sliderquant.baselines.layer import CalibratedLayer, relative_error, storable
+from sliderquant.calibration.layerwise import RunningLayer
 from sliderquant.errors import CheckpointError
 from sliderquant.models import family_of
+from sliderquant.models.layer import model_layers
 from sliderquant.models.source import open_model
 from sliderquant.pipeline import _copy_the_rest
 from sliderquant.planning.methods import METHODS
@@ -68,23 +70,22 @@ def test_logits_stay_as_they_are(
     model = random_model(family, heads, kv_heads, head_dim, hidden, intermediate, biases, seed)
     with torch.no_grad():
         want = model(IDS).logits
-    found = family_of(family, family, None)
     g = torch.Generator().manual_seed(seed)
-    for module in model.model.layers:
+    for spec, module in model_layers(model, family_of(family, family, None)):
         dtypes = dict.fromkeys(module.state_dict(), dtype)
-        layer = CalibratedLayer(module, found, model.config, {}, dtypes, dtype, {}, None, 1, torch.device("cpu"))
-        weights = {name: layer.weight(name).clone() for name in found.linears}
-        for norm, names in zip(found.norms, found.shared_inputs, strict=True):
+        running = RunningLayer(spec, module, {})
+        layer = CalibratedLayer(running, {}, dtypes, dtype, None, 1, torch.device("cpu"))
+        weights = {name: layer.weight(name).clone() for name in spec.linears}
+        for norm, names in spec.normed_groups:
             layer.scale_after_norm(norm, names, factors(hidden, g))
-        values = layer.weight(found.value).shape[0]
-        layer.scale_between(found.value, found.output, factors(values, g))
-        layer.scale_between(found.up, found.down, factors(intermediate, g))
+        for previous, following in spec.feeds:
+            layer.scale_between(previous, following, factors(layer.weight(previous).shape[0], g))
         assert all(not torch.allclose(layer.weight(name), weight, rtol=0.2) for name, weight in weights.items())
         for name, tensor in layer.changed.items():
             assert torch.equal(tensor.to(dtype).float(), tensor)
             assert torch.equal(module.get_parameter(name), tensor)
         biased = {name for name in ("self_attn.v_proj.bias", "mlp.up_proj.bias") if name in module.state_dict()}
-        assert layer.changed.keys() == {f"{norm}.weight" for norm in found.norms} | biased
+        assert layer.changed.keys() == {f"{norm}.weight" for norm, _ in spec.normed_groups} | biased
     with torch.no_grad():
         got = model(IDS).logits
     assert ((got - want).norm() / want.norm()).item() < 1e-5

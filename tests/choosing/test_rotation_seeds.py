@@ -75,11 +75,10 @@ def made_for_seed_6(random_model, tmp_path_factory):
     weights = load_file(folder / "model.safetensors")
     for name in (name for name in weights if name.endswith("norm.weight")):
         weights[name].fill_(1)  # what is folded in would take the weights off their grid
-    for layer in range(source.num_layers):
-        for name in source.linear_names(layer):
-            weight = on_grid(weights[f"{name}.weight"])
-            writes = name.endswith(("o_proj", "down_proj"))
-            weights[f"{name}.weight"] = (inverse.T @ weight if writes else weight @ inverse).contiguous()
+    for name in source.linear_names:
+        weight = on_grid(weights[f"{name}.weight"])
+        writes = name.endswith(("o_proj", "down_proj"))
+        weights[f"{name}.weight"] = (inverse.T @ weight if writes else weight @ inverse).contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -44,16 +44,15 @@ def simulated(folder, scheme, names, seed, checkpoint=None):
         bits, symmetric = scheme.activation_bits, scheme.activation_symmetric
         return (quantize_activations(arguments[0], bits, symmetric).dequantize(),)
 
-    for layer in range(source.num_layers):
-        for name in source.linear_names(layer):
-            rounded = round_to_nearest(weights[f"{name}.weight"], scheme, source.dtype)
-            weights[f"{name}.weight"] = dequantize(rounded, scheme)
-            if scheme.quantizes_activations:
-                model.get_submodule(name).register_forward_pre_hook(rounded_input)
+    for name in source.linear_names:
+        rounded = round_to_nearest(weights[f"{name}.weight"], scheme, source.dtype)
+        weights[f"{name}.weight"] = dequantize(rounded, scheme)
+        if scheme.quantizes_activations:
+            model.get_submodule(name).register_forward_pre_hook(rounded_input)
     if checkpoint is not None:
         loaded = sliderquant.load(checkpoint, "cpu", dtype="float32", merge=False)
         weights |= {name: x.float() for name, x in loaded.state_dict().items() if name in weights}
-        for name in (name for layer in range(source.num_layers) for name in source.linear_names(layer)):
+        for name in source.linear_names:
             linear = loaded.get_submodule(name)
             weights[f"{name}.weight"] = getattr(linear, "linear", linear).dequantize()
     model.load_state_dict(weights, strict=False)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from sliderquant.errors import InputError
 from sliderquant.models.source import open_model
 from sliderquant.modules import AttentionRounding, cache_keyword, insert_rounding, round_attention
+from sliderquant.refine.attention import learn_rounding
 from sliderquant.rotations.transforms import Rotations
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -92,12 +93,14 @@ def test_nothing_is_inserted_for_16_bits(load):
 def test_what_is_learned_is_what_runs(load):
     """The path with gradients gives the values of the one without."""
     model, _, _ = load()
-    rounding = model.model.layers[0].self_attn.rounding
+    attention = model.model.layers[0].self_attn
+    running = attention.rounding
+    learn_rounding(attention, compiled=False, clip_start=None)
     x = torch.randn(2, 3, 7, 16, generator=torch.Generator().manual_seed(3))
-    for function in (rounding.query, rounding.key, rounding.value):
+    for site in ("query", "key", "value"):
         tracked = x.clone().requires_grad_()
-        got = function(tracked)
-        torch.testing.assert_close(got, function(x), rtol=1e-5, atol=1e-6)
+        got = getattr(attention.rounding, site)(tracked)
+        torch.testing.assert_close(got, getattr(running, site)(x), rtol=1e-5, atol=1e-6)
         (gradient,) = torch.autograd.grad(got.square().sum(), tracked)
         assert gradient.isfinite().all()
         assert gradient.norm() > 0

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 from sliderquant.checkpoint import CheckpointWriter, read_checkpoint
 from sliderquant.loading import load
 from sliderquant.models import FAMILIES
+from sliderquant.models.layer import model_layers
 from sliderquant.modules import (
     LinearSlice,
     MergedLinear,
@@ -222,8 +223,8 @@ def test_linears_that_share_an_input(family: Any, random_model: Callable[..., Pa
     model = AutoModelForCausalLM.from_pretrained(folder)
     seen: dict[str, int] = {}
     kept: list[torch.Tensor] = []
-    layer = model.get_submodule(family.layers)[0]
-    for name in family.linears:
+    (spec, layer), *_ = model_layers(model, family)
+    for name in spec.linears:
 
         def record(module: nn.Module, arguments: Any, name: str = name) -> None:
             kept.append(arguments[0])
@@ -232,8 +233,8 @@ def test_linears_that_share_an_input(family: Any, random_model: Callable[..., Pa
         layer.get_submodule(name).register_forward_pre_hook(record)
     model(IDS)
     groups: dict[int, list[str]] = {}
-    for name in family.linears:
+    for name in spec.linears:
         groups.setdefault(seen[name], []).append(name)
-    assert {tuple(names) for names in groups.values() if len(names) > 1} == set(family.shared_inputs)
-    for names in family.shared_inputs:
-        assert len({name.rpartition(".")[0] for name in names}) == 1
+    assert [tuple(names) for names in groups.values()] == [group.linears for group in spec.groups]
+    for group in spec.groups:
+        assert len({name.rpartition(".")[0] for name in group.linears}) == 1

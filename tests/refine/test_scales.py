@@ -1,6 +1,7 @@
 """Channel scales leave a model's function as it is, and start where statistics say."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from benchmarks.accuracy.outliers import inject_outliers
+from sliderquant.calibration.layerwise import LayerwiseModel
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import open_model
 from sliderquant.planning.methods import METHODS
@@ -35,13 +37,13 @@ IDS = torch.randint(2, 60, (2, 11), generator=torch.Generator().manual_seed(5))
 def refined_layers(source, scheme="W4A4KV4", **changes):
     settings = Settings.model_validate({"rank": 0, "clipping": False, **changes})
     plan = make_plan(source, Scheme.parse(scheme), METHODS["sliderquant-published"], settings, 2, 8)
-    decoder = Decoder(source, CPU)
-    return plan, [refined_layer(plan, decoder, index, 0, CPU) for index in range(source.num_layers)]
+    model = LayerwiseModel(Decoder(source, CPU), IDS[:, :8], plan.rotations, plan.scheme.kv_bits)
+    return plan, [refined_layer(plan, model, index, seed=0) for index in range(source.num_layers)]
 
 
 def randomize(layer, seed):
     generator = torch.Generator().manual_seed(seed)
-    scales = [module for module in layer.modules() if isinstance(module, ChannelScale)]
+    scales = [module for module in layer.module.modules() if isinstance(module, ChannelScale)]
     for scale in scales:
         scale.start((torch.randn(scale.parameter.shape, generator=generator) * 0.5).exp())
     return scales
@@ -52,14 +54,13 @@ def merged_model(source, layers):
     """The model with all scales merged into its tensors, and nothing rounded."""
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
     state = model.state_dict()
-    for index, layer in enumerate(layers):
-        prefix = f"{source.family.layers}.{index}."
-        _, dense = merged_layer(layer)
+    for layer in layers:
+        _, dense = merged_layer(layer.module)
         for name, tensor in dense.items():
-            assert state[prefix + name].shape == tensor.shape
-            state[prefix + name].copy_(tensor)
-        for name, linear in refined_linears(layer).items():
-            state[f"{prefix}{name}.weight"].copy_(refined_weight(linear.learned_weight()))
+            assert state[layer.spec.full(name)].shape == tensor.shape
+            state[layer.spec.full(name)].copy_(tensor)
+        for name, linear in refined_linears(layer.module).items():
+            state[layer.spec.full(f"{name}.weight")].copy_(refined_weight(linear.learned_weight()))
     return model
 
 
@@ -83,7 +84,7 @@ def test_merging_changes_nothing(any_size_model, data, family, log, seed):
     model = merged_model(source, layers)
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert relative_error(logits(model), logits(original)) < 1e-5
-    name = source.family.norms[0]
+    name = source.layers[0].norms[0]
     assert (
         relative_error(
             model.model.layers[0].get_submodule(name).weight, original.model.layers[0].get_submodule(name).weight
@@ -107,20 +108,21 @@ def test_the_refined_layer_computes_what_is_merged(random_model, tmp_path, famil
     (x, keywords, want), layer = calls[0], layers[0]
     randomize(layer, 1)
     with torch.no_grad():
-        assert relative_error(layer(x, **keywords), want) < 0.05
-        window = WindowLayers([layer], [keywords])
+        layer = replace(layer, arguments=keywords)
+        assert relative_error(layer(x), want) < 0.05
+        window = WindowLayers([layer])
         window.set(quantized=False)
         assert relative_error(window(x), want) < 1e-6
 
 
 def test_sites(random_model, tmp_path):
     source = open_model(random_model(tmp_path / "model"))
-    sites = scale_sites(source.family, source.config, rotated_down=False)
+    sites = scale_sites(source.layers[0], rotated_down=False)
     assert {name: site.size for name, site in sites.items()} == {
         "input_layernorm": 64, "post_attention_layernorm": 64, "self_attn.v_proj": 32, "mlp.up_proj": 96,
         "self_attn.q_proj": 16,
     }  # fmt: skip
-    assert "mlp.up_proj" not in scale_sites(source.family, source.config, rotated_down=True)
+    assert "mlp.up_proj" not in scale_sites(source.layers[0], rotated_down=True)
     # 2 KV heads of 16 channels, 4 query heads: channels i and i + 8 of a head share one alpha.
     keys = sites["self_attn.q_proj"].rows["self_attn.k_proj"].index.view(2, 16)
     assert torch.equal(keys[:, :8], keys[:, 8:])
@@ -136,11 +138,11 @@ def test_sites(random_model, tmp_path):
 def test_where_there_are_scales(random_model, tmp_path, scheme, use, expected):
     source = open_model(random_model(tmp_path / "model"))
     _, layers = refined_layers(source, scheme, scales={"use": use})
-    assert sum(isinstance(module, ChannelScale) for module in layers[0].modules()) == expected
+    assert sum(isinstance(module, ChannelScale) for module in layers[0].module.modules()) == expected
     if use == "always":
         rotated = RotatedSource.of(source, Rotations.of_model(source))
         _, layers = refined_layers(rotated, scheme, scales={"use": use})
-        assert sum(isinstance(module, ChannelScale) for module in layers[0].modules()) == 4
+        assert sum(isinstance(module, ChannelScale) for module in layers[0].module.modules()) == 4
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -161,12 +163,13 @@ def test_start_from_statistics(random_model, tmp_path, family):
         plain.get_submodule(name).register_forward_hook(lambda _, x, y, name=name: seen.__setitem__(f"{name} out", y))
     logits(model)
     x, keywords = seen["layer"]
-    window = WindowLayers([layer], [keywords])
+    layer = replace(layer, arguments=keywords)
+    window = WindowLayers([layer])
     window.set(quantized=False)
     with torch.no_grad(), starting(plan, layer):
         for row in x:  # sample by sample
             window(row[None])
-    alpha = {name: scale().detach() for name, scale in layer.channel_scales.items()}
+    alpha = {name: scale().detach() for name, scale in layer.module.channel_scales.items()}
 
     def largest(name):
         return seen[name].abs().flatten(0, -2).amax(0)
@@ -196,11 +199,12 @@ def test_start_with_outliers_alone(random_model, tmp_path):
     for start in ("statistics", "outliers"):
         plan, (layer, *_) = refined_layers(source, scales={"start": start})
         samples, inputs = Decoder(source, CPU).embed(IDS)
-        window = WindowLayers([layer], inputs.arguments[:1])
+        layer = replace(layer, arguments=inputs.arguments[0])
+        window = WindowLayers([layer])
         window.set(quantized=False)
         with torch.no_grad(), starting(plan, layer):
             window(torch.cat(list(samples)))
-        started.append({name: scale().detach() for name, scale in layer.channel_scales.items()})
+        started.append({name: scale().detach() for name, scale in layer.module.channel_scales.items()})
     everywhere, alone = started
     for name, alpha in everywhere.items():
         ratio = alpha / alpha.median()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from sliderquant.calibration.layerwise import RunningLayer
 from sliderquant.calibration.streams import ActivationStream
 from sliderquant.errors import SliderQuantError
 from sliderquant.modules import AttentionRounding
@@ -47,7 +48,7 @@ def window(settings, layers=2, poison=lambda call: 1.0):
     made = [Layer(settings, i, poison) for i in range(layers)]
     for layer in made:
         layer.linear.start()
-    return WindowLayers(made, [{"gain": 1.0}] * layers)
+    return WindowLayers([RunningLayer(None, layer, {"gain": 1.0}) for layer in made])
 
 
 def streams(layers):
@@ -71,7 +72,7 @@ def train(layers, settings, epochs=6, seed=2):
 
 
 def state(layers):
-    return [tensor for layer in layers.layers for tensor in learned_state(layer).values()]
+    return [tensor for layer in layers.layers for tensor in learned_state(layer.module).values()]
 
 
 def test_training_reduces_the_loss_and_reports_each_epoch():
@@ -90,7 +91,7 @@ def test_offsets_harden_while_a_window_is_trained():
         layers, seen = window(settings), []
 
         def kept(*_):
-            seen.append(torch.cat([layer.linear.offset.detach().flatten().clone() for layer in layers.layers]))
+            seen.append(torch.cat([layer.module.linear.offset.detach().flatten().clone() for layer in layers.layers]))
 
         train_stage(stage(layers, settings, epochs=10), kept)  # 30 steps
         return [(seen[epoch] == seen[-1]).float().mean() for epoch in (2, 3, 5, 7)]  # 4 after steps 12, 18 and 24
@@ -106,18 +107,18 @@ def test_the_walk_without_the_quantizer_is_the_full_precision_window():
     inputs, targets = streams(layers)
     hidden = inputs.data.clone()
     for layer in layers.layers:
-        hidden = hidden + hidden @ layer.linear.weight.T
+        hidden = hidden + hidden @ layer.module.linear.weight.T
     assert torch.allclose(targets.data, hidden, atol=1e-5)
 
 
 def test_attention_is_rounded_only_when_the_window_is_quantized():
     layers = window(Settings())
     for layer in layers.layers:
-        layer.rounding = AttentionRounding(4, None, None, None, "cache")
+        layer.module.rounding = AttentionRounding(4, None, None, None, "cache")
     x = torch.randn(1, 2, 3, 16, generator=torch.Generator().manual_seed(1))
     for quantized in (False, True):
         layers.set(quantized=quantized)
-        assert [torch.equal(layer.rounding.query(x), x) for layer in layers.layers] == [not quantized] * 2
+        assert [torch.equal(layer.module.rounding.query(x), x) for layer in layers.layers] == [not quantized] * 2
 
 
 @pytest.mark.parametrize("learnables", LEARNABLES, ids=["low rank", "every weight", "hardening"])
@@ -258,7 +259,7 @@ def test_offsets_alone_decay(epochs, batch_size):
     stays where it is."""
     settings = Settings(matmul="float32", weights=True, weights_decay=0.7, rank=0, batch_size=batch_size)
     layers = window(settings, layers=1)
-    linear = layers.layers[0].linear
+    linear = layers.layers[0].module.linear
     job = dataclasses.replace(stage(layers, settings, epochs=epochs), output=lambda hidden: hidden * 0)
     with torch.no_grad():
         linear.offset.fill_(0.5)
@@ -273,15 +274,15 @@ def test_offsets_do_not_decay_beyond_zero():
     layers = window(settings, layers=1)
     job = dataclasses.replace(stage(layers, settings, epochs=1), output=lambda hidden: hidden * 0)
     with torch.no_grad():
-        layers.layers[0].linear.offset.fill_(0.5)
+        layers.layers[0].module.linear.offset.fill_(0.5)
     train_stage(job, lambda steps, loss: None)
-    assert layers.layers[0].linear.offset.abs().max() < 1e-6
+    assert layers.layers[0].module.linear.offset.abs().max() < 1e-6
 
 
 def test_offsets_with_a_rate_of_zero_do_not_decay():
     settings = Settings(matmul="float32", weights=True, weights_decay=0.7, rank=0, learning_rates={"weights": 0})
     layers = window(settings, layers=1)
     with torch.no_grad():
-        layers.layers[0].linear.offset.fill_(0.5)
+        layers.layers[0].module.linear.offset.fill_(0.5)
     assert train_stage(stage(layers, settings, epochs=2), lambda steps, loss: None).converged
-    assert (layers.layers[0].linear.offset == 0.5).all()
+    assert (layers.layers[0].module.linear.offset == 0.5).all()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -43,6 +43,13 @@ class PackedLayout:
     version: int = 0
 
     versions: ClassVar[dict[str, int]]
+    rounds_activations: ClassVar[bool] = False
+    """Whether what the weight is multiplied with is rounded to integers first."""
+
+    @property
+    def code_offset(self) -> int:
+        """What the loops for CPUs subtract from codes and zero-points."""
+        raise NotImplementedError
 
     def _check_kind(self) -> None:
         """Version 0 becomes the current one. Raises ValueError for an unknown kind or another version."""
@@ -71,9 +78,9 @@ class PackedLayout:
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any]) -> Self:
         """The layout that `metadata` describes. Raises ValueError for another version, kind or set of fields."""
-        fields = set(cls.__dataclass_fields__) - {"versions"}
-        if set(metadata) != fields:
-            raise ValueError(f"metadata: expected the fields {sorted(fields)}, got {sorted(metadata)}")
+        names = {field.name for field in fields(cls)}
+        if set(metadata) != names:
+            raise ValueError(f"metadata: expected the fields {sorted(names)}, got {sorted(metadata)}")
         return cls(**metadata)
 
     def _check_parts(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:

@@ -24,11 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..common.layout import PackedWeight
+from ..common.layout import PackedLayout, PackedWeight
 from ..common.quantized import QuantizedActivations
-from ..low_bit import fragments as int8_fragments
-from ..low_bit.layout import LowBitLayout
-from ..weight_only.layout import WeightLayout
 from . import native, vnni_blocks
 from .scratch import scratch
 
@@ -114,7 +111,7 @@ def quantize(
 def low_bit_linear(
     activations: QuantizedActivations,
     packed: PackedWeight,
-    layout: LowBitLayout,
+    layout: PackedLayout,
     dtype: torch.dtype,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -148,7 +145,7 @@ def low_bit_linear(
 def weight_only_linear(
     x: Tensor,
     packed: PackedWeight,
-    layout: WeightLayout,
+    layout: PackedLayout,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     batch_invariant: bool = False,
@@ -160,7 +157,7 @@ def weight_only_linear(
 
 
 def dequantized_chunks(
-    packed: PackedWeight, layout: WeightLayout, dtype: torch.dtype
+    packed: PackedWeight, layout: PackedLayout, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their weights `[K, rows]` in bf16 or fp32, rounded once), each valid until the next one is asked for."""
     job = _job_of(packed, layout, dtype)
@@ -197,7 +194,7 @@ class DirectVnniLinear:
     def __init__(
         self,
         packed: PackedWeight,
-        layout: LowBitLayout | WeightLayout,
+        layout: PackedLayout,
         dtype: torch.dtype,
         bias: Tensor | None,
         rounding: Rounding | None,
@@ -298,7 +295,7 @@ def _new_job(**fields: int) -> _Job:
     )
 
 
-def _job_of(packed: PackedWeight, layout: LowBitLayout | WeightLayout, out_type: torch.dtype) -> _Job:
+def _job_of(packed: PackedWeight, layout: PackedLayout, out_type: torch.dtype) -> _Job:
     weight, scale, zero = packed
     job = _new_job(
         weight=weight.data_ptr(),
@@ -310,16 +307,15 @@ def _job_of(packed: PackedWeight, layout: LowBitLayout | WeightLayout, out_type:
         out_type=_TYPES[out_type],
     )
     job.zero = _at(zero)
-    if isinstance(layout, LowBitLayout):
+    job.shift = layout.code_offset
+    if layout.rounds_activations:
         assert zero is not None
         job.last, job.scale_stride = zero[-1].data_ptr(), scale.shape[1]
-        job.shift = int8_fragments.shift(layout.bits)
         job.mode = _PLAIN if layout.group_size is None else _GROUPED
     else:
         job.groups = layout.k // vnni_blocks.token_group(layout.k, layout.group_size)
         # Per channel all groups of a token have the same scales and zero-points of the weight.
         job.scale_stride = 0 if layout.group_size is None else scale.shape[1]
-        job.shift = 2 ** (layout.bits - 1)
         job.mode = _WIDE
     return job
 

@@ -32,6 +32,7 @@ class LowBitLayout(PackedLayout):
     """
 
     versions: ClassVar[dict[str, int]] = VERSIONS
+    rounds_activations: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._check_kind()
@@ -52,6 +53,10 @@ class LowBitLayout(PackedLayout):
                 "symmetric: 8-bit weights in groups have no zero-points here, since int8 holds no difference of two "
                 "8-bit numbers; quantize them symmetrically or per channel"
             )
+
+    @property
+    def code_offset(self) -> int:
+        return fragments.shift(self.bits)
 
     @property
     def device_type(self) -> str:

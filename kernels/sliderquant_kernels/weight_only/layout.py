@@ -65,6 +65,10 @@ class WeightLayout(PackedLayout):
             )
 
     @property
+    def code_offset(self) -> int:
+        return 2 ** (self.bits - 1)
+
+    @property
     def device_type(self) -> str:
         """The device type whose op reads this layout."""
         return "cuda" if self.kind == "triton" else "cpu"

@@ -29,10 +29,9 @@ def model_of(source: ModelSource, scheme: Scheme | None = None):
     model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).eval().requires_grad_(False)
     weights = {name: source.weight(name, CPU) for name in source.files}
     if scheme is not None:
-        for layer in range(source.num_layers):
-            for name in source.linear_names(layer):
-                rounded = round_to_nearest(weights[f"{name}.weight"], scheme, torch.float32)
-                weights[f"{name}.weight"] = dequantize(rounded, scheme)
+        for name in source.linear_names:
+            rounded = round_to_nearest(weights[f"{name}.weight"], scheme, torch.float32)
+            weights[f"{name}.weight"] = dequantize(rounded, scheme)
     model.load_state_dict(weights, strict=False)
     return model
 
@@ -44,8 +43,7 @@ def activations_of(model, source: ModelSource, bits: int):
     def quantized(_, arguments):
         return (quantize_activations(arguments[0], bits, symmetric=False).dequantize(),)
 
-    names = [name for layer in range(source.num_layers) for name in source.linear_names(layer)]
-    hooks = [model.get_submodule(name).register_forward_pre_hook(quantized) for name in names]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(quantized) for name in source.linear_names]
     yield
     for hook in hooks:
         hook.remove()

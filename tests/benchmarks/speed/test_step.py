@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.speed import step
+from sliderquant.calibration.layerwise import RunningLayer
 from sliderquant.models.source import open_model
 from sliderquant.schemes import Scheme
 
@@ -18,7 +19,9 @@ def test_both_sides_have_gradients_and_the_quantized_one_quantizes(random_model,
     def stepper(window, hidden, target, matmul):
         run = made(window, hidden, target, matmul)
         run()
-        windows.append((window, [p for layer in window.layers for p in layer.parameters() if p.grad is not None]))
+        windows.append(
+            (window, [p for layer in window.layers for p in layer.module.parameters() if p.grad is not None])
+        )
         return run
 
     made = step.stepper
@@ -38,7 +41,9 @@ def test_both_sides_have_gradients_and_the_quantized_one_quantizes(random_model,
 @pytest.mark.parametrize("matmul", [torch.float32, torch.bfloat16])
 def test_a_step_drops_the_gradients_of_the_one_before(matmul):
     layer = torch.nn.Linear(8, 8)
-    run = step.stepper(step.WindowLayers([layer], [{}]), torch.ones(1, 2, 8), torch.zeros(1, 2, 8), matmul)
+    run = step.stepper(
+        step.WindowLayers([RunningLayer(None, layer, {})]), torch.ones(1, 2, 8), torch.zeros(1, 2, 8), matmul
+    )
     run()
     first = layer.weight.grad.clone()
     run()
