@@ -16,27 +16,25 @@ from sliderquant.baselines.walk import quantize_layers
 from sliderquant.checkpoint import CardInfo, CheckpointWriter
 from sliderquant.checkpoint.staging import resolved
 from sliderquant.choosing.plans import with_chosen_bits, with_chosen_rotation
-from sliderquant.devices import deterministic, machine, peak_memory, resolve_device, versions
+from sliderquant.devices import deterministic, machine, peak_memory, versions
 from sliderquant.errors import CheckpointError, InputError
 from sliderquant.evaluation.models import evaluation_dtype, original_perplexity
-from sliderquant.evaluation.perplexity import Perplexity, default_seqlen, perplexity
+from sliderquant.evaluation.perplexity import Perplexity, perplexity
 from sliderquant.loading import load
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning.allocation import Allocation
-from sliderquant.planning.arguments import check_arguments
-from sliderquant.planning.methods import DEFAULT_EFFORT, Method, method_named, with_overrides
 from sliderquant.planning.plan import Plan, make_plan
 from sliderquant.planning.precision import matmul_dtype
-from sliderquant.planning.settings import Settings
+from sliderquant.planning.request import Request
 from sliderquant.progress import LayerReport, Progress, WindowReport
 from sliderquant.quantizer.grids import QuantizedWeight
 from sliderquant.refine.layer import merged_layer, stored_clips
 from sliderquant.refine.sweep import refine_model
 from sliderquant.reports.quantization import quantization_page
 from sliderquant.rotations.folded import rotated
-from sliderquant.schemes import Scheme
-from sliderquant.texts import calibration_in_words, checked_name, needed_name, read_blocks, say, try_texts
+from sliderquant.schemes import ModelScheme, Scheme
+from sliderquant.texts import calibration_in_words, needed_texts, read_blocks, say, try_texts
 
 __all__ = ["QuantizeResult", "plan", "quantize"]
 
@@ -68,7 +66,7 @@ class QuantizeResult:
 
 def plan(
     model: str | Path,
-    scheme: str | Scheme = "W4A16-g128",
+    scheme: str | Scheme | ModelScheme = "W4A16-g128",
     method: str = "sliderquant",
     settings: Mapping[str, Any] | None = None,
     samples: int = 128,
@@ -93,38 +91,29 @@ def plan(
     Raises:
         InputError: as `quantize`.
     """
-    check_arguments(locals())
-    target = resolve_device(device)
-    source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme), method_named(method))
-    settled = _plan(
-        source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits, effort, rotation_seeds
-    )
-    if output is not None:
-        _writer(settled, output, overwrite)
-    needs_text = settled.settings is not None or settled.chooses
-    text = needed_name(calibration) if needs_text else None
-    measured = checked_name(perplexity_on, True) or None
-    tokenizer = source.tokenizer() if needs_text or measured else None
+    return _plan(Request.of(locals()), progress)
+
+
+def _plan(request: Request, progress: Progress | None) -> Plan:
+    settled = _settled(request)
+    if request.output is not None:
+        _writer(settled)
+    texts = needed_texts(settled)
+    tokenizer = settled.source.tokenizer() if any(texts) else None
     if not settled.chooses:
-        if text or measured:
-            say(try_texts(settled, tokenizer, text, measured, seed), progress)
+        say(try_texts(settled, tokenizer, *texts, request.seed), progress)
         return settled
-    texts = read_blocks(settled, tokenizer, text, measured, seed)
-    say(texts.notes, progress)
-    blocks = texts.calibration
-    assert blocks is not None
-    source.check_values()
-    if settled.chooses_rotation:
-        settled = with_chosen_rotation(settled, blocks, target, progress or Progress())
-    if settled.chooses_bits:
-        settled = with_chosen_bits(settled, blocks, target, progress or Progress())
-    return settled
+    found = read_blocks(settled, tokenizer, *texts, request.seed)
+    say(found.notes, progress)
+    assert found.calibration is not None
+    settled.source.check_values()
+    return _choose(settled, found.calibration, progress or Progress(), {})
 
 
 def quantize(
     model: str | Path,
     output: str | Path,
-    scheme: str | Scheme = "W4A16-g128",
+    scheme: str | Scheme | ModelScheme = "W4A16-g128",
     method: str = "sliderquant",
     settings: Mapping[str, Any] | None = None,
     calibration: str = "wikitext2",
@@ -179,32 +168,21 @@ def quantize(
         InputError: something in the arguments or files is not usable; before any long work.
         CheckpointError: the checkpoint could not be written.
     """
-    check_arguments(locals())
-    told, progress = progress, progress or Progress()
+    return _quantize(Request.of(locals()), progress, command)
+
+
+def _quantize(request: Request, told: Progress | None, command: str | None) -> QuantizeResult:
+    progress = told or Progress()
     started = time.perf_counter()
-    target = resolve_device(device)
-    source = _rotated(open_model(model), rotate, seed, Scheme.parse(scheme), method_named(method))
-    if allocation is not None:
-        if average_bits not in (None, allocation.budget):
-            raise InputError(
-                f"average_bits {average_bits:g} with an allocation of at most {allocation.budget:g} bits: give one of "
-                "the two"
-            )
-        average_bits = allocation.budget
-    settled = _plan(
-        source, scheme, method, settings, samples, seqlen, per_channel_fallback, average_bits, effort, rotation_seeds
-    )
-    if allocation is not None:
-        settled = settled.with_allocation(allocation)
-    needs_text = settled.settings is not None or settled.chooses
-    calibration = needed_name(calibration) if needs_text else calibration
-    perplexity_on = checked_name(perplexity_on, True) or None
-    tokenizer = source.tokenizer() if needs_text or perplexity_on else None
-    writer = _writer(settled, output, overwrite)
-    texts = read_blocks(settled, tokenizer, calibration if needs_text else None, perplexity_on, seed)
+    settled, target = _settled(request), request.device
+    source = settled.source
+    calibration, evaluation = needed_texts(settled)
+    tokenizer = source.tokenizer() if calibration or evaluation else None
+    writer = _writer(settled)
+    texts = read_blocks(settled, tokenizer, calibration, evaluation, request.seed)
     blocks = texts.calibration
     say(texts.notes, told)
-    if needs_text or perplexity_on:
+    if calibration or evaluation:
         source.check_values()  # without text, rounding finds it about as soon
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
@@ -212,41 +190,36 @@ def quantize(
     measured: dict[str, Perplexity] = {}
     changed: dict[str, torch.Tensor] = {}
     with writer:
-        if perplexity_on:
-            progress.message(f"perplexity of the original on {perplexity_on}")
+        if evaluation:
+            progress.message(f"perplexity of the original on {evaluation}")
             with _timed(times, "evaluate_before"):
                 measured["before"] = original_perplexity(
-                    source, tokenizer, perplexity_on, settled.seqlen, target, progress, blocks=texts.evaluation
+                    source, tokenizer, evaluation, settled.seqlen, target, progress, blocks=texts.evaluation
                 )
-        if settled.chooses_rotation:
+        if settled.chooses:
             assert blocks is not None
-            with _timed(times, "choose_rotation"):
-                settled = with_chosen_rotation(settled, blocks, target, progress)
-        if settled.chooses_bits:
-            assert blocks is not None
-            with _timed(times, "choose_bits"):
-                settled = with_chosen_bits(settled, blocks, target, progress)
+            settled = _choose(settled, blocks, progress, times)
         progress.run_started(settled.steps, settled.work)
         with _timed(times, "refine"), deterministic(target):
-            reports = _run(settled, blocks, seed, target, writer, changed, progress)
+            reports = _run(settled, blocks, writer, changed, progress)
         with _timed(times, "write"):
             _copy_the_rest(settled, changed, writer)
             kv_bits = settled.scheme.kv_bits
             folder = writer.write_model(source.stored_config, source.folder, settled.rotations, kv_bits)
-        if perplexity_on:
-            progress.message(f"perplexity of the packed model on {perplexity_on}")
+        if evaluation:
+            progress.message(f"perplexity of the packed model on {evaluation}")
             with _timed(times, "evaluate_after"):
                 packed = load(folder, device=target, dtype=evaluation_dtype(source.dtype, target))
                 measured["after"] = perplexity(
-                    packed, tokenizer, perplexity_on, settled.seqlen, progress.evaluated, texts.evaluation
+                    packed, tokenizer, evaluation, settled.seqlen, progress.evaluated, texts.evaluation
                 )
                 del packed
         times["total"] = time.perf_counter() - started
         report = {
             **settled.as_dict(),
-            "calibration": calibration if needs_text else None,
+            "calibration": calibration,
             "warnings": list(texts.notes),
-            "seed": seed,
+            "seed": request.seed,
             "matmul": _matmul(settled, target),
             "training": [window.as_dict() for window in reports if isinstance(window, WindowReport)],
             "layer_errors": [layer.as_dict() for layer in reports if isinstance(layer, LayerReport)],
@@ -257,21 +230,41 @@ def quantize(
             "versions": versions(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
+        name, effort = request.method.name, request.effort
         card = CardInfo(
             base_model=source.name,
-            method=method if settled.effort is None else f"{method}, {settled.effort} effort",
-            calibration=calibration_in_words(settled, calibration) if needs_text else "",
+            method=name if effort is None else f"{name}, {effort} effort",
+            calibration=calibration_in_words(settled, calibration) if calibration else "",
             command=command or "",
-            perplexity={perplexity_on: (measured["before"].value, measured["after"].value)} if perplexity_on else {},
+            perplexity={evaluation: (measured["before"].value, measured["after"].value)} if evaluation else {},
         )
         path = writer.publish(report, card, quantization_page(report))
     return QuantizeResult(path, settled, report)
 
 
-def _writer(settled: Plan, output: str | Path, overwrite: bool) -> CheckpointWriter:
+def _settled(request: Request) -> Plan:
+    """The plan, from the headers of the model's files."""
+    source = rotated(open_model(request.model), request.rotate, request.seed, request.scheme)
+    return make_plan(source, request)
+
+
+def _choose(settled: Plan, blocks: torch.Tensor, progress: Progress, times: dict[str, float]) -> Plan:
+    """The plan with what it leaves open."""
+    if settled.chooses_rotation:
+        with _timed(times, "choose_rotation"):
+            settled = with_chosen_rotation(settled, blocks, settled.request.device, progress)
+    if settled.chooses_bits:
+        with _timed(times, "choose_bits"):
+            settled = with_chosen_bits(settled, blocks, settled.request.device, progress)
+    return settled
+
+
+def _writer(settled: Plan) -> CheckpointWriter:
     """Nothing is written yet. Raises InputError when the checkpoint cannot be written to `output`."""
-    _check_apart(settled.source, output)
-    return CheckpointWriter(output, overwrite=overwrite, estimated_bytes=settled.largest_disk_bytes)
+    request = settled.request
+    assert request.output is not None
+    _check_apart(settled.source, request.output)
+    return CheckpointWriter(request.output, overwrite=request.overwrite, estimated_bytes=settled.largest_disk_bytes)
 
 
 def _check_apart(source: ModelSource, output: str | Path) -> None:
@@ -283,51 +276,15 @@ def _check_apart(source: ModelSource, output: str | Path) -> None:
         raise InputError(f"output {output} holds the folder of the model, {model}: choose another folder")
 
 
-def _rotated(
-    source: ModelSource, rotate: Sequence[str] | None, seed: int, scheme: Scheme, method: Method
-) -> ModelSource:
-    return rotated(source, method.rotations_for(scheme) if rotate is None else rotate, seed, scheme)
-
-
-def _plan(
-    source: ModelSource,
-    scheme: str | Scheme,
-    method: str,
-    settings: Mapping[str, Any] | None,
-    samples: int,
-    seqlen: int | None,
-    per_channel_fallback: bool,
-    average_bits: float | None,
-    effort: str | None,
-    rotation_seeds: int,
-) -> Plan:
-    chosen, parsed = method_named(method), Scheme.parse(scheme)
-    length = default_seqlen(source.config) if seqlen is None else seqlen
-    return make_plan(
-        source,
-        parsed,
-        chosen,
-        with_overrides(chosen, parsed, settings or {}, effort),
-        samples,
-        length,
-        per_channel_fallback,
-        average_bits,
-        rotation_seeds,
-        (effort or DEFAULT_EFFORT) if chosen.efforts else None,
-    )
-
-
 def _run(
     settled: Plan,
     blocks: torch.Tensor | None,
-    seed: int,
-    device: torch.device,
     writer: CheckpointWriter,
     changed: dict[str, torch.Tensor],
     progress: Progress,
 ) -> Sequence[WindowReport | LayerReport]:
     """Quantize every layer and hand it to the writer, in order; `changed` takes in what else the method changed."""
-    source = settled.source
+    source, device, engine = settled.source, settled.request.device, settled.method.engine
 
     def write(
         index: int,
@@ -351,15 +308,15 @@ def _run(
         for name, clip in stored_clips(layer).items():
             writer.add_clip(full(name), clip.cpu())
 
-    if settled.settings is None:
+    if engine == "rounding":
         for index in range(source.num_layers):
             write(index, rtn_layer(source, index, settled.schemes, device))
         return []
     assert blocks is not None
     decoder = Decoder(source, device)
-    if not isinstance(settled.settings, Settings):
+    if engine == "layers":
         return quantize_layers(settled, decoder, blocks, device, write, progress)
-    return refine_model(settled, decoder, blocks, seed, device, emit, progress)
+    return refine_model(settled, decoder, blocks, settled.request.seed, device, emit, progress)
 
 
 def _copy_the_rest(settled: Plan, changed: Mapping[str, torch.Tensor], writer: CheckpointWriter) -> None:
@@ -386,9 +343,9 @@ def _copy_the_rest(settled: Plan, changed: Mapping[str, torch.Tensor], writer: C
 
 
 def _matmul(settled: Plan, device: torch.device) -> str | None:
-    if not isinstance(settled.settings, Settings):
+    if settled.method.engine != "windows":
         return None
-    dtype = matmul_dtype(settled.settings, device, settled.source.config.hidden_size)
+    dtype = matmul_dtype(settled.learning, device, settled.source.config.hidden_size)
     return str(dtype).removeprefix("torch.")
 
 

@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 
 from sliderquant.errors import InputError
 
-__all__ = ["ACTIVATION_BITS", "BITS", "GROUP_SIZES", "KV_BITS", "Scheme", "attention_in_words", "bits_by_kind"]
+__all__ = [
+    "ACTIVATION_BITS",
+    "BITS",
+    "GROUP_SIZES",
+    "KV_BITS",
+    "ModelScheme",
+    "Scheme",
+    "attention_in_words",
+    "bits_by_kind",
+]
 
 BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (4, 8, 16)
@@ -42,8 +51,6 @@ class Scheme:
         symmetric: no zero-point; the levels are -2^(bits-1) .. 2^(bits-1)-1 times the scale.
         activation_bits: bits of one input of the layer: 4 or 8, with weights of 2, 4 or 8 bits; 16: not quantized.
         activation_symmetric: the grid of a token has no zero-point.
-        kv_bits: bits of queries, keys and values in attention, 4 or 8, with zero-points; 16: not quantized. Of the
-            model, not of a linear: see `of_linear`.
     """
 
     bits: int
@@ -51,7 +58,6 @@ class Scheme:
     symmetric: bool = False
     activation_bits: int = 16
     activation_symmetric: bool = False
-    kv_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -60,8 +66,6 @@ class Scheme:
             raise InputError(f"scheme: groups of {self.group_size} are not supported; {_EXPECTED}")
         if self.activation_bits not in ACTIVATION_BITS:
             raise InputError(f"scheme: activations of {self.activation_bits} bits are not supported; {_EXPECTED}")
-        if self.kv_bits not in KV_BITS:
-            raise InputError(f"scheme: queries, keys and values of {self.kv_bits} bits are not supported; {_EXPECTED}")
         if not self.quantizes_activations:
             if self.activation_symmetric:
                 raise InputError(f"scheme: activations of 16 bits are not quantized: leave out -act-sym; {_EXPECTED}")
@@ -81,28 +85,22 @@ class Scheme:
         """Read `W4A16-g128`, `w2a16`, `W3A16-g64-sym`, `W4A4-act-sym`, ...; a Scheme is returned as it is.
 
         Raises:
-            InputError: the text does not follow the grammar, or names a scheme that cannot be stored.
+            InputError: the text does not follow the grammar, or names a scheme that cannot be stored, or one of a whole
+                model with KV4 or KV8.
         """
         if isinstance(text, Scheme):
             return text
-        if not isinstance(text, str):
-            raise InputError(f"scheme {text!r} is not understood: {_EXPECTED}")
-        found = _GRAMMAR.fullmatch(text.strip())
-        if found is None:
-            raise InputError(f"scheme {text!r} is not understood: {_EXPECTED}")
-        grouping = (found["grouping"] or "channel").lower()
-        return cls(
-            bits=int(found["bits"]),
-            group_size=None if grouping == "channel" else int(grouping[1:]),
-            symmetric=(found["symmetry"] or "").lower() == "sym",
-            activation_bits=int(found["activation_bits"]),
-            activation_symmetric=(found["activation_symmetry"] or "").lower() == "sym",
-            kv_bits=int(found["kv_bits"] or 16),
-        )
+        found = ModelScheme.parse(text)
+        if found.quantizes_attention:
+            raise InputError(f"scheme {text!r}: KV{found.kv_bits} is of a model, not of a linear: leave it out")
+        return found.linear
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, attention: str = "") -> str:
+        """As `parse` reads it, with what is said of attention in its place."""
         grouping = "" if self.group_size is None else f"-g{self.group_size}"
-        attention = f"KV{self.kv_bits}" if self.quantizes_attention else ""
         activations = "-act-sym" if self.activation_symmetric else ""
         symmetric = "-sym" if self.symmetric else ""
         return f"W{self.bits}A{self.activation_bits}{attention}{grouping}{symmetric}{activations}"
@@ -111,15 +109,6 @@ class Scheme:
     def quantizes_activations(self) -> bool:
         """Whether the layer's input is rounded, or goes into the product as it is."""
         return self.activation_bits < 16
-
-    @property
-    def quantizes_attention(self) -> bool:
-        """Whether queries, keys and values are rounded."""
-        return self.kv_bits < 16
-
-    def of_linear(self) -> "Scheme":
-        """What of it concerns a linear: all but the queries, keys and values."""
-        return replace(self, kv_bits=16)
 
     @property
     def activations(self) -> str:
@@ -172,6 +161,60 @@ class Scheme:
         if not self.symmetric:
             total += 4 * math.ceil(out_features * self.bits / 32) * groups
         return total
+
+
+@dataclass(frozen=True)
+class ModelScheme:
+    """What a model is quantized to: every linear, and what attention multiplies.
+
+    Attributes:
+        linear: of every linear, where no other bits are chosen for it.
+        kv_bits: bits of queries, keys and values, 4 or 8, with zero-points; 16: not quantized.
+    """
+
+    linear: Scheme
+    kv_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.kv_bits not in KV_BITS:
+            raise InputError(f"scheme: queries, keys and values of {self.kv_bits} bits are not supported; {_EXPECTED}")
+
+    @classmethod
+    def parse(cls, text: "str | Scheme | ModelScheme") -> "ModelScheme":
+        """Read `W4A16-g128`, `W4A4KV4`, ...; a ModelScheme is returned as it is, a Scheme is that of the linears.
+
+        Raises:
+            InputError: the text does not follow the grammar, or names a scheme that cannot be stored.
+        """
+        if isinstance(text, ModelScheme):
+            return text
+        if isinstance(text, Scheme):
+            return cls(text)
+        found = _GRAMMAR.fullmatch(text.strip()) if isinstance(text, str) else None
+        if found is None:
+            raise InputError(f"scheme {text!r} is not understood: {_EXPECTED}")
+        grouping = (found["grouping"] or "channel").lower()
+        linear = Scheme(
+            bits=int(found["bits"]),
+            group_size=None if grouping == "channel" else int(grouping[1:]),
+            symmetric=(found["symmetry"] or "").lower() == "sym",
+            activation_bits=int(found["activation_bits"]),
+            activation_symmetric=(found["activation_symmetry"] or "").lower() == "sym",
+        )
+        return cls(linear, int(found["kv_bits"] or 16))
+
+    def __str__(self) -> str:
+        return self.linear.text(f"KV{self.kv_bits}" if self.quantizes_attention else "")
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the inputs of the linears are rounded."""
+        return self.linear.quantizes_activations
+
+    @property
+    def quantizes_attention(self) -> bool:
+        """Whether queries, keys and values are rounded."""
+        return self.kv_bits < 16
 
 
 def attention_in_words(kv_bits: int) -> str:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -16,11 +16,10 @@ from sliderquant.evaluation.perplexity import evaluation_blocks
 from sliderquant.planning.plan import Plan
 from sliderquant.progress import Progress
 
-__all__ = ["TextBlocks", "calibration_in_words", "checked_name", "needed_name", "read_blocks", "say", "try_texts"]
+__all__ = ["TextBlocks", "calibration_in_words", "needed_texts", "read_blocks", "say", "try_texts"]
 
 _TRIED_SAMPLES = 1024
 """Of calibration samples, those that show whether a text is of use."""
-_Source = TypeVar("_Source", str, str | None)
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,18 @@ class TextBlocks:
     notes: tuple[str, ...]
 
 
-def checked_name(text: _Source, used: bool) -> _Source:
-    """The source of a text, as a string where it was a path. Raises InputError when it is used, and not there."""
-    if text is None or not used:
-        return text
-    check_source(text)
-    return str(text)
+def needed_texts(plan: Plan) -> tuple[str | None, str | None]:
+    """The sources of the calibration text, and of the text that perplexity is measured on; None: not needed.
 
-
-def needed_name(text: str) -> str:
-    """The same of a text that there has to be. Raises InputError as `checked_name`, and when it is None."""
-    check_source(text)
-    return str(text)
+    Raises:
+        InputError: one that is needed is not there.
+    """
+    calibration, evaluation = plan.request.calibration, plan.request.perplexity_on
+    if plan.needs_text:
+        check_source(calibration)
+    if evaluation is not None:
+        check_source(evaluation)
+    return str(calibration) if plan.needs_text else None, str(evaluation) if evaluation else None
 
 
 def calibration_in_words(settled: Plan, text: str) -> str:
@@ -92,7 +91,8 @@ def try_texts(
     Raises:
         InputError: as `read_blocks`.
     """
-    settled = replace(settled, samples=min(settled.samples, _TRIED_SAMPLES))
+    samples = min(settled.samples, _TRIED_SAMPLES)
+    settled = replace(settled, request=replace(settled.request, samples=samples))
     here, measured = (None if text is None or downloaded(text) else text for text in (calibration, evaluation))
     notes = read_blocks(settled, tokenizer, here, measured, seed).notes
     warning = None
@@ -105,6 +105,6 @@ def say(notes: Iterable[str], progress: Progress | None) -> None:
     """Tell the user: the progress or, where there is none, by Python's warnings."""
     for note in notes:
         if progress is None:
-            warnings.warn(note.removeprefix("warning: "), stacklevel=3)
+            warnings.warn(note.removeprefix("warning: "), stacklevel=4)
         else:
             progress.message(note)

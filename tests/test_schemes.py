@@ -1,11 +1,9 @@
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sliderquant.errors import InputError
-from sliderquant.schemes import BITS, GROUP_SIZES, Scheme, attention_in_words
+from sliderquant.schemes import BITS, GROUP_SIZES, ModelScheme, Scheme, attention_in_words
 
 weight_only = st.builds(Scheme, st.sampled_from(BITS), st.sampled_from((None, *GROUP_SIZES)), st.booleans())
 
@@ -17,15 +15,12 @@ def low_bit(draw: st.DrawFn) -> Scheme:
     return Scheme(bits, group_size, symmetric, draw(st.sampled_from((4, 8))), draw(st.booleans()))
 
 
-attention = st.builds(
-    lambda scheme, bits: replace(scheme, kv_bits=bits), weight_only | low_bit(), st.sampled_from((4, 8))
-)
-
-
-@given(weight_only | low_bit() | attention)
-def test_name_and_scheme_are_the_same_thing(scheme):
-    assert Scheme.parse(str(scheme)) == scheme
-    assert Scheme.parse(str(scheme).lower()) == scheme
+@given(weight_only | low_bit(), st.sampled_from((4, 8, 16)))
+def test_name_and_scheme_are_the_same_thing(linear, kv_bits):
+    scheme = ModelScheme(linear, kv_bits)
+    assert ModelScheme.parse(str(scheme)) == ModelScheme.parse(str(scheme).lower()) == scheme
+    assert Scheme.parse(str(linear)) == Scheme.parse(linear) == linear
+    assert ModelScheme.parse(linear) == ModelScheme.parse(str(linear)) == ModelScheme(linear)
 
 
 def test_spellings():
@@ -36,16 +31,19 @@ def test_spellings():
     assert Scheme.parse("W4A8-sym") == Scheme(4, None, True, 8, activation_symmetric=False)
     assert Scheme.parse("W4A8-act-sym") == Scheme(4, None, False, 8, activation_symmetric=True)
     assert str(Scheme(8, 128, True, 8, True)) == "W8A8-g128-sym-act-sym"
-    assert Scheme.parse("w4a16kv8-g64") == Scheme(4, 64, kv_bits=8)
-    assert str(Scheme(4, 32, True, 4, True, kv_bits=4)) == "W4A4KV4-g32-sym-act-sym"
+    assert ModelScheme.parse("w4a16kv8-g64") == ModelScheme(Scheme(4, 64), kv_bits=8)
+    assert str(ModelScheme(Scheme(4, 32, True, 4, True), kv_bits=4)) == "W4A4KV4-g32-sym-act-sym"
 
 
 def test_queries_keys_and_values_are_no_part_of_a_linear():
-    scheme = Scheme.parse("W4A4KV4-act-sym")
+    scheme = ModelScheme.parse("W4A4KV4-act-sym")
     assert scheme.quantizes_attention
-    assert scheme.of_linear() == Scheme.parse("W4A4-act-sym")
+    assert scheme.quantizes_activations
+    assert scheme.linear == Scheme.parse("W4A4-act-sym")
+    with pytest.raises(InputError, match=r"scheme 'W4A4KV4': KV4 is of a model, not of a linear: leave it out"):
+        Scheme.parse("W4A4KV4")
     assert attention_in_words(scheme.kv_bits) == "queries, keys and values of 4 bits per token and head, asymmetric"
-    assert attention_in_words(Scheme.parse("W4A4").kv_bits) == "not quantized"
+    assert attention_in_words(ModelScheme.parse("W4A4").kv_bits) == "not quantized"
 
 
 def test_activations_in_words():
@@ -79,8 +77,9 @@ def test_activations_take_nothing_in_a_checkpoint():
     ],
 )
 def test_bad_names_say_what_is_expected(text, message):
-    with pytest.raises(InputError, match=message) as caught:
-        Scheme.parse(text)
+    for parse in (Scheme.parse, ModelScheme.parse):
+        with pytest.raises(InputError, match=message) as caught:
+            parse(text)
     assert "W4A16-g128" in str(caught.value)
 
 

@@ -37,7 +37,7 @@ from sliderquant.calibration.text import NAMED_SOURCES, read_text
 from sliderquant.errors import InputError
 from sliderquant.planning.methods import METHODS, check_scheme, with_overrides
 from sliderquant.planning.settings import Settings
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 __all__ = [
     "MODELS",
@@ -203,7 +203,7 @@ def plan(
     chosen = offered if schemes is None else [s for s in schemes if s in offered or spec.schemes is None]
     cases, versions = [Case.original(model)], [(peer, peer.settings()) for peer in peers]
     for scheme in chosen:
-        for method, rotation in _with_rotations(Scheme.parse(scheme), spec.outliers):
+        for method, rotation in _with_rotations(ModelScheme.parse(scheme), spec.outliers):
             allowed = method in methods and (spec.methods is None or method in spec.methods)
             if not (allowed and _go_together(method, scheme)):
                 continue
@@ -225,7 +225,7 @@ def plan(
     return cases
 
 
-def _with_rotations(scheme: Scheme, own_only: bool) -> list[tuple[str, tuple[str, ...]]]:
+def _with_rotations(scheme: ModelScheme, own_only: bool) -> list[tuple[str, tuple[str, ...]]]:
     """Every method with its own rotations; then, unless `own_only`, what else is compared where activations are
     quantized."""
     own = [(name, method.rotations_for(scheme)) for name, method in METHODS.items()]
@@ -242,7 +242,7 @@ def shorter_ramps(
     method: str, scheme: str, spec: ModelSpec, changes: dict[str, Any], effort: str | None = None
 ) -> dict[str, Any]:
     """The ramps of a method with changed settings where the model has too few layers for them, as settings."""
-    settings = with_overrides(METHODS[method], Scheme.parse(scheme), changes, effort)
+    settings = with_overrides(METHODS[method], ModelScheme.parse(scheme), changes, effort)
     if spec.ramps is None or not isinstance(settings, Settings):
         return {}
     windows = settings.windows
@@ -255,7 +255,7 @@ def _seeded(case: Case, seeds: Sequence[int]) -> list[Case]:
 
 def _go_together(method: str, scheme: str) -> bool:
     try:
-        check_scheme(METHODS[method], Scheme.parse(scheme))
+        check_scheme(METHODS[method], ModelScheme.parse(scheme))
     except InputError:
         return False
     return True

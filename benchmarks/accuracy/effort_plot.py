@@ -12,7 +12,7 @@ from benchmarks.accuracy.runs import Row
 from benchmarks.accuracy.table import column_of, figure_text
 from sliderquant.planning.methods import METHODS, with_overrides
 from sliderquant.planning.settings import Settings
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 __all__ = ["effort_figure"]
 
@@ -121,7 +121,7 @@ def _effort(row: Row) -> str:
 
 def _changed_epochs(row: Row) -> int | None:
     """The epochs of an effort that was run with others than its own."""
-    own = with_overrides(METHODS[row["method"]], Scheme.parse(row["scheme"]), {}, _effort(row))
+    own = with_overrides(METHODS[row["method"]], ModelScheme.parse(row["scheme"]), {}, _effort(row))
     return None if isinstance(own, Settings) and own.epochs == row["epochs"] else row["epochs"]
 
 

@@ -108,8 +108,8 @@ def ends(plan: Plan) -> dict[str, Allocation]:
     source = plan.source
     assert plan.average_bits is not None
     sizes = plan.sizes
-    spare = (plan.average_bits - plan.scheme.bits) * sum(sizes.values())
-    of_a_layer = (ENDS_BITS - plan.scheme.bits) * sum(sizes[name] for name in source.layers[0].full_linears)
+    spare = (plan.average_bits - plan.scheme.linear.bits) * sum(sizes.values())
+    of_a_layer = (ENDS_BITS - plan.scheme.linear.bits) * sum(sizes[name] for name in source.layers[0].full_linears)
     if of_a_layer <= 0:
         raise InputError(f"scheme {plan.scheme}: expected one of fewer than {ENDS_BITS} bits, which the ends get")
     count = min(int(spare / of_a_layer + 1e-9), source.num_layers)
@@ -118,7 +118,7 @@ def ends(plan: Plan) -> dict[str, Allocation]:
         last = count - first
         layers = [*range(first), *range(source.num_layers - last, source.num_layers)]
         more = {name for layer in layers for name in source.layers[layer].full_linears}
-        bits = {name: ENDS_BITS if name in more else plan.scheme.bits for name in plan.schemes}
+        bits = {name: ENDS_BITS if name in more else plan.scheme.linear.bits for name in plan.schemes}
         found[f"first {first} and last {last} layers at {ENDS_BITS}"] = Allocation(plan.average_bits, 0, bits, {})
     return found
 

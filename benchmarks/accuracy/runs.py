@@ -31,7 +31,7 @@ from sliderquant.errors import InputError, SliderQuantError
 from sliderquant.models.source import open_model
 from sliderquant.planning.methods import METHODS, with_overrides
 from sliderquant.planning.settings import OneShotSettings, Settings
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 __all__ = [
     "DEMO",
@@ -130,7 +130,7 @@ class Case:
         Raises:
             InputError: the changes are not settings of the method, or the effort is none of its.
         """
-        chosen, parsed = METHODS[method], Scheme.parse(scheme)
+        chosen, parsed = METHODS[method], ModelScheme.parse(scheme)
         if epochs is not None and isinstance(chosen.settings_for(parsed), Settings):
             changes = {"epochs": epochs, **changes}
         return cls(model, str(parsed), method, with_overrides(chosen, parsed, changes, effort), **more)
@@ -272,7 +272,7 @@ def _measured(case: Case, place: Place, row: Row) -> Row:
                     case.settings,
                     place.model,
                     checkpoint,
-                    Scheme.parse(case.scheme),
+                    ModelScheme.parse(case.scheme),
                     place.calibration.source,
                     case.samples or 1,
                     place.seqlen,
@@ -385,7 +385,7 @@ def positive(text: str) -> int:
 def scheme_argument(text: str) -> str:
     """A scheme given on the command line, as `sliderquant.schemes` writes it."""
     try:
-        return str(Scheme.parse(text))
+        return str(ModelScheme.parse(text))
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

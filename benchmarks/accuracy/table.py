@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.accuracy.runs import Row, summarize
 from sliderquant.planning.methods import METHODS
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 __all__ = [
     "EPOCHS",
@@ -77,7 +77,7 @@ def summary_of(rows: Iterable[Row]) -> list[Row]:
 
 def column_of(row: Row) -> str:
     """The column of a row in the table of all methods and schemes."""
-    rotated = row["rotation"] and Scheme.parse(row["scheme"]).quantizes_activations
+    rotated = row["rotation"] and ModelScheme.parse(row["scheme"]).quantizes_activations
     return f"{row['scheme']}, rotated" if rotated else row["scheme"]
 
 
@@ -222,7 +222,7 @@ def _name(row: Row) -> str:
 def _rotates_as_usual(row: Row) -> bool:
     """Whether the rotation is that of the method itself, which is none for most."""
     method = METHODS.get(row["method"])
-    return method is None or row["rotation"] == ",".join(method.rotations_for(Scheme.parse(row["scheme"])))
+    return method is None or row["rotation"] == ",".join(method.rotations_for(ModelScheme.parse(row["scheme"])))
 
 
 def _order_of(model: str) -> tuple[str, ...]:

@@ -23,9 +23,8 @@ from safetensors.torch import save_file
 from sliderquant.calibration.blocks import random_blocks
 from sliderquant.calibration.text import read_text
 from sliderquant.errors import SliderQuantError
-from sliderquant.evaluation.perplexity import default_seqlen
 from sliderquant.models.source import ModelSource, open_model
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme, Scheme
 
 __all__ = ["NOT_INSTALLED", "PEERS", "Peer", "PeerError", "PeerSettings", "peers_in"]
 
@@ -93,7 +92,7 @@ class Peer:
         settings: PeerSettings,
         model: str,
         output: Path,
-        scheme: Scheme,
+        scheme: ModelScheme,
         calibration: str,
         samples: int,
         seqlen: int | None,
@@ -121,11 +120,12 @@ class Peer:
             )
         source = open_model(model)
         self._check_scheme(scheme, source)
+        linear = scheme.linear
         tokens = random_blocks(
             read_text(calibration, "calibration"),
             source.tokenizer(),
             samples,
-            default_seqlen(source.config) if seqlen is None else seqlen,
+            source.default_seqlen if seqlen is None else seqlen,
             seed,
         )
         threads = torch.get_num_threads()
@@ -138,8 +138,8 @@ class Peer:
                 {
                     "model": str(source.folder.resolve()),
                     "calibration": str(path),
-                    "bits": scheme.bits,
-                    "group_size": scheme.group_size or -1,
+                    "bits": linear.bits,
+                    "group_size": linear.group_size or -1,
                     "seed": seed,
                     "threads": threads,
                     "options": dict(self.options),
@@ -150,18 +150,20 @@ class Peer:
         for file in source.folder.iterdir():
             if file.suffix in (".json", ".txt", ".model", ".jinja") and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, output / file.name)
-        self._check_weights(output, scheme)
+        self._check_weights(output, linear)
         return {"seconds": round(answer["seconds"], 1), "threads": threads, "peer": answer["settings"]}
 
-    def _check_scheme(self, scheme: Scheme, source: ModelSource) -> None:
+    def _check_scheme(self, scheme: ModelScheme, source: ModelSource) -> None:
         if scheme.quantizes_activations or scheme.quantizes_attention:
             raise PeerError(SKIPPED, f"{self.name} is compared where weights alone are quantized, unlike {scheme}")
-        if scheme.symmetric:
+        if scheme.linear.symmetric:
             raise PeerError(SKIPPED, f"{self.name} is compared at weights with zero-points, unlike {scheme}")
         for name in source.linear_names:
             shape, _ = source.shapes[f"{name}.weight"]
-            if not scheme.fits(shape[1]):
-                raise PeerError(SKIPPED, f"groups of {scheme.group_size} do not divide the {shape[1]} inputs of {name}")
+            if not scheme.linear.fits(shape[1]):
+                raise PeerError(
+                    SKIPPED, f"groups of {scheme.linear.group_size} do not divide the {shape[1]} inputs of {name}"
+                )
             if any(size % self.multiple for size in shape):
                 raise PeerError(
                     SKIPPED,

@@ -16,7 +16,8 @@ from sliderquant.models.source import ModelSource
 from sliderquant.planning.duration import Speed, expected_seconds
 from sliderquant.planning.methods import METHODS, with_overrides
 from sliderquant.planning.plan import Plan, make_plan
-from sliderquant.schemes import Scheme
+from sliderquant.planning.request import Request
+from sliderquant.schemes import ModelScheme
 
 __all__ = ["GPUS", "minutes", "plan_of"]
 
@@ -63,8 +64,9 @@ def plan_of(shape: str, effort: str, samples: int, seqlen: int) -> Plan:
         for name, parameter in model.named_parameters()
     }
     source = ModelSource(shape, Path(shape), config, family_of(shape, config.model_type, None), tensors)
-    method, scheme = METHODS["sliderquant"], Scheme.parse(SCHEME)
-    return make_plan(source, scheme, method, with_overrides(method, scheme, {}, effort), samples, seqlen, effort=effort)
+    method, scheme = METHODS["sliderquant"], ModelScheme.parse(SCHEME)
+    settings = with_overrides(method, scheme, {}, effort)
+    return make_plan(source, Request(shape, scheme, method, settings, effort, samples=samples, seqlen=seqlen))
 
 
 def minutes(plan: Plan, gpu: str) -> float:

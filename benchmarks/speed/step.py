@@ -24,10 +24,11 @@ from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import ModelSource, open_model
 from sliderquant.planning.methods import METHODS
 from sliderquant.planning.plan import make_plan
+from sliderquant.planning.request import Request
 from sliderquant.planning.settings import Settings
 from sliderquant.refine.layer import refined_layer
 from sliderquant.refine.window import WindowLayers, matmul_context
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 DEMO = Path(__file__).parents[2] / "sliderquant" / "assets" / "demo-llama-5m"
 WIDTHS: dict[str, dict[str, int]] = {
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
             for scheme in arguments.schemes:
                 for matmul in arguments.matmul:
                     row = measure(
-                        source, Scheme.parse(scheme), MATMULS[matmul], arguments.compile, arguments.batch,
+                        source, ModelScheme.parse(scheme), MATMULS[matmul], arguments.compile, arguments.batch,
                         arguments.seqlen, arguments.rounds, torch.device(arguments.device),
                     )  # fmt: skip
                     compiled = arguments.compile == "always"
@@ -82,7 +83,7 @@ def random_model(folder: Path, sizes: dict[str, int]) -> Path:
 
 def measure(
     source: ModelSource,
-    scheme: Scheme,
+    scheme: ModelScheme,
     matmul: torch.dtype,
     compile_: str,
     batch: int,
@@ -92,7 +93,8 @@ def measure(
 ) -> dict[str, Any]:
     """Ratio of the two steps, its quartiles over the rounds, and the median milliseconds of each."""
     settings = Settings.model_validate({"compile": compile_})
-    plan = make_plan(source, scheme, METHODS["sliderquant-published"], settings, batch, seqlen)
+    request = Request(source.name, scheme, METHODS["sliderquant-published"], settings, samples=batch, seqlen=seqlen)
+    plan = make_plan(source, request)
     ids = torch.randint(0, source.config.vocab_size, (batch, seqlen), generator=torch.Generator().manual_seed(0))
     model = LayerwiseModel(Decoder(source, device), ids, plan.rotations, plan.scheme.kv_bits)
     hidden = model.stream(memory_limit=1e12).data.to(device)

@@ -13,16 +13,16 @@ from sliderquant.baselines.smoothquant import smoothquant_layer
 from sliderquant.calibration.layerwise import LayerwiseModel, RunningLayer
 from sliderquant.models.decoder import Decoder
 from sliderquant.planning.plan import Plan
-from sliderquant.planning.settings import AwqSettings, GptqSettings, OneShotSettings, SmoothQuantSettings
+from sliderquant.planning.settings import OneShotSettings
 from sliderquant.progress import LayerReport, Progress
 from sliderquant.quantizer.grids import QuantizedWeight, dequantize
 
 __all__ = ["quantize_layers"]
 
-_METHODS: Mapping[type[OneShotSettings], Callable[[CalibratedLayer, Any], None]] = {
-    GptqSettings: gptq_layer,
-    AwqSettings: awq_layer,
-    SmoothQuantSettings: smoothquant_layer,
+_METHODS: Mapping[str, Callable[[CalibratedLayer, Any], None]] = {
+    "gptq": gptq_layer,
+    "awq": awq_layer,
+    "smoothquant": smoothquant_layer,
 }
 Write = Callable[[int, Mapping[str, tuple[QuantizedWeight, Tensor]], Mapping[str, Tensor]], None]
 
@@ -60,7 +60,7 @@ def quantize_layers(
                 settings.batch_size,
                 device,
             )
-            _METHODS[type(settings)](layer, settings)
+            _METHODS[plan.method.name](layer, settings)
             error = _advance(layer, model.layer(spec.index, rounded=False))
             write(
                 spec.index,

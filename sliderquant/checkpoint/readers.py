@@ -97,7 +97,7 @@ def readers(schemes: Iterable[Scheme], entry: Entry = _PLAIN, dtype: torch.dtype
     Returns:
         sliderquant on a GPU and on a CPU, vLLM on a GPU and on a CPU, transformers: always these five, in this order.
     """
-    different = list(dict.fromkeys(scheme.of_linear() for scheme in schemes))
+    different = list(dict.fromkeys(schemes))
     if not different:
         raise InputError("schemes: expected one or more, found none")
     return _readers(different, _what_others_lack(entry), dtype)

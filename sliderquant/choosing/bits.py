@@ -47,7 +47,7 @@ def choose_bits(
     found = allocate(
         {names[0]: sum(sizes[name] for name in names) for names in together},
         {
-            names[0]: {bits: sum(losses[name][bits] for name in names) for bits in choices(plan.scheme)}
+            names[0]: {bits: sum(losses[name][bits] for name in names) for bits in choices(plan.scheme.linear)}
             for names in together
         },
         plan.average_bits,
@@ -162,7 +162,7 @@ class _Walk:
         weight, gradient = linear.weight, linear.weight.grad
         assert gradient is not None
         found = {}
-        for bits in choices(self.plan.scheme):
+        for bits in choices(self.plan.scheme.linear):
             scheme, dtype = replace(self.plan.schemes[name], bits=bits), self.plan.source.dtype
             clipping = search_clipping(weight, self.importance[name], scheme, dtype)
             grid = clipped_grid(weight, clipping, clipping, scheme, dtype)

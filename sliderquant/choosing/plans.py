@@ -20,10 +20,10 @@ def with_chosen_rotation(plan: Plan, blocks: Tensor, device: torch.device, progr
         blocks: calibration tokens int64 `[samples, seqlen]`.
     """
     assert plan.rotations is not None
+    names, seeds = ", ".join(plan.rotations.transforms), plan.request.rotation_seeds
     progress.message(
-        f"choosing the seed of the rotations {', '.join(plan.rotations.transforms)}: {plan.rotation_seeds} seeds, with "
-        f"each the model rounded to nearest against its original on {plan.measured_samples} calibration samples; the "
-        f"run takes about {_memory(plan)}"
+        f"choosing the seed of the rotations {names}: {seeds} seeds, with each the model rounded to nearest against "
+        f"its original on {plan.measured_samples} calibration samples; the run takes about {_memory(plan)}"
     )
     with deterministic(device):
         choice = choose_rotation_seed(plan, blocks, device, progress)

@@ -24,7 +24,7 @@ __all__ = ["choose_rotation_seed"]
 def choose_rotation_seed(
     plan: Plan, blocks: Tensor, device: torch.device, progress: Progress | None = None
 ) -> RotationChoice:
-    """Try the seed of the plan's rotations and those that follow, `plan.rotation_seeds` in all.
+    """Try the seed of the plan's rotations and those that follow, `rotation_seeds` of the request in all.
 
     Args:
         blocks: calibration tokens int64 `[samples, seqlen]`, of which the first are used.
@@ -42,10 +42,10 @@ def choose_rotation_seed(
     trials: list[SeedTrial] = []
 
     def passed(done: int, total: int) -> None:
-        progress.layer_passed(len(trials) * total + done, plan.rotation_seeds * total)
+        progress.layer_passed(len(trials) * total + done, plan.request.rotation_seeds * total)
 
     with torch.no_grad():
-        for seed in range(first, first + plan.rotation_seeds):
+        for seed in range(first, first + plan.request.rotation_seeds):
             tried = plan.with_rotation_seed(seed)
             decoder = Decoder(tried.source, device)
             study = Study(tried, decoder, blocks[:samples], (original, rounded), CHOOSING_STREAM_GB * 1e9, device)

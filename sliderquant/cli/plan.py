@@ -40,13 +40,13 @@ def print_plan(plan: Plan, device: str = "auto", text: str = "") -> None:
     kinds = Counter(f"{name.split('.', 3)[-1]} {scheme}" for name, scheme in plan.schemes.items())
     print(f"model       {plan.source.name}: {plan.source.num_layers} layers, {plan.source_bytes / 1e9:.3f} GB")
     print(f"scheme      {plan.scheme_in_words}")
-    print(f"activations {plan.scheme.activations}")
+    print(f"activations {plan.scheme.linear.activations}")
     print(f"attention   {attention_in_words(plan.scheme.kv_bits)}")
     if plan.rotations is not None:
         print(f"rotations   {', '.join(plan.rotations.transforms)}; {_seed_in_words(plan)}")
         for trial in () if plan.rotation_choice is None else plan.rotation_choice.trials:
             print(f"  {trial}")
-    effort = "" if plan.effort is None else f", {plan.effort} effort"
+    effort = "" if plan.request.effort is None else f", {plan.request.effort} effort"
     print(f"method      {plan.method.name}{effort}: {plan.method.summary}")
     print("quantized   " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     chosen = "" if plan.allocation is None else f"; chosen on {plan.allocation.samples} calibration samples"

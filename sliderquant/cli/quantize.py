@@ -4,7 +4,7 @@ import shlex
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,55 +82,33 @@ def command(
     from sliderquant.cli.progress import shown_progress
     from sliderquant.errors import InputError
 
-    settings = parse_overrides(config, set_ or [])
-    rotations = None if rotate is None else rotation_names(rotate)
+    arguments: dict[str, Any] = {
+        "scheme": scheme,
+        "method": method,
+        "settings": parse_overrides(config, set_ or []),
+        "calibration": calibration,
+        "samples": samples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "device": device,
+        "effort": effort,
+        "perplexity_on": perplexity,
+        "per_channel_fallback": per_channel_fallback,
+        "average_bits": average_bits,
+        "rotate": None if rotate is None else rotation_names(rotate),
+        "rotation_seeds": rotation_seeds,
+        "overwrite": overwrite,
+    }
     if dry_run:
         with shown_progress(quiet, verbose) as progress:
-            settled = pipeline.plan(
-                model,
-                scheme,
-                method,
-                settings,
-                samples,
-                seqlen,
-                per_channel_fallback,
-                rotations,
-                seed,
-                average_bits=average_bits,
-                calibration=calibration,
-                device=device,
-                effort=effort,
-                rotation_seeds=rotation_seeds,
-                progress=progress,
-                perplexity_on=perplexity,
-                output=output,
-                overwrite=overwrite,
-            )
+            settled = pipeline.plan(model, output=output, progress=progress, **arguments)
         print_plan(settled, device, calibration)
         return
     if output is None:
         raise InputError("missing option -o OUT: the folder of the checkpoint to write")
     with shown_progress(quiet, verbose) as progress:
         result = pipeline.quantize(
-            model,
-            output,
-            scheme=scheme,
-            method=method,
-            settings=settings,
-            calibration=calibration,
-            samples=samples,
-            seqlen=seqlen,
-            seed=seed,
-            device=device,
-            perplexity_on=perplexity,
-            overwrite=overwrite,
-            per_channel_fallback=per_channel_fallback,
-            rotate=rotations,
-            average_bits=average_bits,
-            effort=effort,
-            rotation_seeds=rotation_seeds,
-            progress=progress,
-            command=shlex.join(["sliderquant", *sys.argv[1:]]),
+            model, output, progress=progress, command=shlex.join(["sliderquant", *sys.argv[1:]]), **arguments
         )
     report = result.report
     before, after = report["source_bytes"], report["disk_bytes"]

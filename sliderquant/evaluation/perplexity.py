@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from sliderquant.calibration.blocks import Blocks, consecutive_blocks, document_blocks
 from sliderquant.calibration.text import Text, read_text
 from sliderquant.errors import InputError
+from sliderquant.models.source import default_seqlen
 
-__all__ = ["Perplexity", "check_seqlen", "default_seqlen", "evaluation_blocks", "perplexity"]
+__all__ = ["Perplexity", "check_seqlen", "evaluation_blocks", "perplexity"]
 
 _LONGEST_BLOCK = 2048
 _TOKENS_AT_ONCE = 2048  # logits of a batch are the largest tensor: tokens x vocabulary in fp32
@@ -49,11 +50,6 @@ class Perplexity:
             f"{self.dataset}: {self.blocks} blocks of {self.seqlen} tokens ({self.tokens} tokens), tokenizer "
             f"{self.tokenizer}, {self.dtype} on {self.device}"
         )
-
-
-def default_seqlen(config: Any) -> int:
-    """2048 tokens, or the model's maximum when that is shorter."""
-    return min(_LONGEST_BLOCK, int(config.max_position_embeddings))
 
 
 def check_seqlen(config: Any, seqlen: int | None) -> int:

@@ -21,16 +21,17 @@ from sliderquant.calibration.text import check_source
 from sliderquant.calibration.tokens import vocabulary_of
 from sliderquant.devices import deterministic, machine, resolve_device, versions
 from sliderquant.errors import InputError
-from sliderquant.evaluation.perplexity import default_seqlen, evaluation_blocks
+from sliderquant.evaluation.perplexity import evaluation_blocks
 from sliderquant.evaluation.variants import Study, Sums, Variant, switched_kinds
 from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import open_model
 from sliderquant.planning.arguments import check_arguments
 from sliderquant.planning.methods import method_named
 from sliderquant.planning.plan import make_plan
+from sliderquant.planning.request import Request
 from sliderquant.progress import Progress
 from sliderquant.rotations.folded import rotated
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme, Scheme
 
 __all__ = ["Effect", "Part", "Sensitivity", "sensitivity"]
 
@@ -117,7 +118,7 @@ class Sensitivity:
 
 def sensitivity(
     model: str | Path,
-    scheme: str | Scheme = "W4A16-g128",
+    scheme: str | Scheme | ModelScheme = "W4A16-g128",
     text: str = "wikitext2",
     seqlen: int | None = None,
     max_blocks: int = 32,
@@ -157,18 +158,20 @@ def sensitivity(
     if not memory_gb > 0:
         raise InputError(f"memory_gb {memory_gb}: expected more than 0")
     check_source(text)
-    parsed = Scheme.parse(scheme)
+    parsed = ModelScheme.parse(scheme)
     source = rotated(open_model(model), rotate, seed, parsed)
-    length = default_seqlen(source.config) if seqlen is None else seqlen
     plan = make_plan(
         source,
-        parsed,
-        method_named("rtn"),
-        None,
-        samples=max_blocks,
-        seqlen=length,
-        per_channel_fallback=per_channel_fallback,
+        Request(
+            model,
+            parsed,
+            method_named("rtn"),
+            samples=max_blocks,
+            seqlen=seqlen,
+            per_channel_fallback=per_channel_fallback,
+        ),
     )
+    length = plan.seqlen
     tokenizer = source.tokenizer()
     found = evaluation_blocks(text, tokenizer, length, vocabulary_of(source))
     for note in found.notes:

@@ -28,7 +28,9 @@ from sliderquant.models.files import (
 from sliderquant.models.layer import LayerSpec, describe_layer
 from sliderquant.models.matching import empty_model, matched, warn_once
 
-__all__ = ["ModelSource", "open_model", "read_tokenizer"]
+__all__ = ["ModelSource", "default_seqlen", "open_model", "read_tokenizer"]
+
+_LONGEST_BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class ModelSource:
     def max_positions(self) -> int:
         return int(self.config.max_position_embeddings)
 
+    @property
+    def default_seqlen(self) -> int:
+        """Tokens of a calibration sample or of a block that perplexity is measured on; see `default_seqlen`."""
+        return default_seqlen(self.config)
+
     @cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
         """What each decoder layer is made of."""
@@ -131,6 +138,11 @@ class ModelSource:
     def tokenizer(self) -> Any:
         """Of the class that transformers has for it. Raises InputError when there is none, or it needs own code."""
         return read_tokenizer(self.folder, self.name)
+
+
+def default_seqlen(config: Any) -> int:
+    """2048 tokens, or the model's maximum when that is shorter."""
+    return min(_LONGEST_BLOCK, int(config.max_position_embeddings))
 
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

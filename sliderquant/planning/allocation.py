@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sliderquant.errors import InputError
-from sliderquant.schemes import BITS, Scheme
+from sliderquant.schemes import BITS, ModelScheme, Scheme
 
 __all__ = ["Allocation", "allocate", "check_average_bits", "choices"]
 
@@ -58,14 +58,15 @@ def choices(scheme: Scheme) -> tuple[int, ...]:
     return tuple(bits for bits in BITS if bits >= scheme.bits)
 
 
-def check_average_bits(scheme: Scheme, average_bits: float) -> None:
+def check_average_bits(scheme: ModelScheme, average_bits: float) -> None:
     """Raises InputError where a model of the scheme cannot have so many bits for a weight on average."""
+    linear = scheme.linear
     if scheme.quantizes_activations or scheme.quantizes_attention:
         raise InputError(
             f"average_bits {average_bits:g} with scheme {scheme}: bits are chosen for weight-only schemes: use one "
-            f"such as {Scheme(scheme.bits, scheme.group_size, scheme.symmetric)}, or leave average_bits out"
+            f"such as {Scheme(linear.bits, linear.group_size, linear.symmetric)}, or leave average_bits out"
         )
-    fewest, most = min(choices(scheme)), max(choices(scheme))
+    fewest, most = min(choices(linear)), max(choices(linear))
     if not fewest <= average_bits <= most:
         advice = "" if fewest == BITS[0] else f"; for fewer use a scheme of fewer bits, such as W{BITS[0]}A16"
         raise InputError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sliderquant.errors import InputError
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme, Scheme
 
 __all__ = ["check_arguments"]
 
@@ -17,7 +17,7 @@ _EXPECTED: Mapping[str, tuple[tuple[type, ...], str]] = {
     "output": _PATH,
     "calibration": _PATH,
     "perplexity_on": _PATH,
-    "scheme": ((str, Scheme), 'a string such as "W4A16-g128", or a Scheme'),
+    "scheme": ((str, Scheme, ModelScheme), 'a string such as "W4A16-g128", or a Scheme'),
     "method": ((str,), "the name of a method"),
     "effort": ((str,), '"light", "default" or "best"'),
     "settings": ((Mapping,), "a mapping from the names of settings to values"),

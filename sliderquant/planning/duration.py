@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from sliderquant.planning.plan import Plan
 from sliderquant.planning.precision import matmul_dtype
-from sliderquant.planning.settings import Settings
 
 __all__ = ["Speed", "expected_seconds", "measured_speed"]
 
@@ -52,12 +51,11 @@ class Speed:
 
 def measured_speed(plan: Plan, device: torch.device) -> Speed:
     """Measure the device on tensors of the sizes that the plan's layers have; half a second on a CPU."""
-    assert isinstance(plan.settings, Settings)
-    tokens = min(plan.settings.batch_size * plan.seqlen, 4096)
+    tokens = min(plan.learning.batch_size * plan.seqlen, 4096)
     source = plan.source
     shapes = (source.shape(layer, name) for layer in source.layers for name in layer.linears)
     out_features, in_features = max(shapes, key=math.prod)
-    learning, rates = matmul_dtype(plan.settings, device, plan.source.config.hidden_size), {}
+    learning, rates = matmul_dtype(plan.learning, device, plan.source.config.hidden_size), {}
     for dtype in {learning, torch.float32}:
         x = torch.randn(tokens, in_features, device=device).to(dtype)
         weight = torch.randn(out_features, in_features, device=device).to(dtype)
@@ -76,11 +74,9 @@ def measured_speed(plan: Plan, device: torch.device) -> Speed:
 
 def expected_seconds(plan: Plan, speed: Speed) -> float:
     """Seconds of learning, of a plan with windows; reading, packing and writing are not in it."""
-    settings, config = plan.settings, plan.source.config
-    assert isinstance(settings, Settings)
-    weights = plan.layer_weights
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    settings, config, weights = plan.learning, plan.source.config, plan.layer_weights
+    attention = plan.source.layers[0].attention
+    heads, head_size = attention.heads, attention.head_dim
     tokens = settings.batch_size * plan.seqlen
     step = (
         6 * tokens * weights / speed.learning

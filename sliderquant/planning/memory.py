@@ -6,7 +6,7 @@ from sliderquant.models.layer import LayerSpec
 from sliderquant.models.source import ModelSource
 from sliderquant.planning.settings import OneShotSettings, Settings
 from sliderquant.planning.windows import Window
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 __all__ = [
     "CHOOSING_STREAM_GB",
@@ -27,7 +27,7 @@ CHOOSING_STREAM_GB = 8.0
 
 
 def optimizer_bytes(
-    source: ModelSource, scheme: Scheme, settings: Settings | OneShotSettings | None, windows: tuple[Window, ...]
+    source: ModelSource, scheme: ModelScheme, settings: Settings | OneShotSettings | None, windows: tuple[Window, ...]
 ) -> int:
     """AdamW's: two moments in fp32 of everything that is learned in the largest window. Channel scales, a vector or two
     a layer, and the clipping of activations are left out."""
@@ -38,7 +38,7 @@ def optimizer_bytes(
         count = 0
         for linear in layer.linears:
             out_features, in_features = source.shape(layer, linear)
-            groups = scheme.groups(in_features) if scheme.fits(in_features) else 1
+            groups = scheme.linear.groups(in_features) if scheme.linear.fits(in_features) else 1
             count += settings.rank * (out_features + in_features)
             count += 2 * out_features * groups if settings.clipping else 0
             count += out_features * in_features if settings.weights else 0
@@ -49,7 +49,7 @@ def optimizer_bytes(
 
 def refining_memory(
     source: ModelSource,
-    scheme: Scheme,
+    scheme: ModelScheme,
     settings: Settings | OneShotSettings | None,
     windows: tuple[Window, ...],
     samples: int,

@@ -10,7 +10,7 @@ from sliderquant.calibration.files import nearest
 from sliderquant.errors import InputError
 from sliderquant.planning.overrides import merged, nested, parse_overrides
 from sliderquant.planning.settings import AwqSettings, GptqSettings, OneShotSettings, Settings, SmoothQuantSettings
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 from sliderquant.setting_errors import explained, setting_names
 
 __all__ = [
@@ -30,8 +30,9 @@ class Method:
     """One way to quantize.
 
     Attributes:
-        settings: `Settings`: it slides windows over the layers; `OneShotSettings`: it looks at calibration activations
-            once, layer by layer; None: it needs no calibration text.
+        engine: what runs it: `rounding` reads weights alone and needs no calibration text; `layers` looks at
+            calibration activations once, layer by layer; `windows` learns in windows that slide over the layers.
+        settings: `OneShotSettings` with the engine `layers`, `Settings` with `windows`; None with `rounding`.
         activation_settings: those with schemes that quantize activations; None: the same.
         activations: whether it is for schemes with quantized activations only, for those without only, or for any.
         rotations: what it rotates by if nothing is asked for; R3 only where queries and keys are quantized.
@@ -42,6 +43,7 @@ class Method:
 
     name: str
     summary: str
+    engine: Literal["rounding", "layers", "windows"]
     settings: Settings | OneShotSettings | None
     activation_settings: Settings | None = None
     activations: Literal["any", "quantized", "not quantized"] = "any"
@@ -50,19 +52,19 @@ class Method:
     efforts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     weight_only_efforts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def settings_for(self, scheme: Scheme) -> Settings | OneShotSettings | None:
+    def settings_for(self, scheme: ModelScheme) -> Settings | OneShotSettings | None:
         """The settings with a scheme."""
         quantized = scheme.quantizes_activations and self.activation_settings is not None
         return self.activation_settings if quantized else self.settings
 
-    def effort_for(self, scheme: Scheme, effort: str) -> dict[str, Any]:
+    def effort_for(self, scheme: ModelScheme, effort: str) -> dict[str, Any]:
         """The settings of an effort that differ with a scheme."""
         further = {} if scheme.quantizes_activations else self.weight_only_efforts.get(effort, {})
         return {**self.efforts[effort], **further}
 
-    def rotations_for(self, scheme: Scheme) -> tuple[str, ...]:
+    def rotations_for(self, scheme: ModelScheme) -> tuple[str, ...]:
         """The rotations with a scheme."""
-        if self.rotates == "4-bit activations" and scheme.activation_bits > 4:
+        if self.rotates == "4-bit activations" and scheme.linear.activation_bits > 4:
             return ()
         return tuple(name for name in self.rotations if name != "R3" or scheme.quantizes_attention)
 
@@ -112,23 +114,31 @@ _WEIGHT_ONLY_EFFORTS: Mapping[str, Mapping[str, Any]] = {"light": {"weights_deca
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("rtn", "round to nearest over each group's full range", None),
-        Method("gptq", "layer by layer, rounding errors compensated by the weights not yet rounded", GptqSettings()),
+        Method("rtn", "round to nearest over each group's full range", "rounding", None),
+        Method(
+            "gptq",
+            "layer by layer, rounding errors compensated by the weights not yet rounded",
+            "layers",
+            GptqSettings(),
+        ),
         Method(
             "awq",
             "channel scales and clipping searched by the error of the output",
+            "layers",
             AwqSettings(),
             activations="not quantized",
         ),
         Method(
             "smoothquant",
             "channel scales from the ranges of activations and weights, then round to nearest",
+            "layers",
             SmoothQuantSettings(),
             activations="quantized",
         ),
         Method(
             "omniquant",
             "layer by layer, learned clipping and channel scales",
+            "windows",
             _changed(_PUBLISHED, windows={**_NO_RAMPS, "size": 1}, gamma=1, rank=0),
             _changed(
                 _PUBLISHED_ACTIVATIONS,
@@ -141,12 +151,14 @@ METHODS: Mapping[str, Method] = {
         Method(
             "cbq",
             "sliding windows of two layers with low-rank terms, learned clipping and channel scales",
+            "windows",
             _changed(_PUBLISHED, windows={**_NO_RAMPS, "size": 2}, gamma=1),
             _changed(_PUBLISHED_ACTIVATIONS, windows={**_NO_RAMPS, "size": 2}, gamma=1),
         ),
         Method(
             "sliderquant",
             "sliding windows; every weight and range is learned; with 4-bit activations on a rotated model",
+            "windows",
             _RECIPE,
             _ACTIVATION_RECIPE,
             rotations=("R1", "R2", "R3", "R4"),
@@ -157,6 +169,7 @@ METHODS: Mapping[str, Method] = {
         Method(
             "sliderquant-published",
             "sliding windows with ramps and stages, low-rank terms and learned clipping: the paper's settings",
+            "windows",
             _PUBLISHED,
             _PUBLISHED_ACTIVATIONS,
         ),
@@ -173,7 +186,7 @@ def method_named(name: str) -> Method:
     return METHODS[name]
 
 
-def check_scheme(method: Method, scheme: Scheme) -> None:
+def check_scheme(method: Method, scheme: ModelScheme) -> None:
     """Raises InputError when the method makes no sense with the scheme."""
     if method.activations == "quantized" and not scheme.quantizes_activations:
         raise InputError(
@@ -188,7 +201,7 @@ def check_scheme(method: Method, scheme: Scheme) -> None:
 
 
 def with_overrides(
-    method: Method, scheme: Scheme, overrides: Mapping[str, Any], effort: str | None = None
+    method: Method, scheme: ModelScheme, overrides: Mapping[str, Any], effort: str | None = None
 ) -> Settings | OneShotSettings | None:
     """The method's settings with a scheme and nested `overrides`: `{"epochs": 10, "windows": {"shallow": 2}}`.
 

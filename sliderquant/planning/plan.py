@@ -14,12 +14,13 @@ from sliderquant.models.source import ModelSource
 from sliderquant.planning.allocation import Allocation, check_average_bits
 from sliderquant.planning.memory import choosing_files, choosing_memory, optimizer_bytes, refining_memory, trying_memory
 from sliderquant.planning.methods import Method, check_scheme
+from sliderquant.planning.request import Request
 from sliderquant.planning.rotation_choice import RotationChoice, check_rotation_seeds
 from sliderquant.planning.settings import OneShotSettings, Settings
 from sliderquant.planning.windows import Window, schedule
 from sliderquant.rotations.folded import RotatedSource
 from sliderquant.rotations.transforms import Rotations
-from sliderquant.schemes import Scheme, bits_by_kind
+from sliderquant.schemes import ModelScheme, Scheme, bits_by_kind
 from sliderquant_kernels.activations.op import MAX_K
 
 __all__ = ["Plan", "make_plan"]
@@ -33,8 +34,10 @@ class Plan:
     """One run, settled.
 
     Attributes:
+        source: the model, with its rotations folded in.
+        request: what was asked for.
+        seqlen: tokens of a calibration sample.
         schemes: full name of every linear that is quantized -> its scheme, in the order of the layers.
-        settings: those of the method; None for one that needs no calibration text.
         windows: empty for a method that learns nothing.
         steps: optimizer steps of the whole run.
         layer_weights: quantized weights of a decoder layer, of the largest.
@@ -44,35 +47,59 @@ class Plan:
             window.
         disk_bytes: size of the checkpoint's tensors.
         source_bytes: size of the model's tensors as they are now.
-        average_bits: at most so many bits for a weight on average, of a model whose linears get different bits: at
-            least those of the scheme; None: all get those of the scheme.
         allocation: the bits that were chosen; None: none, or not yet, and `schemes` and `disk_bytes` are those of a
             model where all linears have the scheme's bits.
-        rotation_seeds: seeds of the rotations' signs that are tried.
-        rotation_choice: what was measured of them; None: one seed, or not yet, and `source` has the first.
-        effort: of the method's, if it has any; its default unless another was asked for.
+        rotation_choice: what was measured of the seeds of rotations; None: one seed, or not yet, and `source` has the
+            first.
     """
 
     source: ModelSource
-    scheme: Scheme
-    schemes: dict[str, Scheme]
-    method: Method
-    settings: Settings | OneShotSettings | None
-    windows: tuple[Window, ...]
-    samples: int
+    request: Request
     seqlen: int
+    schemes: dict[str, Scheme]
+    windows: tuple[Window, ...]
     steps: int
+    layer_weights: int
     memory_bytes: int
     host_memory_bytes: int
+    optimizer_bytes: int
     disk_bytes: int
     source_bytes: int
-    average_bits: float | None = None
     allocation: Allocation | None = None
-    optimizer_bytes: int = 0
-    rotation_seeds: int = 1
     rotation_choice: RotationChoice | None = None
-    effort: str | None = None
-    layer_weights: int = 0
+
+    @property
+    def scheme(self) -> ModelScheme:
+        """What was asked for; single linears may differ, see `schemes`."""
+        return self.request.scheme
+
+    @property
+    def method(self) -> Method:
+        """The method."""
+        return self.request.method
+
+    @property
+    def settings(self) -> Settings | OneShotSettings | None:
+        """Those of the method; None for one that needs no calibration text."""
+        return self.request.settings
+
+    @property
+    def learning(self) -> Settings:
+        """The settings of a method that learns. Raises TypeError for another one."""
+        if not isinstance(self.settings, Settings):
+            raise TypeError(f"method {self.method.name} learns nothing")
+        return self.settings
+
+    @property
+    def samples(self) -> int:
+        """Calibration samples."""
+        return self.request.samples
+
+    @property
+    def average_bits(self) -> float | None:
+        """At most so many bits for a weight on average, of a model whose linears get different bits: at least those of
+        the scheme; None: all get those of the scheme."""
+        return self.request.average_bits
 
     @property
     def work(self) -> float:
@@ -84,8 +111,7 @@ class Plan:
     def work_of(self, window: Window) -> float:
         """What a step in the window takes, counted in layers. Where logits are matched the head counts too: as so many
         layers as it has times the weights of one."""
-        assert isinstance(self.settings, Settings)
-        if self.settings.last_loss == "hidden" or window.stop < self.source.num_layers:
+        if self.learning.last_loss == "hidden" or window.stop < self.source.num_layers:
             return float(len(window))
         config = self.source.config
         return len(window) + config.vocab_size * config.hidden_size / self.layer_weights
@@ -113,6 +139,11 @@ class Plan:
         return self.chooses_rotation or self.chooses_bits
 
     @property
+    def needs_text(self) -> bool:
+        """Whether there has to be calibration text."""
+        return self.method.engine != "rounding" or self.chooses
+
+    @property
     def measured_samples(self) -> int:
         """Samples of the calibration text that choices are measured on."""
         return min(self.samples, MEASURED_SAMPLES)
@@ -120,7 +151,7 @@ class Plan:
     @property
     def chooses_rotation(self) -> bool:
         """Whether a seed of the rotations is to be chosen, which takes calibration text, and has not been yet."""
-        return self.rotation_seeds > 1 and self.rotation_choice is None
+        return self.request.rotation_seeds > 1 and self.rotation_choice is None
 
     def with_rotation_seed(self, seed: int) -> "Plan":
         """The plan for the model with the same rotations, their signs from another seed."""
@@ -137,7 +168,7 @@ class Plan:
         Raises:
             InputError: they are not of the plan's linears, are fewer than the scheme's, or exceed the budget.
         """
-        allocation.check(self.scheme, self.sizes)
+        allocation.check(self.scheme.linear, self.sizes)
         schemes = {name: replace(scheme, bits=allocation.bits[name]) for name, scheme in self.schemes.items()}
         disk_bytes = _disk_bytes(self.source, schemes)
         return replace(self, schemes=schemes, disk_bytes=disk_bytes, allocation=allocation)
@@ -155,7 +186,7 @@ class Plan:
         assert self.average_bits is not None
         weights = sum(self.sizes.values())
         # Every group has a zero-point of as many bits: 1/32 of the codes at most.
-        return self.disk_bytes + math.ceil((self.average_bits - self.scheme.bits) * weights / 8 * 33 / 32)
+        return self.disk_bytes + math.ceil((self.average_bits - self.scheme.linear.bits) * weights / 8 * 33 / 32)
 
     @property
     def code_bits_per_weight(self) -> float:
@@ -198,11 +229,12 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, for the report and for `--dry-run`."""
         return {
+            "request": self.request.as_dict(),
             "model": self.source.name,
             "scheme": str(self.scheme),
             "scheme_in_words": self.scheme_in_words,
             "method": self.method.name,
-            "effort": self.effort,
+            "effort": self.request.effort,
             "settings": None if self.settings is None else self.settings.model_dump(),
             "average_bits": self.average_bits,
             "allocation": None if self.allocation is None else self.allocation.as_dict(),
@@ -227,43 +259,28 @@ class Plan:
         }
 
 
-def make_plan(
-    source: ModelSource,
-    scheme: Scheme,
-    method: Method,
-    settings: Settings | OneShotSettings | None,
-    samples: int,
-    seqlen: int,
-    per_channel_fallback: bool = False,
-    average_bits: float | None = None,
-    rotation_seeds: int = 1,
-    effort: str | None = None,
-) -> Plan:
+def make_plan(source: ModelSource, request: Request) -> Plan:
     """Settle a run.
 
     Args:
-        per_channel_fallback: linears whose input size the group size does not divide get one scale per channel, where
-            the whole model would be refused otherwise.
-        average_bits: see `Plan`; the bits are then chosen by `sliderquant.choosing.bits.choose_bits`.
-        effort: see `Plan`; `settings` are those of it.
-        rotation_seeds: see `Plan`; of several, one is chosen by
-            `sliderquant.choosing.rotation_seeds.choose_rotation_seed`.
+        source: the model that the request names, with the rotations that it names.
 
     Raises:
         InputError: the group size does not divide some linear's input size, or that is too long for quantized
             activations; the method makes no sense with the scheme; samples, seqlen or average_bits out of range;
             rotation_seeds out of range, or several for a model that is not rotated.
     """
-    check_scheme(method, scheme)
-    check_rotation_seeds(rotation_seeds, isinstance(source, RotatedSource))
-    if average_bits is not None:
-        check_average_bits(scheme, average_bits)
+    scheme, settings, samples = request.scheme, request.settings, request.samples
+    check_scheme(request.method, scheme)
+    check_rotation_seeds(request.rotation_seeds, isinstance(source, RotatedSource))
+    if request.average_bits is not None:
+        check_average_bits(scheme, request.average_bits)
     if samples < 1:
         raise InputError(f"samples {samples}: expected at least 1")
+    seqlen = source.default_seqlen if request.seqlen is None else request.seqlen
     if not 2 <= seqlen <= source.max_positions:
         raise InputError(f"seqlen {seqlen}: expected 2 to {source.max_positions}, the longest that the model takes")
-    shapes = source.shapes
-    schemes = _schemes(source, shapes, scheme.of_linear(), per_channel_fallback)
+    schemes = _schemes(source, scheme.linear, request.per_channel_fallback)
     windows: tuple[Window, ...] = ()
     steps = 0
     if isinstance(settings, Settings):
@@ -271,32 +288,28 @@ def make_plan(
         steps = len(windows) * settings.epochs * math.ceil(samples / settings.batch_size)
     layer_weights = max(sum(math.prod(source.shape(layer, name)) for name in layer.linears) for layer in source.layers)
     device_bytes, host_bytes = refining_memory(source, scheme, settings, windows, samples, seqlen, layer_weights)
-    if average_bits is not None:
-        choosing = choosing_memory(source, min(samples, MEASURED_SAMPLES), seqlen, layer_weights)
+    measured = min(samples, MEASURED_SAMPLES)
+    if request.average_bits is not None:
+        choosing = choosing_memory(source, measured, seqlen, layer_weights)
         device_bytes, host_bytes = max(device_bytes, choosing[0]), max(host_bytes, choosing[1])
-    if rotation_seeds > 1:
-        trying = trying_memory(source, min(samples, MEASURED_SAMPLES), seqlen, layer_weights)
+    if request.rotation_seeds > 1:
+        trying = trying_memory(source, measured, seqlen, layer_weights)
         device_bytes, host_bytes = max(device_bytes, trying[0]), max(host_bytes, trying[1])
-    return Plan(
+    settled = Plan(
         source=source,
-        scheme=scheme,
-        schemes=schemes,
-        method=method,
-        settings=settings,
-        windows=windows,
-        samples=samples,
+        request=request,
         seqlen=seqlen,
+        schemes=schemes,
+        windows=windows,
         steps=steps,
+        layer_weights=layer_weights,
         memory_bytes=device_bytes,
         host_memory_bytes=host_bytes,
-        disk_bytes=_disk_bytes(source, schemes),
-        source_bytes=sum(size for _, size in shapes.values()),
-        average_bits=average_bits,
         optimizer_bytes=optimizer_bytes(source, scheme, settings, windows),
-        rotation_seeds=rotation_seeds,
-        effort=effort,
-        layer_weights=layer_weights,
+        disk_bytes=_disk_bytes(source, schemes),
+        source_bytes=sum(size for _, size in source.shapes.values()),
     )
+    return settled if request.allocation is None else settled.with_allocation(request.allocation)
 
 
 def _disk_bytes(source: ModelSource, schemes: dict[str, Scheme]) -> int:
@@ -307,9 +320,8 @@ def _disk_bytes(source: ModelSource, schemes: dict[str, Scheme]) -> int:
     return kept + sum(schemes[name].stored_bytes(size[0], size[1], scale_bytes) for name, size in sizes.items())
 
 
-def _schemes(
-    source: ModelSource, shapes: dict[str, tuple[tuple[int, ...], int]], scheme: Scheme, per_channel_fallback: bool
-) -> dict[str, Scheme]:
+def _schemes(source: ModelSource, scheme: Scheme, per_channel_fallback: bool) -> dict[str, Scheme]:
+    shapes = source.shapes
     found: dict[str, Scheme] = {}
     misfits: dict[str, int] = {}
     for layer, linear in ((one, linear) for one in source.layers for linear in one.linears):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 from sliderquant.setting_errors import FrozenSettings
 
 __all__ = [
@@ -62,7 +62,7 @@ class ScaleSettings(FrozenSettings):
     )
     space: Literal["direct", "log"] = Field("direct", description="learn them, or their logarithms")
 
-    def used_with(self, scheme: Scheme) -> bool:
+    def used_with(self, scheme: ModelScheme) -> bool:
         """Whether a model of this scheme has channel scales."""
         rounds = scheme.quantizes_activations or scheme.quantizes_attention
         return self.use == "always" or (self.use == "auto" and rounds)
@@ -134,13 +134,13 @@ class Settings(FrozenSettings):
             raise ValueError("hardening=true keeps offsets of weights as they are: it needs weights=true")
         return self
 
-    def clips_activations(self, scheme: Scheme, rotates_online: bool) -> bool:
+    def clips_activations(self, scheme: ModelScheme, rotates_online: bool) -> bool:
         """Whether a model of this scheme has learned clippings of activations, queries, keys and values.
 
         Args:
             rotates_online: the model computes rotations while it runs.
         """
-        fewest = min(scheme.activation_bits, scheme.kv_bits)
+        fewest = min(scheme.linear.activation_bits, scheme.kv_bits)
         if self.activation_clipping == "auto":
             return fewest <= 4 and (scheme.quantizes_attention or rotates_online)
         return self.activation_clipping == "always" and fewest <= 8

@@ -11,14 +11,14 @@ from sliderquant.calibration.layerwise import LayerwiseModel, RunningLayer
 from sliderquant.checkpoint.packing import INPUT_CLIP
 from sliderquant.models.layer import LayerSpec
 from sliderquant.planning.plan import Plan
-from sliderquant.planning.settings import Settings
 from sliderquant.quantizer.grids import QuantizedWeight
 from sliderquant.refine.activation_clipping import ActivationClipping
 from sliderquant.refine.attention import LearnedRounding, learn_rounding
 from sliderquant.refine.compiling import can_compile
 from sliderquant.refine.linear import STARTED, RefinedLinear, WeightGroup, generator_for
-from sliderquant.refine.scales import ChannelScale, ScaledNorm, Site, insert_scales, scale_sites, start_from_statistics
+from sliderquant.refine.scales import ChannelScale, ScaledNorm
 from sliderquant.refine.shared import SharedInput
+from sliderquant.refine.sites import Site, insert_scales, scale_sites, start_from_statistics
 from sliderquant.refine.weight_clipping import start_from_search
 from sliderquant.schemes import Scheme
 
@@ -36,8 +36,7 @@ __all__ = [
 
 def refined_layer(plan: Plan, model: LayerwiseModel, index: int, seed: int) -> RunningLayer:
     """Decoder layer `index` with refined linears in the places of its linears."""
-    settings = plan.settings
-    assert isinstance(settings, Settings)
+    settings = plan.learning
     compiled = _compiles(plan, model.device)
     running = model.layer(index, lambda module: _refine(module, plan, index, seed, compiled))
     if plan.scheme.quantizes_attention:
@@ -49,8 +48,7 @@ def refined_layer(plan: Plan, model: LayerwiseModel, index: int, seed: int) -> R
 
 def _refine(module: nn.Module, plan: Plan, index: int, seed: int, compiled: bool) -> None:
     """Put refined linears into the places of a layer's, in place, and channel scales where the settings have them."""
-    settings, spec = plan.settings, plan.source.layers[index]
-    assert isinstance(settings, Settings)
+    settings, spec = plan.learning, plan.source.layers[index]
     groups: dict[tuple[int, Scheme], WeightGroup] = defaultdict(WeightGroup)
     clips = plan.clips_activations and plan.scheme.quantizes_activations
     for group in spec.groups:
@@ -92,8 +90,7 @@ def stored_clips(layer: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def starting(plan: Plan, layer: RunningLayer) -> Iterator[None]:
     """Within it the unquantized layer sees its calibration inputs; then what is learned is where it starts."""
-    settings, linears = plan.settings, refined_linears(layer.module)
-    assert isinstance(settings, Settings)
+    settings, linears = plan.learning, refined_linears(layer.module)
     with ExitStack() as stack:
         if settings.clipping and settings.clipping_start == "search":
             stack.enter_context(start_from_search(linears))
@@ -115,10 +112,9 @@ def _compiles(plan: Plan, device: torch.device) -> bool:
     """Whether the quantizers are compiled: it takes some 10 s, and is taken to save, in every step and for every
     layer, 0.15 ms a linear and 3 ns a weight: an estimate, which only has to tell long runs from short ones. On a GPU
     it has not been tried yet: there it is when it is asked for."""
-    assert isinstance(plan.settings, Settings)
-    if plan.settings.compile == "always":
+    if plan.learning.compile == "always":
         return can_compile(device.type, plan.source.dtype)
-    if plan.settings.compile == "never" or device.type != "cpu":
+    if plan.learning.compile == "never" or device.type != "cpu":
         return False
     saved = plan.work * (1.5e-4 * len(plan.source.layers[0].linears) + 3e-9 * plan.layer_weights)
     return saved > 10 and can_compile(device.type, plan.source.dtype)

@@ -38,8 +38,7 @@ def refine_model(
     Returns:
         what happened in each stage of each window.
     """
-    assert isinstance(plan.settings, Settings)
-    settings = plan.settings
+    settings = plan.learning
     # With fewer epochs than stages the first ones have none.
     stages = [stage for stage in range(len(settings.stages)) if settings.epochs_of_stage(stage)]
     sweeps = [(stage,) for stage in stages] if settings.stage_order == "sweep" else [tuple(stages)]

@@ -6,20 +6,20 @@ The error of a row of weights w on inputs x, with the inputs' correlations left 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sliderquant.calibration.observing import watched_inputs
 from sliderquant.quantizer.search import search_clipping
+from sliderquant.refine.linear import RefinedLinear
 from sliderquant.refine.weights import refined_weight
 
 __all__ = ["start_from_search"]
 
 
 @contextmanager
-def start_from_search(linears: Mapping[str, Any]) -> Iterator[None]:
+def start_from_search(linears: Mapping[str, RefinedLinear]) -> Iterator[None]:
     """Within it the `RefinedLinear`s of a layer, unquantized, see their calibration inputs; afterwards the clipping of
     each starts where the search says."""
     sums: dict[str, Tensor] = {}
@@ -37,5 +37,7 @@ def start_from_search(linears: Mapping[str, Any]) -> Iterator[None]:
             if learned.column is not None:
                 importance = importance / learned.column.square()
             found = search_clipping(refined_weight(learned), importance, linear.scheme, linear.stored_dtype)
+            assert linear.clip_low is not None
+            assert linear.clip_high is not None
             linear.clip_low.copy_(found)
             linear.clip_high.copy_(found)

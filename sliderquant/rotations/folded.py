@@ -18,7 +18,7 @@ from torch import Tensor
 from sliderquant.errors import InputError
 from sliderquant.models.source import ModelSource
 from sliderquant.rotations.transforms import Rotation, Rotations
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 __all__ = ["RotatedSource", "fold_linear", "rotated"]
 
@@ -181,7 +181,7 @@ class RotatedSource(ModelSource):
         return folds
 
 
-def rotated(source: ModelSource, names: Sequence[str], seed: int, scheme: Scheme) -> ModelSource:
+def rotated(source: ModelSource, names: Sequence[str], seed: int, scheme: ModelScheme) -> ModelSource:
     """The model with the rotations `names` for a scheme folded in; as it is where there are none.
 
     Raises:

@@ -19,7 +19,7 @@ from sliderquant.progress import LayerReport
 from sliderquant.quantizer.grids import dequantize, round_to_nearest
 from sliderquant.rotations.folded import RotatedSource
 from sliderquant.rotations.transforms import Rotations
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme, Scheme
 
 SCHEMES = ["W2A16", "W3A16-sym", "W4A16-g32", "W2A16-g64-sym", "W3A16-g128", "W8A16", "W4A4"]
 
@@ -197,7 +197,7 @@ def test_every_linear_of_a_run_is_the_textbook_on_what_the_loaded_model_gives_it
     model = sliderquant.load(result.path, "cpu", dtype="float32", merge=False)
     names = source.linear_names
     inner = {name: f"{name}.linear" if rotate and name.endswith("down_proj") else name for name in names}
-    parsed = Scheme.parse(scheme)
+    parsed = ModelScheme.parse(scheme).linear
     if rotate and parsed.quantizes_activations:
         # Rotation and rounding are one kernel in the loaded model, which calls nothing in between.
         inner = {name: name for name in names}
@@ -209,7 +209,7 @@ def test_every_linear_of_a_run_is_the_textbook_on_what_the_loaded_model_gives_it
             x, module = module.rotation(x), module.linear
         if parsed.quantizes_activations:
             x = round_tokens(x, parsed.activation_bits, parsed.activation_symmetric)
-        want = textbook(source.weight(f"{name}.weight", torch.device("cpu")), x, parsed.of_linear(), source.dtype)
+        want = textbook(source.weight(f"{name}.weight", torch.device("cpu")), x, parsed, source.dtype)
         # Inputs differ in their last digits, which now and then rounds a weight, and the rest of its row, another way.
         assert (module.dequantize() == want.float()).float().mean() > 0.97, name
 

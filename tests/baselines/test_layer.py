@@ -15,7 +15,8 @@ from sliderquant.models.source import open_model
 from sliderquant.pipeline import _copy_the_rest
 from sliderquant.planning.methods import METHODS
 from sliderquant.planning.plan import make_plan
-from sliderquant.schemes import Scheme
+from sliderquant.planning.request import Request
+from sliderquant.schemes import ModelScheme, Scheme
 
 IDS = torch.randint(2, 120, (2, 12), generator=torch.Generator().manual_seed(5))
 
@@ -131,7 +132,7 @@ class _Writer:
 
 
 def test_changed_norms_are_written_and_nothing_else_is(tiny_llama):
-    plan = make_plan(open_model(tiny_llama), Scheme(4), METHODS["rtn"], None, 4, 32)
+    plan = make_plan(open_model(tiny_llama), Request(tiny_llama, ModelScheme(Scheme(4)), METHODS["rtn"], seqlen=32))
     name = "model.layers.1.input_layernorm.weight"
     writer = _Writer()
     _copy_the_rest(plan, {name: torch.full((64,), 0.5)}, writer)

@@ -94,10 +94,6 @@ def test_rotations_keep_others_away_only_while_the_model_runs(tiny_llama: Path) 
         assert verdicts("W4A16", entry=Entry(rotations)) == expected
 
 
-def test_kv_bits_of_a_scheme_are_those_of_the_entry() -> None:
-    assert readers([Scheme.parse("W4A4KV4")]) == readers([Scheme.parse("W4A4")])
-
-
 def test_every_scheme_is_in_one_row_with_the_verdicts_of_that_row() -> None:
     schemes = every_scheme()
     assert len(schemes) == len(set(schemes)) == 116

@@ -26,20 +26,25 @@ from sliderquant.planning import plan as planning
 from sliderquant.planning.allocation import Allocation
 from sliderquant.planning.methods import METHODS
 from sliderquant.planning.plan import make_plan
+from sliderquant.planning.request import Request
 from sliderquant.progress import Progress
 from sliderquant.quantizer.grids import clipped_grid, dequantize, quantize, round_to_nearest
 from sliderquant.quantizer.search import search_clipping
 from sliderquant.rotations.folded import RotatedSource
 from sliderquant.rotations.transforms import Rotations
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme, Scheme
 
 CPU = torch.device("cpu")
 SMALL = {"samples": 4, "seqlen": 32}
 
 
 def plan_for(source, scheme="W2A16-g32", average_bits=2.5, method="rtn", samples=3, seqlen=24):
-    chosen, parsed = METHODS[method], Scheme.parse(scheme)
-    return make_plan(source, parsed, chosen, chosen.settings_for(parsed), samples, seqlen, average_bits=average_bits)
+    chosen, parsed = METHODS[method], ModelScheme.parse(scheme)
+    settings = chosen.settings_for(parsed)
+    return make_plan(
+        source,
+        Request("", parsed, chosen, settings, samples=samples, seqlen=seqlen, average_bits=average_bits),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +298,7 @@ def test_memory_and_disk_before_the_bits_are_known(tiny_llama, monkeypatch):
     streams = 3 * 3 * 24 * 64 * 4  # before two layers, and after them
     assert chosen.host_memory_bytes - chosen.memory_bytes == 2048 * 64 * 4 + streams
     assert chosen.measured_samples == 3
-    assert replace(chosen, samples=1000).measured_samples == planning.MEASURED_SAMPLES
+    assert replace(chosen, request=replace(chosen.request, samples=1000)).measured_samples == planning.MEASURED_SAMPLES
     assert chosen.file_bytes == 0
     monkeypatch.setattr(memory, "CHOOSING_STREAM_GB", 1e-6)
     assert (chosen.file_bytes, settled.file_bytes) == (streams, 0)

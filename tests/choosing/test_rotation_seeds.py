@@ -21,10 +21,11 @@ from sliderquant.planning import memory
 from sliderquant.planning import plan as planning
 from sliderquant.planning.methods import METHODS
 from sliderquant.planning.plan import make_plan
+from sliderquant.planning.request import Request
 from sliderquant.progress import Progress
 from sliderquant.rotations.folded import RotatedSource, rotated
 from sliderquant.rotations.transforms import ROTATIONS, Rotations
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 CPU = torch.device("cpu")
 ALL = list(ROTATIONS)
@@ -43,9 +44,10 @@ class Told(Progress):
 
 
 def plan_for(model, scheme="W4A16", rotate=("R1",), seed=0, rotation_seeds=4, samples=4, seqlen=32):
-    parsed = Scheme.parse(scheme)
+    parsed = ModelScheme.parse(scheme)
     source = rotated(open_model(model), rotate, seed, parsed)
-    return make_plan(source, parsed, METHODS["rtn"], None, samples, seqlen, rotation_seeds=rotation_seeds)
+    request = Request(model, parsed, METHODS["rtn"], samples=samples, seqlen=seqlen, rotation_seeds=rotation_seeds)
+    return make_plan(source, request)
 
 
 @pytest.fixture(scope="module")

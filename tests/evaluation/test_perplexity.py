@@ -6,7 +6,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sliderquant.errors import InputError
-from sliderquant.evaluation.perplexity import default_seqlen, perplexity
+from sliderquant.evaluation.perplexity import perplexity
+from sliderquant.models.source import default_seqlen
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from sliderquant.modules.rotated import RotatedLinear, insert_rotations
 from sliderquant.quantizer.grids import dequantize, round_to_nearest
 from sliderquant.rotations.folded import RotatedSource
 from sliderquant.rotations.transforms import Rotations
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 from sliderquant_kernels import quantize_activations
 
 CPU = torch.device("cpu")
@@ -41,12 +41,12 @@ def simulated(folder, scheme, names, seed, checkpoint=None):
     weights = {name: rotated.weight(name, CPU) for name in rotated.files}
 
     def rounded_input(_, arguments):
-        bits, symmetric = scheme.activation_bits, scheme.activation_symmetric
+        bits, symmetric = scheme.linear.activation_bits, scheme.linear.activation_symmetric
         return (quantize_activations(arguments[0], bits, symmetric).dequantize(),)
 
     for name in source.linear_names:
-        rounded = round_to_nearest(weights[f"{name}.weight"], scheme, source.dtype)
-        weights[f"{name}.weight"] = dequantize(rounded, scheme)
+        rounded = round_to_nearest(weights[f"{name}.weight"], scheme.linear, source.dtype)
+        weights[f"{name}.weight"] = dequantize(rounded, scheme.linear)
         if scheme.quantizes_activations:
             model.get_submodule(name).register_forward_pre_hook(rounded_input)
     if checkpoint is not None:
@@ -105,7 +105,7 @@ def test_the_loaded_model_is_the_simulation(tiny, tmp_path, scheme, tolerance, n
         tiny, tmp_path / "out", scheme=scheme, method="rtn", rotate=names, seed=6, device="cpu"
     )
     got = logits(result.load(device="cpu", dtype="float32"))
-    assert relative_error(got, logits(simulated(tiny, Scheme.parse(scheme), names, 6))) < tolerance
+    assert relative_error(got, logits(simulated(tiny, ModelScheme.parse(scheme), names, 6))) < tolerance
 
 
 # As above: a code more or less, of many.
@@ -121,7 +121,7 @@ def test_with_all_four_rotations(tiny, tmp_path, calibration_file, method):
 
     every, out = [*ALL, "R3"], quantize("W4A4KV4")
     got = logits(sliderquant.load(out, "cpu", dtype="float32"))
-    scheme, stored = Scheme.parse("W4A4KV4"), None if method == "rtn" else out
+    scheme, stored = ModelScheme.parse("W4A4KV4"), None if method == "rtn" else out
     assert relative_error(got, logits(simulated(tiny, scheme, every, 6, stored))) < 3e-2
     # That is less than what one of the rotations does.
     assert relative_error(got, logits(simulated(tiny, scheme, ALL, 6, stored))) > 5e-2

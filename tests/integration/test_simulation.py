@@ -14,7 +14,7 @@ from sliderquant.baselines import walk
 from sliderquant.modules import attention, linear, rotated
 from sliderquant.modules.merged import MergedLinear
 from sliderquant.refine.layer import refined_linears
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 from sliderquant_kernels import LowBitLayout, QuantizedActivations
 
 ALL = ("R1", "R2", "R3", "R4")
@@ -111,7 +111,7 @@ SCHEMES = ("W4A16", "W2A16-g32", "W3A16-sym", "W4A16KV4", "W4A8KV8", "W8A8", "W4
 def test_learned(quantize, scheme, rotate):
     if "KV" not in scheme:
         rotate = tuple(name for name in rotate if name != "R3")
-    parsed = Scheme.parse(scheme)
+    parsed = ModelScheme.parse(scheme)
     grid = "range" if parsed.quantizes_activations else "free"
     result, trained = quantize(scheme, rotate, **LOW_RANK, grid=grid)
     rounds = parsed.quantizes_activations or parsed.quantizes_attention

@@ -13,10 +13,10 @@ from sliderquant.models.source import open_model
 from sliderquant.planning.memory import refining_memory, trying_memory
 from sliderquant.planning.settings import GptqSettings, Settings
 from sliderquant.planning.windows import schedule
-from sliderquant.refine.scales import scale_sites
+from sliderquant.refine.sites import scale_sites
 from sliderquant.rotations.folded import RotatedSource
 from sliderquant.rotations.transforms import Rotations
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 IDS = torch.arange(2, 13)[None]
 
@@ -87,8 +87,8 @@ def test_memory_is_that_of_the_largest_layer(source):
 
     def bytes_of(*layers):
         here = with_layers(source, *layers)
-        refining = refining_memory(here, Scheme.parse("W4A4KV4"), settings, windows, 4, 16, 1000)
-        one_shot = refining_memory(here, Scheme(4), GptqSettings(), (), 4, 16, 1000)
+        refining = refining_memory(here, ModelScheme.parse("W4A4KV4"), settings, windows, 4, 16, 1000)
+        one_shot = refining_memory(here, ModelScheme.parse("W4A16"), GptqSettings(), (), 4, 16, 1000)
         return refining + one_shot + trying_memory(here, 4, 16, 1000)
 
     alike = bytes_of(first, second)

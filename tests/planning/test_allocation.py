@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sliderquant.errors import InputError
 from sliderquant.planning import allocation
 from sliderquant.planning.allocation import allocate, check_average_bits, choices
-from sliderquant.schemes import Scheme, bits_by_kind
+from sliderquant.schemes import ModelScheme, Scheme, bits_by_kind
 
 OFFERED = (2, 3, 4, 8)
 
@@ -71,7 +71,7 @@ def test_the_bits_of_a_scheme_are_the_fewest():
     assert choices(Scheme.parse("W2A16")) == (2, 3, 4, 8)
     assert choices(Scheme.parse("W4A16-g64")) == (4, 8)
     for scheme, average_bits in (("W2A16", 2), ("W2A16", 8.0), ("W3A16-sym", 3.5), ("W8A16", 8)):
-        check_average_bits(Scheme.parse(scheme), average_bits)
+        check_average_bits(ModelScheme.parse(scheme), average_bits)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_bits_of_a_scheme_are_the_fewest():
 )
 def test_budgets_that_cannot_be(scheme, average_bits, message):
     with pytest.raises(InputError, match=message):
-        check_average_bits(Scheme.parse(scheme), average_bits)
+        check_average_bits(ModelScheme.parse(scheme), average_bits)
 
 
 def test_bits_by_kind():

@@ -12,9 +12,9 @@ from sliderquant.planning.methods import (
 )
 from sliderquant.planning.settings import Settings
 from sliderquant.planning.windows import schedule
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme, Scheme
 
-SCHEME = Scheme(4)
+SCHEME = ModelScheme(Scheme(4))
 
 
 def test_defaults_are_the_published_ones():
@@ -230,14 +230,14 @@ def test_one_shot_methods_have_settings_of_their_own(method, values):
 )
 def test_methods_and_schemes_that_go_together(method, fits, does_not):
     for scheme in fits:
-        check_scheme(METHODS[method], Scheme.parse(scheme))
+        check_scheme(METHODS[method], ModelScheme.parse(scheme))
     for scheme in does_not:
         with pytest.raises(InputError, match=f"method {method} with scheme {scheme}: .* use a scheme such as"):
-            check_scheme(METHODS[method], Scheme.parse(scheme))
+            check_scheme(METHODS[method], ModelScheme.parse(scheme))
 
 
 def test_settings_and_rotations_depend_on_the_scheme():
-    weights, activations = Scheme.parse("W2A16"), Scheme.parse("W4A4KV4")
+    weights, activations = ModelScheme.parse("W2A16"), ModelScheme.parse("W4A4KV4")
     published = METHODS["sliderquant-published"]
     assert published.settings_for(weights).model_dump() == Settings().model_dump()
     assert (published.settings_for(activations).epochs, published.settings_for(activations).rank) == (20, 4)
@@ -246,8 +246,11 @@ def test_settings_and_rotations_depend_on_the_scheme():
     assert published.rotations_for(activations) == ()
     ours = METHODS["sliderquant"]
     assert ours.rotations_for(activations) == ("R1", "R2", "R3", "R4")
-    assert ours.rotations_for(Scheme.parse("W4A4")) == ("R1", "R2", "R4")
-    assert all(ours.rotations_for(scheme) == () for scheme in (weights, Scheme.parse("W8A8"), Scheme.parse("W4A16KV4")))
+    assert ours.rotations_for(ModelScheme.parse("W4A4")) == ("R1", "R2", "R4")
+    assert all(
+        ours.rotations_for(scheme) == ()
+        for scheme in (weights, ModelScheme.parse("W8A8"), ModelScheme.parse("W4A16KV4"))
+    )
 
 
 def test_there_is_one_recipe_of_ours_and_the_published_one():
@@ -258,11 +261,11 @@ def test_there_is_one_recipe_of_ours_and_the_published_one():
 
 @pytest.mark.parametrize(("name", "windows"), [("omniquant", "[0] [1] [2] [3]"), ("cbq", "[0..1] [1..2] [2..3]")])
 def test_relatives_are_windows_without_ramps(name, windows):
-    for scheme in (Scheme.parse("W2A16"), Scheme.parse("W4A4KV4")):
+    for scheme in (ModelScheme.parse("W2A16"), ModelScheme.parse("W4A4KV4")):
         settings = METHODS[name].settings_for(scheme)
         assert settings.stages == (1.0,)
         assert " ".join(map(str, schedule(4, **settings.windows.model_dump()))) == windows
-    assert METHODS["omniquant"].settings_for(Scheme.parse("W2A16")).rank == 0
+    assert METHODS["omniquant"].settings_for(ModelScheme.parse("W2A16")).rank == 0
 
 
 def test_efforts_trade_minutes_for_accuracy():
@@ -284,7 +287,7 @@ def test_efforts_trade_minutes_for_accuracy():
 def test_offsets_decay_with_weight_only_schemes_alone_and_less_in_fewer_steps():
     method = METHODS["sliderquant"]
     for scheme, decays in (("W2A16", [0.135, 0.333, 0.333]), ("W4A16KV4", [0.135, 0.333, 0.333]), ("W4A4KV4", [0] * 3)):
-        found = [with_overrides(method, Scheme.parse(scheme), {}, effort) for effort in ("light", None, "best")]
+        found = [with_overrides(method, ModelScheme.parse(scheme), {}, effort) for effort in ("light", None, "best")]
         assert [settings.weights_decay for settings in found] == decays, scheme
 
 

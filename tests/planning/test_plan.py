@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -6,12 +7,15 @@ from sliderquant.errors import InputError
 from sliderquant.models.source import open_model
 from sliderquant.planning.methods import METHODS
 from sliderquant.planning.plan import make_plan
-from sliderquant.schemes import Scheme
+from sliderquant.planning.request import Request
+from sliderquant.schemes import ModelScheme, Scheme
 
 
 def plan_for(model, scheme="W4A16-g32", method="sliderquant", samples=8, seqlen=32, **kwargs):
     chosen = METHODS[method]
-    return make_plan(open_model(model), Scheme.parse(scheme), chosen, chosen.settings, samples, seqlen, **kwargs)
+    parsed = ModelScheme.parse(scheme)
+    request = Request(model, parsed, chosen, chosen.settings, samples=samples, seqlen=seqlen, **kwargs)
+    return make_plan(open_model(model), request)
 
 
 def test_what_is_quantized_and_what_stays(tiny_llama):
@@ -99,7 +103,7 @@ def test_the_optimizer_holds_two_moments_of_what_is_learned_in_a_window(tiny_lla
     # Without hardening no offset is kept in fp32, nor in a byte that it is.
     method = METHODS["sliderquant"]
     settings = method.settings.model_copy(update={"hardening": False})
-    soft = make_plan(open_model(tiny_llama), Scheme.parse("W4A16"), method, settings, 8, 32)
+    soft = make_plan(every.source, replace(every.request, settings=settings))
     assert every.memory_bytes - soft.memory_bytes == 5 * longest * weights
     assert plan_for(tiny_llama, "W4A16", "rtn").optimizer_bytes == 0
 

@@ -15,7 +15,7 @@ from sliderquant.refine.attention import LearnedRounding
 from sliderquant.refine.layer import learned_parameters, learned_state, restore_learned
 from sliderquant.refine.linear import RefinedLinear, generator_for
 from sliderquant.refine.shared import SharedInput
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme, Scheme
 from sliderquant_kernels import quantize_activations
 
 
@@ -114,7 +114,7 @@ def test_attention_learns_a_clipping_of_each():
 
 def test_which_schemes_have_one():
     def clips(choice, scheme, rotates_online=False):
-        return Settings(activation_clipping=choice).clips_activations(Scheme.parse(scheme), rotates_online)
+        return Settings(activation_clipping=choice).clips_activations(ModelScheme.parse(scheme), rotates_online)
 
     schemes = ("W4A16", "W8A8", "W4A8KV8", "W4A16KV8", "W4A4", "W4A8KV4", "W4A16KV4", "W4A4KV4")
     assert [clips("auto", scheme) for scheme in schemes] == [False] * 5 + [True] * 3
@@ -123,6 +123,6 @@ def test_which_schemes_have_one():
     assert not any(clips("never", scheme) for scheme in schemes)
     for name, method in METHODS.items():
         for scheme in ("W4A4KV4", "W4A16KV4"):
-            settings = method.settings_for(Scheme.parse(scheme))
-            found = isinstance(settings, Settings) and settings.clips_activations(Scheme.parse(scheme), False)
+            settings = method.settings_for(ModelScheme.parse(scheme))
+            found = isinstance(settings, Settings) and settings.clips_activations(ModelScheme.parse(scheme), False)
             assert found == (name == "sliderquant" and scheme == "W4A4KV4"), name

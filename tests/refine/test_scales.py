@@ -15,14 +15,16 @@ from sliderquant.models.decoder import Decoder
 from sliderquant.models.source import open_model
 from sliderquant.planning.methods import METHODS
 from sliderquant.planning.plan import make_plan
+from sliderquant.planning.request import Request
 from sliderquant.planning.settings import Settings
 from sliderquant.refine.layer import merged_layer, refined_layer, refined_linears, starting
-from sliderquant.refine.scales import ChannelScale, Spread, rounded_to, scale_sites
+from sliderquant.refine.scales import ChannelScale, Spread, rounded_to
+from sliderquant.refine.sites import scale_sites
 from sliderquant.refine.weights import refined_weight
 from sliderquant.refine.window import WindowLayers
 from sliderquant.rotations.folded import RotatedSource
 from sliderquant.rotations.transforms import Rotations
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 CPU = torch.device("cpu")
 FAMILIES = {
@@ -36,7 +38,9 @@ IDS = torch.randint(2, 60, (2, 11), generator=torch.Generator().manual_seed(5))
 
 def refined_layers(source, scheme="W4A4KV4", **changes):
     settings = Settings.model_validate({"rank": 0, "clipping": False, **changes})
-    plan = make_plan(source, Scheme.parse(scheme), METHODS["sliderquant-published"], settings, 2, 8)
+    method = METHODS["sliderquant-published"]
+    request = Request(source.name, ModelScheme.parse(scheme), method, settings, samples=2, seqlen=8)
+    plan = make_plan(source, request)
     model = LayerwiseModel(Decoder(source, CPU), IDS[:, :8], plan.rotations, plan.scheme.kv_bits)
     return plan, [refined_layer(plan, model, index, seed=0) for index in range(source.num_layers)]
 

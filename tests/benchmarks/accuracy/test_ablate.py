@@ -11,7 +11,7 @@ from benchmarks.accuracy import ablate
 from benchmarks.accuracy.ablations import ABLATIONS, BASE
 from benchmarks.accuracy.runs import Place, RunFile, Text
 from sliderquant.planning.methods import METHODS
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 
 def flat(settings, prefix=""):
@@ -32,7 +32,7 @@ def test_rows_of_the_recipe_are_runs_of_their_own(name):
     assert {case.method for case in cases} == {ablation.method}
     assert len({case.settings for case in cases}) == len(cases) == len(ablation.rows) + 1
     # A method with efforts keeps its epochs, the others have those of the table.
-    own = METHODS[ablation.method].settings_for(Scheme.parse(ablation.scheme)).epochs
+    own = METHODS[ablation.method].settings_for(ModelScheme.parse(ablation.scheme)).epochs
     for epochs in (None, 4):
         budget = epochs or (own if METHODS[ablation.method].efforts else 10)
         for case in ablate.plan("a-model", [name], None, epochs, 64, [2])[1:]:
@@ -49,7 +49,7 @@ def test_rows_change_what_they_are_about(name):
     base = flat(cases[0].settings.model_dump())
     assert cases[0].label == BASE
     ablation = ABLATIONS[name]
-    own = METHODS[ablation.method].settings_for(Scheme.parse(cases[0].scheme)).model_dump()
+    own = METHODS[ablation.method].settings_for(ModelScheme.parse(cases[0].scheme)).model_dump()
     assert base == flat(own) | flat(ablation.base) | {"epochs": 10} != flat(own) | {"epochs": 10}
     rows = [flat(case.settings.model_dump()) for case in cases[1:]]
     for row in rows:

@@ -8,7 +8,7 @@ from benchmarks.accuracy import command as accuracy
 from benchmarks.accuracy.effort_plot import effort_figure
 from benchmarks.accuracy.table import summary_of
 from sliderquant.planning.methods import METHODS, with_overrides
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 MODEL, OURS = "demo-llama-5m", "sliderquant"
 
@@ -20,7 +20,7 @@ def efforts(run_row):
     def make(scheme, *points, **more):
         rows = []
         for name, (perplexity, seconds) in zip(METHODS[OURS].efforts, points, strict=False):
-            epochs = with_overrides(METHODS[OURS], Scheme.parse(scheme), {}, name).epochs
+            epochs = with_overrides(METHODS[OURS], ModelScheme.parse(scheme), {}, name).epochs
             known = {"label": f"{name} effort", "seconds": seconds, "epochs": epochs}
             rows.append(run_row(MODEL, scheme, OURS, perplexity, **{**known, **more}))
         return rows

@@ -9,7 +9,8 @@ from benchmarks.accuracy.runs import RunFile
 from sliderquant.models.source import open_model
 from sliderquant.planning.methods import METHODS
 from sliderquant.planning.plan import make_plan
-from sliderquant.schemes import Scheme
+from sliderquant.planning.request import Request
+from sliderquant.schemes import ModelScheme
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,8 @@ def deep_model(random_model, tmp_path_factory):
 
 
 def plan_for(model, average_bits, scheme="W2A16"):
-    return make_plan(open_model(model), Scheme.parse(scheme), METHODS["rtn"], None, 4, 32, average_bits=average_bits)
+    parsed = ModelScheme.parse(scheme)
+    return make_plan(open_model(model), Request(model, parsed, METHODS["rtn"], seqlen=32, average_bits=average_bits))
 
 
 def layers_at_4(allocation):

@@ -16,7 +16,7 @@ from benchmarks.peers.runs import PEERS, Peer, PeerError, PeerSettings, peers_in
 from sliderquant.calibration.blocks import random_blocks
 from sliderquant.calibration.text import read_text
 from sliderquant.models.source import open_model
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 IMPORTS = f"""
 import sys
@@ -69,7 +69,7 @@ def quantized(tiny_llama, calibration_file, tmp_path):
     def run(peer, scheme="W2A16", model=tiny_llama):
         output = tmp_path / "output"
         source = str(calibration_file)
-        return peer.quantize(peer.settings(), str(model), output, Scheme.parse(scheme), source, 3, 32, 5), output
+        return peer.quantize(peer.settings(), str(model), output, ModelScheme.parse(scheme), source, 3, 32, 5), output
 
     return run
 

@@ -8,7 +8,7 @@ import torch
 from benchmarks.speed import step
 from sliderquant.calibration.layerwise import RunningLayer
 from sliderquant.models.source import open_model
-from sliderquant.schemes import Scheme
+from sliderquant.schemes import ModelScheme
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_both_sides_have_gradients_and_the_quantized_one_quantizes(random_model,
 
     made = step.stepper
     monkeypatch.setattr(step, "stepper", stepper)
-    row = step.measure(source, Scheme.parse("W4A4KV4"), torch.float32, "never", 2, 16, 3, CPU)
+    row = step.measure(source, ModelScheme.parse("W4A4KV4"), torch.float32, "never", 2, 16, 3, CPU)
     (plain, weights), (quantized, learned) = windows
     assert len(weights) == 14  # seven linears in each of two layers
     assert not plain.linears()
