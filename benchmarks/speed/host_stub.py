@@ -5,7 +5,6 @@ the compiled kernel, which is replaced by a function that returns at once. Tenso
 Within the context alone, of one thread, in a process that does not interpret Triton's kernels.
 """
 
-import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from sliderquant_kernels.common import devices
 from sliderquant_kernels.common.choices import Device
 from sliderquant_kernels.low_bit import cpu as low_bit_cpu
 from sliderquant_kernels.low_bit import layout as low_bit_layout
+from sliderquant_kernels.rotation import op as rotation
 from sliderquant_kernels.weight_only import cpu, layout
 
 __all__ = ["LAUNCHES", "stubbed_gpu"]
@@ -100,13 +100,12 @@ def stubbed_gpu() -> Iterator[None]:
         replace(cpu, "weight_only_linear", lambda x, w, s, z, bias, residual, of, invariant:
                 weight_only_triton.weight_only_linear(x, w, s, bias, residual, of, None, invariant))  # fmt: skip
         replace(low_bit_cpu, "low_bit_linear", low_bit_launch.low_bit_linear)
-        hadamard = importlib.import_module("sliderquant_kernels.rotation.op")  # the package has a function of this name
         library = torch.library.Library("sliderquant_kernels", "IMPL")
         stack.callback(library._destroy)
         for name, function in (
             ("quantize_activations", activations._on_cuda),
-            ("hadamard", hadamard._hadamard_cuda),
-            ("hadamard_quantize", hadamard._quantize_cuda),
+            ("hadamard", rotation._hadamard_cuda),
+            ("hadamard_quantize", rotation._quantize_cuda),
         ):
             library.impl(name, function, "CPU", allow_override=True)
         for module in (weight_only_triton, low_bit_launch, hadamard_launch):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import sliderquant
+from sliderquant.calibration import layerwise
 from sliderquant.errors import InputError
 from sliderquant.evaluation import sensitivity as module
 from sliderquant.evaluation.sensitivity import sensitivity
@@ -252,14 +253,13 @@ def test_the_work_is_announced_and_nothing_is_done_twice(four_layers, text, monk
 def test_memory_changes_nothing_but_the_way(four_layers, text, monkeypatch):
     """Block by block, with the hidden states of a block in files."""
     in_file = []
-    stream = module.Study.__init__.__globals__["ActivationStream"]
 
-    class Watched(stream):
+    class Watched(layerwise.ActivationStream):
         def __init__(self, *arguments, **keywords):
             super().__init__(*arguments, **keywords)
             in_file.append(self.in_file)
 
-    monkeypatch.setitem(module.Study.__init__.__globals__, "ActivationStream", Watched)
+    monkeypatch.setattr(layerwise, "ActivationStream", Watched)
     progress = Counting()
     at_once, again = study(four_layers, "W2A16", text), study(four_layers, "W2A16", text)
     assert not any(in_file)

@@ -227,7 +227,7 @@ def test_the_gradient_reaches_the_layers_before():
 
 
 def test_an_input_is_rounded_once_for_all_that_read_it(monkeypatch):
-    import sliderquant.refine.linear as module
+    import sliderquant.refine.shared as module
 
     calls = []
 

@@ -84,7 +84,7 @@ def describe(arch: int, folder: Path, kernels: Iterable[str]) -> Manifest:
     """The manifest of a cache that this interpreter has made.
 
     Args:
-        kernels: what `cache_kernels.text_of` wrote down of each.
+        kernels: what `kernels.text_of` wrote down of each.
     """
     import torch
     import triton

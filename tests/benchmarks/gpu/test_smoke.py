@@ -188,13 +188,13 @@ def run_pytest(folder, state, *more):
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     environment[STATE] = str(state.folder)
-    (folder / "pytest.ini").touch()
+    (folder / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_the_plugin_keeps_outcomes_and_leaves_out_what_has_no_use(tmp_path):
     for name, body in {
-        "test_gpu.py": """
+        "weight_only/test_gpu.py": """
             import pytest
             @pytest.mark.parametrize("bits", [2, 3, 4])
             def test_width(bits):
@@ -204,7 +204,7 @@ def test_the_plugin_keeps_outcomes_and_leaves_out_what_has_no_use(tmp_path):
             def test_skipped():
                 pytest.skip("no reason")
         """,
-        "test_gpu_hadamard.py": "def test_rotation():\n    raise SystemExit('must not run')\n",
+        "rotation/test_gpu.py": "def test_rotation():\n    raise SystemExit('must not run')\n",
     }.items():
         path = tmp_path / "tests" / "sliderquant_kernels" / name
         path.parent.mkdir(parents=True, exist_ok=True)

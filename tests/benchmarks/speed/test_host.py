@@ -77,8 +77,8 @@ def test_the_command_writes_its_rows(parsed, monkeypatch, tmp_path, capsys):
 
 _COMPARE = """
 import json, torch
-from benchmarks import host, host_stub
-from sliderquant_kernels import devices, launch_plan
+from benchmarks.speed import host, host_stub
+from sliderquant_kernels.common import devices, launch_plan
 
 def plain(value):
     return ["at", value.data_ptr() % 16] if isinstance(value, torch.Tensor) else str(value)
@@ -102,7 +102,7 @@ with host_stub.stubbed_gpu(), torch.inference_mode():
         found[f"{name} {route}"] = [
             [[plain(value) for value in launch] for launch in launches] for launches in (direct, jit)
         ]
-from sliderquant_kernels import activations, layout
+from sliderquant_kernels.weight_only import layout
 kept = [devices.on_gpu(torch.zeros(1)), layout.WeightLayout("triton", 4, 32, 64, 32, True).device_type]
 print(json.dumps([found, kept]))
 """
@@ -156,7 +156,8 @@ compiler.ASTSource.hash = lambda source: keys.append(key_of(source)) or keys[-1]
 
 from benchmarks.speed.host_stub import stubbed_gpu
 from sliderquant_kernels import WeightLayout, weight_only_linear
-from sliderquant_kernels.tools.launches import compile_launch, describe_launch
+from sliderquant_kernels.common.compiling import compile_launch
+from sliderquant_kernels.tools.launches import describe_launch
 from sliderquant_kernels.tools.problems import Case
 from sliderquant_kernels.weight_only.tiles import Problem
 

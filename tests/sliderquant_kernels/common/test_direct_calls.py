@@ -3,7 +3,6 @@
 Tensors on the CPU stand for those on CUDA, and the kernels are interpreted.
 """
 
-import importlib
 from operator import attrgetter
 
 import pytest
@@ -30,17 +29,17 @@ from sliderquant_kernels import (
     weight_only_linear,
 )
 from sliderquant_kernels.activations import kernels as activations_triton
+from sliderquant_kernels.activations import op as activations
 from sliderquant_kernels.common import devices
 from sliderquant_kernels.common.launching import INTERPRETED
 from sliderquant_kernels.cpu.vnni import Rounding
 from sliderquant_kernels.low_bit import launch as low_bit_launch
 from sliderquant_kernels.low_bit import op as low_bit
 from sliderquant_kernels.rotation import launch as hadamard_launch
+from sliderquant_kernels.rotation import op as hadamard_ops
 from sliderquant_kernels.weight_only import launch as weight_only_triton
 from sliderquant_kernels.weight_only import op as weight_only
 
-hadamard_ops = importlib.import_module("sliderquant_kernels.rotation.op")
-activations = importlib.import_module("sliderquant_kernels.activations.op")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled")
 N, K = 32, 128
 

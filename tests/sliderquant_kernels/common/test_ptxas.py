@@ -83,7 +83,7 @@ def test_without_the_package_inductor_decides(torch_files: Path) -> None:
 @pytest.mark.parametrize("steps", ["ours compiled inductor compiled", "inductor compiled ours compiled"])
 @pytest.mark.parametrize("torchs_own", [False, True])
 def test_what_the_user_named_stays(steps: str, torchs_own: bool, torch_files: Path, tmp_path: Path) -> None:
-    path = torch_files.parents[3] / "bin" / "ptxas" if torchs_own else tmp_path / "mine" / "ptxas"
+    path = torch_files.parents[2] / "bin" / "ptxas" if torchs_own else tmp_path / "mine" / "ptxas"
     if not torchs_own:
         _make_ptxas(path, "12.5")
     assert _run(steps, torch_files, TRITON_PTXAS_PATH=str(path)) == path

@@ -68,8 +68,8 @@ def test_a_block_that_is_too_large_is_refused():
 _PROBE = """
 import logging
 logging.basicConfig(level=logging.INFO)
-from sliderquant_kernels import cpu_int4_native
-print(cpu_int4_native.is_available())
+from sliderquant_kernels.cpu import int4_native
+print(int4_native.is_available())
 """
 
 

@@ -272,8 +272,8 @@ GUARDED = """
 import ctypes, mmap
 import torch
 from sliderquant_kernels import LowBitLayout
-from sliderquant_kernels import low_bit_launch as launch
-from sliderquant_kernels.weight_only.tiles import Choice, Device
+from sliderquant_kernels.common.choices import Choice, Device
+from sliderquant_kernels.low_bit import launch
 
 kept = []
 

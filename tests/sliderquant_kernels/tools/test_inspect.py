@@ -168,7 +168,8 @@ KEYS = """
 from dataclasses import replace
 import torch
 from sliderquant_kernels.tools.inspect import _key
-from sliderquant_kernels.tools.launches import describe_launch, launch_key
+from sliderquant_kernels.common.compiling import launch_key
+from sliderquant_kernels.tools.launches import describe_launch
 from sliderquant_kernels.tools.problems import Case
 from sliderquant_kernels.weight_only.tiles import Choice, Problem
 

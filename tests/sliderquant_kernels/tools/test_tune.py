@@ -333,14 +333,14 @@ def test_wrong_arguments_are_named(arguments, error, capsys):
 
 def test_command_line_with_a_gpu(tmp_path, monkeypatch, capsys):
     """What it makes of its arguments, with a device that is made up."""
+    from sliderquant_kernels.common import launching
     from sliderquant_kernels.tools import tune_measure
-    from sliderquant_kernels.weight_only import launch as weight_only_triton
 
     gpu = FakeGpu(_second_wins)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"L2_cache_size": 1}))
-    monkeypatch.setattr(weight_only_triton, "device_of", lambda _: _DEVICE)
+    monkeypatch.setattr(launching, "device_of", lambda _: _DEVICE)
     monkeypatch.setattr(tune_measure, "GpuMeasurer", lambda *_, **__: gpu)
     out, log = tmp_path / "table.json", tmp_path / "log.jsonl"
     files = ["--out", str(out), "--log", str(log), "--budget", "60"]

@@ -19,8 +19,13 @@ ROOT = Path(__file__).resolve().parents[3]
 # Without the interpreter, which is decided for a process: what is recorded is compiled for sm_90.
 PROGRAM = """
 import sys, torch
-from sliderquant_kernels import activations_triton, decode_attention_triton, elementwise_triton, hadamard_launch
-from sliderquant_kernels import factor_hadamard, low_bit_launch, weight_only_triton
+from sliderquant_kernels import factor_hadamard
+from sliderquant_kernels.activations import kernels as activations
+from sliderquant_kernels.attention import kernels as attention
+from sliderquant_kernels.elementwise import kernels as elementwise
+from sliderquant_kernels.low_bit import launch as low_bit
+from sliderquant_kernels.rotation import launch as rotation
+from sliderquant_kernels.weight_only import launch as weight_only
 from sliderquant_kernels.weight_only.layout import WeightLayout
 from sliderquant_kernels.low_bit.layout import LowBitLayout
 from sliderquant_kernels.tools.warming import compile_jobs, recorded_jobs
@@ -35,14 +40,14 @@ q, keys = torch.randn(1, 4, 1, 64).bfloat16(), torch.randn(1, 2, 256, 64).bfloat
 with recorded_jobs() as jobs:
     for tokens in (3, 2):
         x = x[:tokens].contiguous()
-        weight_only_triton.weight_only_linear(x, packed[0], packed[1], None, None, layout)
-        a, b, c, d = activations_triton.quantize_activations(x, 4, False, None, 0.0, None, False, (0.9, 0.8))
-        low_bit_launch.low_bit_linear(a, b, c, d, *low_packed, None, None, low, torch.bfloat16)
-        hadamard_launch.hadamard(x, None, factor_hadamard(256), False)
-        elementwise_triton.rms_norm(x, x[0], 1e-6)
-        elementwise_triton.silu_mul(x, x)
-        elementwise_triton.rotary(q, keys[:, :, :1], q[:, 0], q[:, 0])
-        decode_attention_triton.decode_attention(q, keys, keys, torch.tensor([5]), None, 0.125)
+        weight_only.weight_only_linear(x, packed[0], packed[1], None, None, layout)
+        a, b, c, d = activations.quantize_activations(x, 4, False, None, 0.0, None, False, (0.9, 0.8))
+        low_bit.low_bit_linear(a, b, c, d, *low_packed, None, None, low, torch.bfloat16)
+        rotation.hadamard(x, None, factor_hadamard(256), False)
+        elementwise.rms_norm(x, x[0], 1e-6)
+        elementwise.silu_mul(x, x)
+        elementwise.rotary(q, keys[:, :, :1], q[:, 0], q[:, 0])
+        attention.decode_attention(q, keys, keys, torch.tensor([5]), None, 0.125)
 print(sorted(job.name for job in jobs))
 seen = []
 print(compile_jobs(jobs, 90, processes=int(sys.argv[1]), done=lambda *numbers: seen.append(numbers)))

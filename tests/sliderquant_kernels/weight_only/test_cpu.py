@@ -136,8 +136,9 @@ def test_runs_are_bitwise_equal(kind, m, make_weight, make_x):
 
 _OTHER_INSTRUCTION_SETS = """
 import torch
-from sliderquant_kernels import WeightLayout, choose_layout, cpu_int4, dequantize, reference, weight_only_linear
-print(torch.backends.cpu.get_cpu_capability(), cpu_int4.row_order())
+from sliderquant_kernels import WeightLayout, choose_layout, dequantize, reference, weight_only_linear
+from sliderquant_kernels.cpu import int4
+print(torch.backends.cpu.get_cpu_capability(), int4.row_order())
 for n in (16, 32, 48, 64, 112, 160):
     codes = torch.randint(0, 16, (n, 96), dtype=torch.uint8)
     scale = torch.rand(n, 3).add(0.1).bfloat16()

@@ -258,12 +258,13 @@ _WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch, sliderquant_kernels as kernels
+from sliderquant_kernels.weight_only import op
 assert not [name for name in sys.modules if name.startswith("sliderquant.")]
 layout = kernels.choose_layout(4, 32, 64, 32, True, "cpu", torch.bfloat16)
 packed = layout.pack(torch.zeros(32, 64, dtype=torch.uint8), torch.ones(32, 2, dtype=torch.bfloat16))
 assert (kernels.weight_only_linear(torch.ones(1, 64, dtype=torch.bfloat16), packed, layout) == -8 * 64).all()
 try:
-    kernels.weight_only._triton()
+    op._triton()
 except ImportError as error:
     assert "need the package triton" in str(error)
 else:

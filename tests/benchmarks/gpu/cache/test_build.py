@@ -33,22 +33,22 @@ BUILD = """
 import json, sys
 from pathlib import Path
 import torch
-from benchmarks.gpu import cache_command
+from benchmarks.gpu.cache import command
 from benchmarks.gpu.cache.device import absent_gpu
 from benchmarks.gpu.cache.kernels import text_of
-from sliderquant_kernels import elementwise_triton
+from sliderquant_kernels.elementwise import kernels as elementwise
 
 def record(source, folder, processes):
     kernels = set()
     with absent_gpu(lambda *compiled: kernels.add(text_of(*compiled))):
         x = torch.randn(3, 257, device="cuda").half()
         weight = torch.ones(256, dtype=torch.float16).cuda()
-        elementwise_triton.rms_norm(x[:, :256].contiguous(), weight, 1e-5)
-        elementwise_triton.rms_norm(x[:, 1:], weight, 1e-5)  # begins at an odd address: another kernel
+        elementwise.rms_norm(x[:, :256].contiguous(), weight, 1e-5)
+        elementwise.rms_norm(x[:, 1:], weight, 1e-5)  # begins at an odd address: another kernel
     Path(folder, "some-0.jsonl").write_text(json.dumps({"name": "both", "kernels": sorted(kernels)}))
 
-cache_command.record = record
-cache_command.build(Path(sys.argv[1]), Path(sys.argv[2]), ["some"], 1)
+command.record = record
+command.build(Path(sys.argv[1]), Path(sys.argv[2]), ["some"], 1)
 """
 
 
@@ -85,7 +85,7 @@ LAUNCH = """
 import torch, triton
 from benchmarks.gpu.cache.device import absent_gpu
 from benchmarks.gpu.cache.kernels import only_cached
-from sliderquant_kernels import elementwise_triton
+from sliderquant_kernels.elementwise import kernels as elementwise
 
 real = triton.compile
 def launch(source, target, options):
@@ -94,7 +94,7 @@ def launch(source, target, options):
 
 with absent_gpu(launch):
     x = torch.randn(5, 256, dtype=torch.float16).cuda()
-    elementwise_triton.rms_norm(x, x[0], 1e-5)
+    elementwise.rms_norm(x, x[0], 1e-5)
 """
 
 
@@ -134,11 +134,13 @@ def test_another_triton(built: SimpleNamespace, tmp_path: Path) -> None:
 
 TESTS = """
 import pytest, torch
-from sliderquant_kernels import elementwise, quantize_activations, weight_only_triton
+from sliderquant_kernels import quantize_activations
+from sliderquant_kernels.common import launching
+from sliderquant_kernels.elementwise import op as elementwise
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(weight_only_triton.INTERPRETED, reason="interpreted"),
+    pytest.mark.skipif(launching.INTERPRETED, reason="interpreted"),
 ]
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.kernels.harness.workers import Failure, Workers
 
-LOST = "(_ for _ in ()).throw(__import__('benchmarks.kernels.harness.workers').kernels.workers.Fatal('lost'))"
+LOST = "(_ for _ in ()).throw(__import__('benchmarks.kernels.harness.workers').kernels.harness.workers.Fatal('lost'))"
 DIE = "__import__('os')._exit(3)"
 SLEEP = "__import__('time').sleep(60)"
 PROCESS = "__import__('os').getpid()"
