@@ -168,7 +168,10 @@ def quantize(
         InputError: something in the arguments or files is not usable; before any long work.
         CheckpointError: the checkpoint could not be written.
     """
-    return _quantize(Request.of(locals()), progress, command)
+    request = Request.of(locals())
+    if request.output is None:
+        raise InputError("output None: expected a folder to write the checkpoint to")
+    return _quantize(request, progress, command)
 
 
 def _quantize(request: Request, told: Progress | None, command: str | None) -> QuantizeResult:

@@ -77,10 +77,13 @@ def command(
     verbose: VerboseOption = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint; --dry-run says who reads it, and who runs it."""
+    from sliderquant.errors import InputError
+
+    if output is None and not dry_run:
+        raise InputError("missing option -o OUT: the folder of the checkpoint to write")
     from sliderquant import pipeline
     from sliderquant.cli.plan import print_plan
     from sliderquant.cli.progress import shown_progress
-    from sliderquant.errors import InputError
 
     arguments: dict[str, Any] = {
         "scheme": scheme,
@@ -104,8 +107,7 @@ def command(
             settled = pipeline.plan(model, output=output, progress=progress, **arguments)
         print_plan(settled, device, calibration)
         return
-    if output is None:
-        raise InputError("missing option -o OUT: the folder of the checkpoint to write")
+    assert output is not None
     with shown_progress(quiet, verbose) as progress:
         result = pipeline.quantize(
             model, output, progress=progress, command=shlex.join(["sliderquant", *sys.argv[1:]]), **arguments

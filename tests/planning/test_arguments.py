@@ -35,6 +35,11 @@ def test_wrong_types(name, value, tmp_path):
             function(**arguments)
 
 
+def test_a_checkpoint_needs_a_folder():
+    with pytest.raises(InputError, match=r"^output None: expected a folder to write the checkpoint to"):
+        sliderquant.quantize("./nowhere", None)
+
+
 def test_functions_beside():
     for function in (sensitivity, evaluate):
         with pytest.raises(InputError, match=r"^seqlen '32': expected a whole number"):
