@@ -55,7 +55,7 @@ class Text:
         return sum(map(len, self.documents))
 
 
-def check_source(source: str | Path) -> None:
+def check_source(source: str | Path | None) -> None:
     """Raises InputError when a source that names a file cannot be there: cheap, before any long work."""
     if not isinstance(source, str | os.PathLike):
         raise InputError(f"text {source!r}: expected one name or path, a string")

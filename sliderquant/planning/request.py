@@ -1,6 +1,6 @@
 """What a run is asked to do: the arguments of a command or a call, checked and looked up once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Request:
     method: Method
     settings: Settings | OneShotSettings | None = None
     effort: str | None = None
-    calibration: str | Path = "wikitext2"
+    calibration: str | Path | None = "wikitext2"
     samples: int = 128
     seqlen: int | None = None
     seed: int = 2
@@ -57,12 +57,15 @@ class Request:
             InputError: an argument has another type than its annotation, or a value that cannot be meant; there is no
                 such method, effort, setting, scheme or device.
         """
+        rotate = arguments["rotate"]
+        if isinstance(rotate, Iterator):  # which could be read only once
+            arguments = {**arguments, "rotate": tuple(rotate)}
         check_arguments(arguments)
         names = {one.name for one in fields(cls)}
         given = {name: value for name, value in arguments.items() if name in names}
         scheme, method = ModelScheme.parse(given["scheme"]), method_named(given["method"])
         settings = with_overrides(method, scheme, given["settings"] or {}, given["effort"])
-        rotate: Sequence[str] | None = given["rotate"]
+        rotate = given["rotate"]
         return cls(
             **given
             | {
@@ -85,7 +88,7 @@ class Request:
             "method": self.method.name,
             "effort": self.effort,
             "settings": None if self.settings is None else self.settings.model_dump(),
-            "calibration": str(self.calibration),
+            "calibration": None if self.calibration is None else str(self.calibration),
             "samples": self.samples,
             "seqlen": self.seqlen,
             "seed": self.seed,

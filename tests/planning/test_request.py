@@ -1,6 +1,8 @@
 """A request holds what was asked for, looked up; and it is made before anything is read."""
 
 import inspect
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +40,13 @@ def test_what_was_not_asked_for_is_the_methods():
     assert request(method="rtn").settings is None
     assert request(scheme="W4A4", rotate=["R1"]).rotate == ("R1",)
     assert request(scheme="W4A4", rotate=[]).rotate == ()
+    assert request(scheme="W4A4", rotate=iter(["R1", "R2"])).rotate == ("R1", "R2")
+
+
+def test_the_report_says_what_was_asked_for():
+    asked = request(method="rtn", calibration=None, model=Path("./nowhere")).as_dict()
+    assert (asked["calibration"], asked["model"], asked["method"]) == (None, "nowhere", "rtn")
+    assert json.loads(json.dumps(asked)) == asked
 
 
 def test_the_defaults_of_plan_and_quantize_are_those_of_a_request():
