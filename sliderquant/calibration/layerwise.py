@@ -67,7 +67,11 @@ class LayerwiseModel:
         """
         samples, seqlen = self._shape
         stream = ActivationStream(samples, seqlen, self.decoder.source.config.hidden_size, memory_limit)
-        stream.fill(self._embedded)
+        try:
+            stream.fill(self._embedded)
+        except BaseException:
+            stream.close()
+            raise
         return stream
 
     def layer(

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from ..common import devices
+from ..common.layout import DTYPES
 from ..common.quantized import QuantizedActivations
 from ..cpu import native, vnni
 
 ACTIVATION_BITS = (4, 8)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # One program holds a row: 16 warps of 64 values a thread.
 MAX_K = 32768
 
